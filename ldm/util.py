@@ -1,0 +1,133 @@
+"""From configuration to objects, and the names of the original release's classes."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a file, a key, a flag.
+
+    The message names it, says what was expected and found, and what to do. The command line prints it as one line.
+    """
+
+
+# Names of LDM's and of the release's YAML files, and what they mean here.
+RENAMED = {
+    "ldm.models.diffusion.ddpm_enc.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.modules.diffusionmodules.openaimodel_enc.UNetModel": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "ldm.modules.diffusionmodules.openaimodel_enc.Encoder4": "ldm.modules.encoders.concept.Encoder4",
+    "ldm.modules.losses.LPIPSWithDiscriminator": "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": (
+        "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+    ),
+    "main.DataModuleFromConfig": "ldm.data.module.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.callbacks.images.ImageLogger",
+    "main_val.DataModuleFromConfig": "ldm.data.module.DataModuleFromConfig",
+    "main_val.ImageLogger": "ldm.callbacks.images.ImageLogger",
+    "main.SetupCallback": "ldm.callbacks.setup.SetupCallback",
+    "main_val.SetupCallback": "ldm.callbacks.setup.SetupCallback",
+}
+RENAMED_MODULES = {"ldm.data.disdata": "ldm.data.dis"}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` if a known name is close to `name`, else the known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def resolve_target(target: str) -> str:
+    """The full name of a class here for a `target`, which may be one of the original release's names."""
+    if target in RENAMED:
+        return RENAMED[target]
+    module, _, name = target.rpartition(".")
+    return f"{RENAMED_MODULES.get(module, module)}.{name}"
+
+
+def get_obj_from_str(target: str, where: str = "target") -> Any:
+    """Import the object that a dotted name means.
+
+    Args:
+        target: e.g. `ldm.models.autoencoder.VQModel`; names of the original release are translated.
+        where: the key in the configuration, for the error message.
+
+    Raises:
+        UserError: no such module, or nothing of that name in it.
+    """
+    if not isinstance(target, str) or "." not in target:
+        raise UserError(f"{where}: expected a dotted name such as ldm.models.autoencoder.VQModel, got {target!r}")
+    module_name, _, name = resolve_target(target).rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise UserError(f"{where}: there is no module '{module_name}' for target '{target}'") from error
+        raise
+    if not hasattr(module, name):
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
+        raise UserError(f"{where}: module '{module_name}' has no '{name}' (target '{target}'){nearest(name, classes)}")
+    return getattr(module, name)
+
+
+def check_keys(callable_: Any, keys: Iterable[str], where: str) -> None:
+    """Refuse keys that are no parameter of `callable_`, naming the nearest that is.
+
+    Raises:
+        UserError: an unknown key.
+    """
+    target = callable_.__init__ if inspect.isclass(callable_) else callable_
+    parameters = inspect.signature(target).parameters
+    accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    known = set(parameters) - {"self", "args", "kwargs"}
+    if inspect.isclass(callable_) and accepts_any:
+        # Keywords handed on to a base class are known by the base class.
+        for base in callable_.__mro__[1:]:
+            if base is object or "__init__" not in vars(base):
+                continue
+            inherited = inspect.signature(base.__init__).parameters
+            known |= set(inherited) - {"self", "args", "kwargs"}
+            accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inherited.values())
+            if not accepts_any:
+                break
+    if accepts_any:
+        return
+    for key in keys:
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{key}' for {callable_.__name__}{nearest(str(key), known)}")
+
+
+def instantiate_from_config(config: Any, where: str = "config", **extra: Any) -> Any:
+    """Build the object that a node with `target` and, optionally, `params` describes.
+
+    Args:
+        config: mapping with `target` (dotted name) and `params` (keyword arguments).
+        where: the node's name in the configuration, for error messages.
+        extra: keyword arguments beside `params`.
+
+    Raises:
+        UserError: no target, an unknown target or key, or a mandatory value left as `???`.
+    """
+    if not isinstance(config, Mapping | DictConfig) or "target" not in config:
+        found = f"the keys {sorted(map(str, config))}" if isinstance(config, Mapping | DictConfig) else repr(config)
+        raise UserError(f"{where}: expected a node with 'target' and 'params', found {found}")
+    if isinstance(config, DictConfig):
+        for key in OmegaConf.missing_keys(config):
+            raise UserError(f"{where}.{key} is left as ???: give it a value in the YAML file or as {where}.{key}=VALUE")
+    cls = get_obj_from_str(config["target"], f"{where}.target")
+    params = config.get("params") or {}
+    params = {str(key): params[key] for key in params}
+    check_keys(cls, params, f"{where}.params")
+    return cls(**params, **extra)
+
+
+def plain(config: Any) -> Any:
+    """A configuration node as plain dicts, lists and scalars."""
+    return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig | ListConfig) else config
