@@ -1,0 +1,121 @@
+"""Cross attention from feature maps to concept tokens: the spatial transformer of LDM."""
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from ldm.modules.diffusionmodules.util import GroupNorm32, zero_module
+
+
+class GEGLU(nn.Module):
+    """Linear layer gated by the GELU of a second one (Shazeer, 2020)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, dim_in) -> (…, dim_out)."""
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two-layer GEGLU network, four times as wide inside."""
+
+    def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, dim * mult), nn.Dropout(dropout), nn.Linear(dim * mult, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, l, dim) -> the same shape."""
+        return self.net(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of `x` over `context`; over itself where there is no context.
+
+    softmax(Q Kᵀ / √d) V, with Q from `x` and K, V from the context (paper, section 3.2).
+    """
+
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner_dim = dim_head * heads
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (b, l, query_dim), context (b, n, context_dim) -> (b, l, query_dim)."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(projected, "b l (h d) -> b h l d", h=self.heads)
+            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self attention, cross attention, feed-forward: each behind a layer norm, each residual."""
+
+    def __init__(
+        self, dim: int, n_heads: int, d_head: int, dropout: float = 0.0, context_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.ff = FeedForward(dim, dropout=dropout)
+        self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (b, l, dim), context (b, n, context_dim) -> (b, l, dim)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the positions of a feature map, with a residual connection around it.
+
+    Args:
+        in_channels: channels of the map; a multiple of 32.
+        n_heads, d_head: heads of the attention and their width.
+        depth: number of transformer blocks.
+        context_dim: width of the concept tokens.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        inner_dim = n_heads * d_head
+        self.norm = GroupNorm32(in_channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(in_channels, inner_dim, kernel_size=1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim) for _ in range(depth)
+        )
+        self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, kernel_size=1))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (b, c, h, w), context (b, n, context_dim) -> (b, c, h, w)."""
+        height, width = x.shape[-2:]
+        hidden = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            hidden = block(hidden, context)
+        hidden = rearrange(hidden, "b (h w) c -> b c h w", h=height, w=width)
+        return x + self.proj_out(hidden)

@@ -1,0 +1,261 @@
+"""The denoising U-Net: LDM's, steered by concept tokens through cross attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import GroupNorm32, timestep_embedding, zero_module
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, followed by a 3×3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, c, h, w) -> (b, c, 2h, 2w)."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Halving by a strided 3×3 convolution if `use_conv`, else by averaging."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, c, h, w) -> (b, c, h/2, w/2)."""
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block that the timestep modulates (guided-diffusion).
+
+    Args:
+        channels, out_channels: width of input and output.
+        emb_channels: width of the timestep embedding.
+        use_scale_shift_norm: the embedding scales and shifts the second norm, instead of being added.
+        resample: "up" or "down" to double or halve the map inside the block.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int,
+        use_scale_shift_norm: bool = False,
+        resample: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.resample: nn.Module | None = None
+        if resample is not None:
+            self.resample = Upsample(channels, False) if resample == "up" else Downsample(channels, False)
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """x (b, channels, h, w), emb (b, emb_channels) -> (b, out_channels, h', w')."""
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        modulation = self.emb_layers(emb).type(h.dtype)[:, :, None, None]
+        if self.use_scale_shift_norm:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + modulation)
+        return self.skip_connection(x) + h
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """A sequence whose residual blocks get the timestep, and whose transformers get the tokens."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (b, c, h, w), emb (b, e), context (b, n, d) -> (b, c', h', w')."""
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """Noise prediction from a noisy latent, a timestep and concept tokens.
+
+    Args:
+        image_size: size of the latent map; must be divisible by 2^(levels - 1).
+        in_channels, out_channels: channels of the latent.
+        model_channels: width of the first level; a multiple of 32.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: downsampling factors at which transformers follow the residual blocks.
+        dropout: in the residual blocks only, as released.
+        channel_mult: width of each level as a multiple of `model_channels`.
+        conv_resample: resample by convolutions where `resblock_updown` is off.
+        num_heads, num_head_channels: heads of the attention, or (if not -1) the width of a head.
+        use_scale_shift_norm: the timestep scales and shifts the norms, instead of being added.
+        resblock_updown: resample inside residual blocks.
+        use_spatial_transformer: must be true: plain attention blocks would not see the tokens.
+        transformer_depth: transformer blocks at each place.
+        context_dim: width of a concept token; `None` for a model without conditioning.
+        latent_unit: number of concept tokens; needed for tokens given flat, (b, n·d).
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_spatial_transformer: bool = True,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        latent_unit: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not use_spatial_transformer:
+            raise ValueError("use_spatial_transformer: false is not supported: the tokens enter by cross attention")
+        if (num_heads == -1) == (num_head_channels == -1):
+            raise ValueError("give one of num_heads and num_head_channels, and leave the other at -1")
+        if image_size % 2 ** (len(channel_mult) - 1):
+            raise ValueError(
+                f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times"
+                f" (channel_mult {list(channel_mult)}): give fewer levels or another latent size"
+            )
+        self.context_dim, self.latent_unit = context_dim, latent_unit
+        self.model_channels = model_channels
+        emb = model_channels * 4
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        def block(channels: int, out: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(channels, emb, dropout, out, use_scale_shift_norm, resample)
+
+        def transformer(channels: int) -> SpatialTransformer:
+            heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+            if heads < 1 or channels % heads:
+                raise ValueError(f"{channels} channels cannot be divided into {heads} heads: change num_heads")
+            return SpatialTransformer(
+                channels, heads, channels // heads, depth=transformer_depth, context_dim=context_dim
+            )
+
+        def resampler(channels: int, direction: str) -> nn.Module:
+            if resblock_updown:
+                return block(channels, channels, direction)
+            return (Downsample if direction == "down" else Upsample)(channels, conv_resample)
+
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))]
+        )
+        skips, ch, ds = [model_channels], model_channels, 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [block(ch, mult * model_channels)]
+                ch = mult * model_channels
+                if ds in attention_resolutions:
+                    layers.append(transformer(ch))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(ch)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(resampler(ch, "down")))
+                skips.append(ch)
+                ds *= 2
+
+        self.middle_block = TimestepEmbedSequential(block(ch, ch), transformer(ch), block(ch, ch))
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for index in range(num_res_blocks + 1):
+                layers = [block(ch + skips.pop(), mult * model_channels)]
+                ch = mult * model_channels
+                if ds in attention_resolutions:
+                    layers.append(transformer(ch))
+                if level and index == num_res_blocks:
+                    layers.append(resampler(ch, "up"))
+                    ds //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            GroupNorm32(ch), nn.SiLU(), zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1))
+        )
+
+    def tokens(self, context: torch.Tensor | None) -> torch.Tensor | None:
+        """Check the concept tokens, and shape those given flat (b, n·d) as (b, n, d).
+
+        Raises:
+            ValueError: tokens where the model takes none, none where it takes some, or another width.
+        """
+        if (context is None) != (self.context_dim is None):
+            raise ValueError(
+                f"the U-Net has context_dim {self.context_dim} but was given"
+                f" {'no concept tokens' if context is None else 'concept tokens'}"
+            )
+        if context is None or self.context_dim is None:
+            return None
+        if context.ndim == 2:
+            context = context.unflatten(1, (-1, self.context_dim))
+        if context.shape[-1] != self.context_dim or self.latent_unit not in (None, context.shape[1]):
+            raise ValueError(
+                f"expected {self.latent_unit or 'n'} concept tokens of width {self.context_dim}"
+                f" (latent_unit, context_dim), got shape {tuple(context.shape)}"
+            )
+        return context
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predict the noise in a noisy latent.
+
+        Args:
+            x: (b, in_channels, h, w).
+            timesteps: (b,), in [0, T).
+            context: concept tokens (b, n, d), or flat (b, n·d).
+
+        Returns:
+            (b, out_channels, h, w).
+        """
+        context = self.tokens(context)
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        h, skips = x, []
+        for module in self.input_blocks:
+            h = module(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for module in self.output_blocks:
+            h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)
