@@ -1,0 +1,168 @@
+"""The built-in data set: rooms like Shapes3D, rendered here, with the same six factors and the same file layout."""
+
+import colorsys
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from ldm.data.files import atomic_output, require_space
+from ldm.data.rooms import SHAPES, geometry_buffer
+from ldm.factors import FactorGrid
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("floor hue", "wall hue", "object hue", "scale", "shape", "orientation")
+SIZES = (10, 10, 10, 8, 4, 15)
+SATURATION = 0.9
+
+
+def rooms_grid(sizes: Sequence[int] = SIZES) -> FactorGrid:
+    """The grid of the rooms.
+
+    Args:
+        sizes: number of floor hues, wall hues, object hues, scales, shapes (at most 4) and orientations.
+
+    Raises:
+        UserError: not six positive numbers, or more than four shapes.
+    """
+    sizes = tuple(sizes)
+    if len(sizes) != 6 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+        raise UserError(f"sizes: expected six whole numbers of at least 1 ({', '.join(NAMES)}), got {sizes}")
+    if sizes[4] > len(SHAPES):
+        raise UserError(f"sizes: there are {len(SHAPES)} shapes ({', '.join(SHAPES)}), so the fifth is at most that")
+    return FactorGrid(sizes, NAMES)
+
+
+def _spread(low: float, high: float, count: int) -> np.ndarray:
+    """`count` values from `low` to `high`; their middle if it is one."""
+    return np.linspace(low, high, count) if count > 1 else np.array([(low + high) / 2])
+
+
+def factor_values(sizes: Sequence[int] = SIZES) -> list[np.ndarray]:
+    """Values of each factor as in Shapes3D's labels: hues in [0, 1), scale 0.75..1.25, shape 0..3, orientation ±30°.
+
+    The values of a smaller grid are spread over the full range.
+    """
+    grid = rooms_grid(sizes)
+    hues = [np.arange(size) / size for size in grid.sizes[:3]]
+    scale, shape, orientation = grid.sizes[3:]
+    shapes = np.round(np.linspace(0, len(SHAPES) - 1, shape))
+    return [*hues, _spread(0.75, 1.25, scale), shapes, _spread(-30.0, 30.0, orientation)]
+
+
+def labels(sizes: Sequence[int] = SIZES) -> np.ndarray:
+    """Label values (n, 6) float64 of all rows, in grid order."""
+    return np.stack(np.meshgrid(*factor_values(sizes), indexing="ij"), axis=-1).reshape(-1, 6)
+
+
+def colour(hue: float) -> np.ndarray:
+    """RGB (3,) float32 in [0, 1] of a hue in [0, 1)."""
+    return np.array(colorsys.hsv_to_rgb(hue, SATURATION, 1.0), dtype=np.float32)
+
+
+def render_blocks(
+    sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Render in grid order, one block for each combination of the three colours.
+
+    Args:
+        sizes: see `rooms_grid`.
+        image_size: width and height, pixels.
+        samples: rays per pixel and direction.
+
+    Yields:
+        The block's first row, and its images (scales·shapes·orientations, image_size, image_size, 3) uint8. The array
+        is reused: copy what is to be kept.
+    """
+    floors, walls, things, scales, shapes, angles = factor_values(sizes)
+    scenes = [(scale, SHAPES[int(shape)], angle) for scale in scales for shape in shapes for angle in angles]
+    planes = np.empty((4, len(scenes), image_size, image_size, 1), dtype=np.float32)
+    for k, (scale, shape, angle) in enumerate(tqdm(scenes, desc="ray casting", leave=False, disable=len(scenes) < 50)):
+        planes[:, k, ..., 0] = np.moveaxis(geometry_buffer(shape, scale, angle, image_size, samples), -1, 0) * 255
+    floor_plane, wall_plane, thing_plane, white_plane = planes
+    white_plane += 0.5  # so that cutting off the fraction rounds
+    block = np.empty((len(scenes), image_size, image_size, 3), dtype=np.uint8)
+    row = 0
+    for floor in floors:
+        for wall in walls:
+            for thing in things:
+                # A scene at a time: the working set stays in the processor's cache.
+                for k in range(len(scenes)):
+                    pixels = floor_plane[k] * colour(floor)
+                    pixels += wall_plane[k] * colour(wall)
+                    pixels += thing_plane[k] * colour(thing)
+                    pixels += white_plane[k]
+                    block[k] = pixels
+                yield row, block
+                row += len(scenes)
+
+
+def render(sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3) -> np.ndarray:
+    """All images (n, image_size, image_size, 3) uint8 in grid order, in memory: for small grids."""
+    images = np.empty((len(rooms_grid(sizes)), image_size, image_size, 3), dtype=np.uint8)
+    for row, block in render_blocks(sizes, image_size, samples):
+        images[row : row + len(block)] = block
+    return images
+
+
+def write_shapes3d(
+    path: Path | str, sizes: Sequence[int] = SIZES, image_size: int = 64, force: bool = False, progress: bool = True
+) -> bool:
+    """Render into a file of the layout of `3dshapes.h5`, contiguous, so that its pixels can be mapped in place.
+
+    Args:
+        path: the file; an existing one of the same grid and image size is left as it is.
+        sizes: see `rooms_grid`.
+        image_size: width and height, pixels.
+        force: write again although the file is there.
+        progress: show a progress bar.
+
+    Returns:
+        Whether the file was written.
+
+    Raises:
+        UserError: another file is there, the disk is too small, or the folder cannot be written.
+    """
+    path, grid = Path(path), rooms_grid(sizes)
+    if image_size < 8:
+        raise UserError(f"image_size: expected at least 8 pixels, got {image_size}")
+    if path.exists() and _keep(path, grid, image_size, force):
+        return False
+    shape = (len(grid), image_size, image_size, 3)
+    with atomic_output(path) as temporary:
+        require_space(path.parent, int(np.prod(shape, dtype=np.int64)) + 48 * len(grid), f"rendering {path.name}")
+        with h5py.File(temporary, "w") as file:
+            file.attrs["rendered_sizes"] = grid.sizes
+            file.create_dataset("labels", data=labels(grid.sizes))
+            images = file.create_dataset("images", shape, np.uint8)
+            with tqdm(total=len(grid), desc=f"rendering {path.name}", unit="images", disable=not progress) as bar:
+                for row, block in render_blocks(grid.sizes, image_size):
+                    images[row : row + len(block)] = block
+                    bar.update(len(block))
+    logger.info("rendered %d images of %d×%d into %s", len(grid), image_size, image_size, path)
+    return True
+
+
+def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
+    """Whether the existing file `path` is the wanted one. A file that was not rendered here is never overwritten."""
+    try:
+        with h5py.File(path, "r") as file:
+            found = tuple(int(size) for size in file.attrs.get("rendered_sizes", ()))
+            size = file["images"].shape[1] if found else 0
+    except (OSError, KeyError):
+        found, size = (), 0
+    if not found:
+        raise UserError(f"{path} is there and was not rendered here, so it is left alone; choose another folder")
+    if force:
+        return False
+    if found == grid.sizes and size == image_size:
+        return True
+    raise UserError(
+        f"{path} holds another rendering (sizes {found}, {size}×{size} pixels); render over it with --force "
+        "(force=True), or choose another folder"
+    )

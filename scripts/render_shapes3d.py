@@ -1,0 +1,36 @@
+"""Render the built-in rooms into OUT/shapes3d/3dshapes.h5, the layout of Shapes3D's file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ldm.data.rendered import SIZES, write_shapes3d
+from ldm.util import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("data"), help="the folder of data sets (default: data)")
+    parser.add_argument("--image-size", type=int, default=64, help="width and height in pixels (default: 64)")
+    parser.add_argument(
+        "--sizes",
+        type=lambda text: tuple(int(size) for size in text.split(",")),
+        default=SIZES,
+        help="floor, wall and object hues, scales, shapes, orientations (default: 10,10,10,8,4,15)",
+    )
+    parser.add_argument("--force", action="store_true", help="render again over an earlier rendering")
+    options = parser.parse_args()
+    path = options.out / "shapes3d" / "3dshapes.h5"
+    try:
+        written = write_shapes3d(path, options.sizes, options.image_size, options.force)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{path}: {'rendered' if written else 'already there'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
