@@ -2,6 +2,7 @@
 
 import colorsys
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.files import atomic_output, require_space
+from ldm.data.files import atomic_output, data_root, require_space
+from ldm.data.formats import h5_pixels
+from ldm.data.images import ImageDataset
 from ldm.data.rooms import SHAPES, geometry_buffer
 from ldm.factors import FactorGrid
 from ldm.util import UserError
@@ -166,3 +169,26 @@ def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
         f"{path} holds another rendering (sizes {found}, {size}×{size} pixels); render over it with --force "
         "(force=True), or choose another folder"
     )
+
+
+class Rendered(ImageDataset):
+    """The rooms as a data set, rendered into `<path>/rendered/` when first used.
+
+    Args:
+        path: the folder of data sets; without it the environment variable ENCDIFF_DATA, else `data`.
+        sizes: see `rooms_grid`; all 480,000 rooms if left out.
+        image_size: width and height, pixels.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike | None = None, sizes: Sequence[int] | None = None, image_size: int = 64
+    ) -> None:
+        grid = rooms_grid(SIZES if sizes is None else sizes)
+        name = f"rooms-{image_size}-{'x'.join(map(str, grid.sizes))}.h5"
+        file = data_root(path) / "rendered" / name
+        write_shapes3d(file, grid.sizes, image_size)
+        super().__init__(h5_pixels(file, "images", None, "Rendered"), grid, "Rendered")
+
+
+class RenderedTrain(Rendered):
+    """The rendered rooms as the YAML files name them."""
