@@ -1,0 +1,105 @@
+"""Learning-rate multipliers as functions of the step, for `torch.optim.lr_scheduler.LambdaLR` (LDM's schedules)."""
+
+import math
+from collections.abc import Sequence
+
+
+class _Cycles:
+    """Finds the cycle that a step lies in, for schedules made of several cycles."""
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ) -> None:
+        lengths = {len(x) for x in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}
+        if len(lengths) != 1:
+            raise ValueError(
+                "warm_up_steps, f_min, f_max, f_start and cycle_lengths must be lists of the same length, one entry"
+                f" per cycle; got {len(warm_up_steps)}, {len(f_min)}, {len(f_max)}, {len(f_start)}, {len(cycle_lengths)}"
+            )
+        self.warm_up_steps, self.f_min, self.f_max = list(warm_up_steps), list(f_min), list(f_max)
+        self.f_start, self.cycle_lengths = list(f_start), list(cycle_lengths)
+        self.verbosity_interval = verbosity_interval  # the log already shows the rate; kept for LDM's YAML files
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(cycle, step within the cycle); past the last cycle, its last step."""
+        for cycle, length in enumerate(self.cycle_lengths):
+            # A cycle's last step belongs to it, as in LDM.
+            if step <= length or cycle == len(self.cycle_lengths) - 1:
+                return cycle, min(step, int(length))
+            step -= length
+        raise AssertionError("cycle_lengths is empty")
+
+    def warm_up(self, cycle: int, step: int) -> float:
+        """The linear rise from f_start to f_max."""
+        start, high = self.f_start[cycle], self.f_max[cycle]
+        return (high - start) / self.warm_up_steps[cycle] * step + start
+
+    def decay(self, cycle: int, step: int) -> float:
+        """The multiplier after the warm-up."""
+        raise NotImplementedError
+
+    def schedule(self, step: int) -> float:
+        """The multiplier at a step."""
+        cycle, inside = self.locate(step)
+        if inside < self.warm_up_steps[cycle]:
+            return self.warm_up(cycle, inside)
+        return self.decay(cycle, inside)
+
+    def __call__(self, step: int) -> float:
+        """As `schedule`."""
+        return self.schedule(step)
+
+
+class LambdaLinearScheduler(_Cycles):
+    """Linear warm-up from f_start to f_max, then linear decay towards f_min at the end of the cycle.
+
+    As in LDM the decay is measured from the start of the cycle: right after the warm-up the multiplier is
+    f_min + (f_max − f_min) · (1 − warm_up_steps / cycle_length).
+    """
+
+    def decay(self, cycle: int, step: int) -> float:
+        """Linear in the step."""
+        low, high, length = self.f_min[cycle], self.f_max[cycle], self.cycle_lengths[cycle]
+        return low + (high - low) * (length - step) / length
+
+
+class LambdaWarmUpCosineScheduler2(_Cycles):
+    """Linear warm-up from f_start to f_max, then half a cosine to f_min, in cycles."""
+
+    def decay(self, cycle: int, step: int) -> float:
+        """Cosine over the rest of the cycle."""
+        low, high = self.f_min[cycle], self.f_max[cycle]
+        warm = self.warm_up_steps[cycle]
+        progress = min((step - warm) / (self.cycle_lengths[cycle] - warm), 1.0)
+        return low + 0.5 * (high - low) * (1 + math.cos(progress * math.pi))
+
+
+class LambdaWarmUpCosineScheduler:
+    """Linear warm-up from lr_start to lr_max, then half a cosine to lr_min: one cycle, with LDM's argument names."""
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ) -> None:
+        self._cycle = LambdaWarmUpCosineScheduler2(
+            [warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval
+        )
+
+    def schedule(self, step: int) -> float:
+        """The multiplier at a step."""
+        return self._cycle.schedule(step)
+
+    def __call__(self, step: int) -> float:
+        """As `schedule`."""
+        return self.schedule(step)

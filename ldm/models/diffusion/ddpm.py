@@ -1,0 +1,366 @@
+"""EncDiff: a latent diffusion model whose condition is the image's own concept tokens."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.models.checkpoint import load_weights
+from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
+from ldm.models.diffusion.visuals import diffusion_images
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
+from ldm.util import UserError, instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+
+class DiffusionWrapper(nn.Module):
+    """Holds the U-Net under the name that checkpoints know, `model.diffusion_model`."""
+
+    def __init__(self, unet_config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.diffusion_model = instantiate_from_config(unet_config, "model.params.unet_config")
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """x (b, c, h, w), t (b,), tokens (b, n, d) -> (b, c, h, w)."""
+        return self.diffusion_model(x, t, tokens)
+
+
+class LatentDiffusion(pl.LightningModule):
+    """Concept encoder and U-Net, trained together on the noise-prediction loss alone (paper, Eq. 3).
+
+    Args:
+        unet_config, first_stage_config, cond_stage_config: nodes with `target` and `params`; the first stage is
+            frozen. `cond_stage_config` is left out for a model without conditioning.
+        timesteps, beta_schedule, linear_start, linear_end, cosine_s, v_posterior: see `schedule.py`.
+        loss_type: l1 or l2. parameterization: eps (predict the noise) or x0.
+        original_elbo_weight, l_simple_weight: weights of the variational bound and of the simple loss.
+        learn_logvar, logvar_init: log variance per timestep that weighs the loss; learned or constant.
+        image_size, channels: of the latent.
+        first_stage_key, cond_stage_key: entries of the batch for the two encoders.
+        cond_stage_trainable: train the concept encoder with the U-Net.
+        conditioning_key: crossattn or none.
+        scale_factor: latents are multiplied by it; with `scale_by_std` it becomes 1/std of the first training batch's
+            latents, or, with `scale_factor_images` N, of N images spread over the training set.
+        use_ema, ema_decay, ema_parameters: average the weights of the `unet`, as released, or of `all` networks.
+        scheduler_config: multiplier of the learning rate by step, from `ldm.lr_scheduler`.
+        monitor: the value by which the best checkpoints are kept.
+        ckpt_path, ignore_keys: weights to start from, and prefixes of names to leave out.
+        log_every_t: distance of the intermediate results that samplers keep.
+        val_loss_every: compute the validation loss on every so-manieth batch only; the codes are not affected.
+
+    Attributes:
+        learning_rate: set by the command line from `base_learning_rate`.
+    """
+
+    learning_rate: float = 1e-4
+    betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    sqrt_alphas_cumprod: torch.Tensor
+    sqrt_one_minus_alphas_cumprod: torch.Tensor
+    sqrt_recip_alphas_cumprod: torch.Tensor
+    sqrt_recipm1_alphas_cumprod: torch.Tensor
+    lvlb_weights: torch.Tensor
+    scale_factor: torch.Tensor
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | None = None,
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        v_posterior: float = 0.0,
+        loss_type: str = "l2",
+        parameterization: str = "eps",
+        original_elbo_weight: float = 0.0,
+        l_simple_weight: float = 1.0,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+        image_size: int = 16,
+        channels: int = 3,
+        first_stage_key: str = "image",
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = True,
+        conditioning_key: str | None = "crossattn",
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        scale_factor_images: int | None = None,
+        use_ema: bool = True,
+        ema_decay: float = 0.9999,
+        ema_parameters: str = "unet",
+        scheduler_config: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        log_every_t: int = 100,
+        val_loss_every: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_choice("loss_type", loss_type, ("l1", "l2"))
+        _check_choice("parameterization", parameterization, ("eps", "x0"))
+        _check_choice("conditioning_key", conditioning_key, ("crossattn", "none", None))
+        _check_choice("ema_parameters", ema_parameters, ("unet", "all"))
+        self.conditioned = conditioning_key == "crossattn"
+        if self.conditioned and cond_stage_config is None:
+            raise UserError("model.params.cond_stage_config is missing: conditioning_key crossattn needs an encoder")
+        self.loss_type, self.parameterization = loss_type, parameterization
+        self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
+        self.image_size, self.channels = image_size, channels
+        self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
+        self.cond_stage_trainable = cond_stage_trainable
+        self.scale_by_std, self.scale_factor_images = scale_by_std, scale_factor_images
+        self.scheduler_config, self.log_every_t = scheduler_config, log_every_t
+        self.monitor, self.val_loss_every = monitor, val_loss_every
+        self.num_timesteps = timesteps
+
+        betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        for name, values in schedule_buffers(betas, v_posterior).items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        weights = torch.tensor(lvlb_weights(betas, v_posterior, parameterization), dtype=torch.float32)
+        self.register_buffer("lvlb_weights", weights, persistent=False)
+        self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+
+        self.model = DiffusionWrapper(unet_config)
+        self.learn_logvar = learn_logvar
+        logvar = torch.full((timesteps,), float(logvar_init))
+        if learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar, persistent=False)
+        self.use_ema, self.ema_parameters = use_ema, ema_parameters
+        if use_ema:
+            self.model_ema = LitEma(self.model, ema_decay)
+        self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
+        self.first_stage_model.eval().requires_grad_(False)
+        self.cond_stage_model: Any = None
+        if self.conditioned:
+            assert cond_stage_config is not None
+            self.cond_stage_model = instantiate_from_config(cond_stage_config, "model.params.cond_stage_config")
+            self.cond_stage_model.requires_grad_(cond_stage_trainable)
+            if use_ema and ema_parameters == "all":
+                self.cond_stage_model_ema = LitEma(self.cond_stage_model, ema_decay)
+        # Whether the scale factor stands: given by a checkpoint, or computed on the first batch.
+        self.scale_factor_known = not scale_by_std
+        if ckpt_path is not None:
+            load_weights(self, ckpt_path, ignore_keys)
+            self.scale_factor_known = True
+
+    def train(self, mode: bool = True) -> "LatentDiffusion":
+        """Set training mode; the first stage always stays in evaluation mode."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        return self
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Use the averaged weights inside the block; the trained ones return at its end."""
+        averaged: list[tuple[nn.Module, LitEma]] = []
+        if self.use_ema:
+            averaged.append((self.model, self.model_ema))
+            if self.ema_parameters == "all" and self.cond_stage_model is not None:
+                averaged.append((self.cond_stage_model, self.cond_stage_model_ema))
+        for module, ema in averaged:
+            ema.store(module.parameters())
+            ema.copy_to(module)
+        if context is not None:
+            log.info("%s: using the averaged weights", context)
+        try:
+            yield
+        finally:
+            for module, ema in averaged:
+                ema.restore(module.parameters())
+
+    # ---- image <-> latent, image -> tokens
+
+    def get_input(self, batch: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+        """An image of the batch, (b, h, w, c) float in [-1, 1], as (b, c, h, w)."""
+        return rearrange(batch[key], "b h w c -> b c h w").float()
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: torch.Tensor) -> torch.Tensor | DiagonalGaussianDistribution:
+        """Image (b, c, h, w) -> unscaled latent, or its posterior for the KL-regularised first stage."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoded: torch.Tensor | DiagonalGaussianDistribution) -> torch.Tensor:
+        """Result of `encode_first_stage` -> scaled latent (b, c, h, w)."""
+        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        return self.scale_factor * latent
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: torch.Tensor) -> torch.Tensor:
+        """Scaled latent (b, c, h, w) -> image (b, c, h, w)."""
+        return self.first_stage_model.decode(z / self.scale_factor)
+
+    def quantize_latent(self, z: torch.Tensor) -> torch.Tensor:
+        """Scaled latent (b, c, h, w) -> the nearest codes, scaled."""
+        return self.scale_factor * self.first_stage_model.quantize(z / self.scale_factor)[0]
+
+    def get_learned_conditioning(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> concept tokens (b, n, d)."""
+        return self.cond_stage_model(x)
+
+    # ---- diffusion
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """x_t of x_0 (b, c, h, w) at t (b,) (paper, Eq. 1)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return q_sample(x_start, t, noise, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+
+    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """The U-Net's output (b, c, h, w) for x_t, t (b,) and tokens (b, n, d)."""
+        return self.model(x_noisy, t, cond if self.conditioned else None)
+
+    def predict_eps(self, x_t: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
+        """The noise that the U-Net's output means: itself, or what turns its x_0 into x_t."""
+        if self.parameterization == "eps":
+            return model_output
+        scale, shift = self.sqrt_recip_alphas_cumprod[t], self.sqrt_recipm1_alphas_cumprod[t]
+        return (scale[:, None, None, None] * x_t - model_output) / shift[:, None, None, None]
+
+    def get_loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean l1 or l2 distance per sample, (b,)."""
+        distance = F.l1_loss if self.loss_type == "l1" else F.mse_loss
+        return distance(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+
+    def p_losses(
+        self, x_start: torch.Tensor, cond: torch.Tensor | None, t: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The noise-prediction loss (paper, Eq. 3).
+
+        Args:
+            x_start: scaled latent (b, c, h, w). cond: concept tokens (b, n, d). t: (b,).
+            noise: like x_start; drawn if not given.
+
+        Returns:
+            The loss, and its parts by name: `loss_simple`, `loss_vlb`, `loss`.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        per_sample = self.get_loss(output, noise if self.parameterization == "eps" else x_start)
+        logvar = self.logvar[t]
+        loss = self.l_simple_weight * (per_sample / logvar.exp() + logvar).mean()
+        parts = {"loss_simple": per_sample.detach().mean()}
+        if self.learn_logvar:
+            parts["loss_gamma"], parts["logvar"] = loss.detach(), self.logvar.detach().mean()
+        loss_vlb = (self.lvlb_weights[t] * per_sample).mean()
+        loss = loss + self.original_elbo_weight * loss_vlb
+        return loss, {**parts, "loss_vlb": loss_vlb.detach(), "loss": loss.detach()}
+
+    def forward(
+        self, x: torch.Tensor, image: torch.Tensor | None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss at random timesteps: scaled latent (b, c, h, w) and the image (b, c', h', w') to be encoded."""
+        cond = self.get_learned_conditioning(image) if self.conditioned and image is not None else None
+        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device, generator=generator)
+        noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+        return self.p_losses(x, cond, t, noise)
+
+    def shared_step(
+        self, batch: Mapping[str, torch.Tensor], generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Batch of images -> loss and its parts."""
+        x = self.get_input(batch, self.first_stage_key)
+        latent = self.get_first_stage_encoding(self.encode_first_stage(x))
+        image = x if self.cond_stage_key == self.first_stage_key else self.get_input(batch, self.cond_stage_key)
+        return self(latent, image, generator)
+
+    # ---- training
+
+    def on_train_batch_start(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """Set the scale factor from the first training batch, once in a model's life."""
+        if self.scale_factor_known:
+            return
+        images = batch[self.first_stage_key]
+        if self.scale_factor_images is not None:
+            images = self._images_over_the_set(self.scale_factor_images).to(images)
+        x = self.get_input({"x": images}, "x")
+        encoded = self.encode_first_stage(x)
+        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        # Rank 0's value holds for all: the model must be the same everywhere.
+        scale = self.trainer.strategy.broadcast(1.0 / latent.float().flatten().std())
+        self.scale_factor.copy_(scale.to(self.scale_factor.device))
+        self.scale_factor_known = True
+        log.info("scale_factor set to %.5f, 1/std of the latents", float(self.scale_factor))
+
+    def _images_over_the_set(self, count: int) -> torch.Tensor:
+        """`count` images (b, h, w, c) float in [-1, 1], evenly spread over the training set."""
+        dataset = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+        return torch.stack([torch.as_tensor(dataset[row][self.first_stage_key]) for row in rows])
+
+    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """One batch: the loss that Lightning differentiates."""
+        loss, parts = self.shared_step(batch)
+        size = batch[self.first_stage_key].shape[0]
+        named = {f"train/{name}": value for name, value in parts.items()}
+        self.log_dict(named, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
+        self.log("train/epoch_num", float(self.current_epoch), on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the averages, once per batch, as released."""
+        if self.use_ema:
+            self.model_ema(self.model)
+            if self.ema_parameters == "all" and self.cond_stage_model is not None:
+                self.cond_stage_model_ema(self.cond_stage_model)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """Loss with the trained and with the averaged weights, at timesteps and noise fixed by the batch's number.
+
+        The fixed draw makes validation losses comparable between epochs, and leaves training's random numbers alone.
+        """
+        if batch_idx % self.val_loss_every:
+            return
+        size = batch[self.first_stage_key].shape[0]
+
+        def losses(suffix: str) -> dict[str, torch.Tensor]:
+            generator = torch.Generator(device=self.device).manual_seed(batch_idx)
+            _, parts = self.shared_step(batch, generator)
+            return {f"val/{name}{suffix}": value for name, value in parts.items()}
+
+        named = losses("")
+        with self.ema_scope():
+            named |= losses("_ema")
+        self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the U-Net's parameters, then the encoder's, then `logvar` if it is learned: one group."""
+        parameters = list(self.model.parameters())
+        if self.conditioned and self.cond_stage_trainable:
+            parameters += list(self.cond_stage_model.parameters())
+        if self.learn_logvar:
+            parameters.append(self.logvar)
+        # The fused kernel unscales gradients itself, which Lightning cannot combine with clipping under float16.
+        scaled = getattr(self._trainer, "precision", None) == "16-mixed"
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, fused=not scaled)
+        if self.scheduler_config is None:
+            return optimizer
+        schedule = instantiate_from_config(self.scheduler_config, "model.params.scheduler_config")
+        scheduler = {"scheduler": LambdaLR(optimizer, schedule.schedule), "interval": "step", "frequency": 1}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint brings its scale factor."""
+        self.scale_factor_known = True
+
+    def log_images(self, batch: Mapping[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
+        """Pictures of what the model does: see `ldm.models.diffusion.visuals.diffusion_images`."""
+        return diffusion_images(self, batch, **options)
+
+
+def _check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"model.params.{key}: {value!r} is not one of {', '.join(map(str, choices))}")

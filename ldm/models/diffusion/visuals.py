@@ -1,0 +1,129 @@
+"""Pictures of a trained EncDiff: reconstructions, samples, denoising rows, the swap grid."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange, repeat
+
+from ldm.models.diffusion.ddim import DDIMSampler
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+def _grid(images: torch.Tensor) -> torch.Tensor:
+    """(rows, columns, c, h, w) -> one picture (1, c, rows·h, columns·w)."""
+    return rearrange(images, "r n c h w -> 1 c (r h) (n w)")
+
+
+def swap_tokens(tokens: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """Every image's tokens with one token taken from the first image, for each token in turn.
+
+    Args:
+        tokens: (b, n, d).
+        source: the image that the token is taken from.
+
+    Returns:
+        (n, b, n, d): entry (k, i) is image i with token k of the source.
+    """
+    count = tokens.shape[1]
+    swapped = repeat(tokens, "b n d -> k b n d", k=count).clone()
+    for k in range(count):
+        swapped[k, :, k] = tokens[source, k]
+    return swapped
+
+
+@torch.no_grad()
+def diffusion_images(
+    model: "LatentDiffusion",
+    batch: Mapping[str, torch.Tensor],
+    N: int = 8,
+    n_row: int = 4,
+    sample: bool = True,
+    ddim_steps: int = 200,
+    ddim_eta: float = 1.0,
+    plot_denoise_rows: bool = True,
+    plot_progressive_rows: bool = False,
+    plot_diffusion_rows: bool = False,
+    sample_swap: bool = True,
+    swap_images: int = 5,
+    inpaint: bool = False,
+    quantize_denoised: bool = False,
+    plot_ema: bool = True,
+    generator: torch.Generator | None = None,
+) -> dict[str, torch.Tensor]:
+    """What the model makes of the images of a batch.
+
+    Args:
+        batch: images (b, h, w, c) in [-1, 1]; the first `N` are used.
+        sample: sample from each image's tokens. ddim_steps, ddim_eta: of the sampler.
+        n_row: number of images shown in rows over time.
+        plot_denoise_rows: x_t on its way from noise to the sample. plot_progressive_rows: the predicted x_0 beside it.
+        plot_diffusion_rows: the forward process.
+        sample_swap: the swap grid: the first row shows `swap_images` images; in row k + 1 each is sampled from its
+            own tokens but token k, which is the first image's. All cells start from the same noise.
+        inpaint: cover the middle, and fill it in. quantize_denoised: samples with x_0 passed through the codebook.
+        plot_ema: use the averaged weights.
+        generator: source of the random numbers.
+
+    Returns:
+        Pictures (b, c, h, w) in [-1, 1] by name.
+    """
+    x = model.get_input(batch, model.first_stage_key)[:N].to(model.device)
+    source = model.get_input(batch, model.cond_stage_key)[:N].to(model.device)
+    count, n_row = len(x), min(n_row, len(x))
+    shape = (model.channels, model.image_size, model.image_size)
+    z = model.get_first_stage_encoding(model.encode_first_stage(x))
+    pictures = {"inputs": x, "reconstruction": model.decode_first_stage(z)}
+    sampler = DDIMSampler(model)
+
+    def noise(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=model.device, dtype=z.dtype)
+
+    def draw(tokens: torch.Tensor | None, size: int, **options):
+        options = {"eta": ddim_eta, "generator": generator, "log_every_t": model.log_every_t} | options
+        return sampler.sample(ddim_steps, size, shape, tokens, **options)
+
+    if plot_diffusion_rows:
+        times = torch.linspace(0, model.num_timesteps - 1, 6).long().to(model.device)
+        rows = [model.decode_first_stage(model.q_sample(z[:n_row], t.expand(n_row), noise(n_row, *shape))) for t in times]
+        pictures["diffusion_row"] = _grid(torch.stack(rows, dim=1))
+
+    was_training = model.training
+    model.eval()
+    try:
+        with model.ema_scope() if plot_ema else torch.no_grad():
+            tokens = model.get_learned_conditioning(source) if model.conditioned else None
+            if sample or plot_denoise_rows or plot_progressive_rows:
+                latents, way = draw(tokens, count)
+                pictures["samples"] = model.decode_first_stage(latents)
+                for name, key, wanted in (
+                    ("denoise_row", "x_inter", plot_denoise_rows),
+                    ("progressive_row", "pred_x0", plot_progressive_rows),
+                ):
+                    if wanted:
+                        rows = [model.decode_first_stage(step[:n_row]) for step in way[key]]
+                        pictures[name] = _grid(torch.stack(rows, dim=1))
+            if quantize_denoised:
+                pictures["samples_x0_quantized"] = model.decode_first_stage(draw(tokens, count, quantize_x0=True)[0])
+            if inpaint:
+                mask = torch.ones(count, 1, *shape[1:], device=model.device)
+                quarter = model.image_size // 4
+                mask[:, :, quarter:-quarter, quarter:-quarter] = 0
+                pictures["samples_inpainting"] = model.decode_first_stage(draw(tokens, count, mask=mask, x0=z)[0])
+            if sample_swap and tokens is not None:
+                pictures["swap"] = _swap_grid(model, x, tokens, min(swap_images, count), draw, noise(1, *shape))
+    finally:
+        model.train(was_training)
+    return pictures
+
+
+def _swap_grid(model: "LatentDiffusion", x, tokens: torch.Tensor, count: int, draw, start: torch.Tensor) -> torch.Tensor:
+    """The swap grid as one picture (1, c, (n + 1)·h, count·w)."""
+    swapped = swap_tokens(tokens[:count])
+    rows = [x[:count]]
+    for row in swapped:
+        latents, _ = draw(row, count, x_T=start.expand(count, -1, -1, -1), eta=0.0)
+        rows.append(model.decode_first_stage(latents))
+    return _grid(torch.stack(rows))

@@ -1,0 +1,124 @@
+"""What the two first-stage losses share: pixel and perceptual distance, discriminator, adaptive weight."""
+
+import torch
+from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+from torch import nn
+from torch.nn import functional as F
+
+from ldm.modules.losses.lpips import LPIPS
+
+
+def hinge_d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """½ (E max(0, 1 − D(real)) + E max(0, 1 + D(fake)))."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """½ (E softplus(−D(real)) + E softplus(D(fake)))."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+
+
+class AdversarialLoss(nn.Module):
+    """Reconstruction loss of LDM's first stage: pixels, LPIPS, PatchGAN.
+
+    Args:
+        disc_start: step from which the discriminator counts.
+        pixelloss_weight: kept for LDM's YAML files: the pixel term's weight is 1, as in LDM.
+        disc_num_layers, disc_in_channels, disc_ndf, use_actnorm: the discriminator's shape.
+        disc_factor: 0 trains without a discriminator, which then is not built.
+        disc_weight: factor on the adaptive weight.
+        perceptual_weight: weight of LPIPS, which is built only where it is above 0.
+        perceptual_weights: file with VGG16's weights; see `ldm.modules.losses.lpips`.
+        disc_conditional: must be false: this first stage has no condition.
+        disc_loss: hinge or vanilla. pixel_loss: l1 or l2.
+    """
+
+    def __init__(
+        self,
+        disc_start: int,
+        pixelloss_weight: float = 1.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        perceptual_weights: str | None = None,
+        use_actnorm: bool = False,
+        disc_conditional: bool = False,
+        disc_ndf: int = 64,
+        disc_loss: str = "hinge",
+        pixel_loss: str = "l1",
+    ) -> None:
+        super().__init__()
+        if disc_loss not in D_LOSSES:
+            raise ValueError(f"disc_loss '{disc_loss}' is unknown: choose hinge or vanilla")
+        if pixel_loss not in ("l1", "l2"):
+            raise ValueError(f"pixel_loss '{pixel_loss}' is unknown: choose l1 or l2")
+        if disc_conditional:
+            raise ValueError("disc_conditional: true is not supported: this first stage has no condition")
+        if perceptual_weight < 0 or disc_factor < 0:
+            raise ValueError(f"perceptual_weight and disc_factor must not be negative: {perceptual_weight}, {disc_factor}")
+        self.pixel_weight, self.pixel_loss = pixelloss_weight, pixel_loss
+        self.perceptual_weight = perceptual_weight
+        self.perceptual_loss = LPIPS(perceptual_weights) if perceptual_weight > 0 else None
+        self.discriminator_iter_start = disc_start
+        self.disc_factor, self.discriminator_weight = disc_factor, disc_weight
+        self.d_loss = D_LOSSES[disc_loss]
+        self.discriminator = None
+        if disc_factor > 0:
+            discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
+            self.discriminator = discriminator.apply(weights_init)
+
+    def factor(self, step: int) -> float:
+        """The discriminator's factor at a step: 0 before `disc_start`."""
+        return self.disc_factor if step >= self.discriminator_iter_start else 0.0
+
+    def reconstruction(self, inputs: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (b, c, h, w) twice -> the distance per pixel (b, c, h, w), LPIPS added, and LPIPS (b, 1, 1, 1).
+
+        Computed in float32: half precision is known to break LPIPS and the adaptive weight.
+        """
+        with torch.autocast(inputs.device.type, enabled=False):
+            x, y = inputs.float(), reconstructions.float()
+            distance = (x - y).abs() if self.pixel_loss == "l1" else (x - y).square()
+            if self.perceptual_loss is None:
+                return distance, distance.new_zeros(())
+            perceptual = self.perceptual_loss(x, y)
+            return distance + self.perceptual_weight * perceptual, perceptual
+
+    def adaptive_weight(
+        self, nll_loss: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.Tensor
+    ) -> torch.Tensor:
+        """λ = ‖∇ nll‖ / (‖∇ g‖ + 1e-4) at the decoder's last layer, clipped to [0, 1e4] (Esser et al., Eq. 7)."""
+        (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
+        (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
+        weight = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
+        return weight.clamp(0.0, 1e4).detach() * self.discriminator_weight
+
+    def adversarial_term(
+        self, nll_loss: torch.Tensor, reconstructions: torch.Tensor, last_layer: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The generator's share of the loss, and its parts by name. Without gradients the adaptive weight is 0."""
+        factor = torch.tensor(self.factor(step))
+        if self.discriminator is None:
+            return nll_loss.new_zeros(()), {"disc_factor": factor}
+        g_loss = -self.discriminator(reconstructions).float().mean()
+        weight = nll_loss.new_zeros(())
+        if torch.is_grad_enabled() and nll_loss.requires_grad:
+            weight = self.adaptive_weight(nll_loss, g_loss, last_layer)
+        parts = {"d_weight": weight, "disc_factor": factor, "g_loss": g_loss.detach()}
+        return weight * self.factor(step) * g_loss, parts
+
+    def discriminator_loss(
+        self, inputs: torch.Tensor, reconstructions: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Images (b, c, h, w) twice, detached inside -> the discriminator's loss, and its parts by name."""
+        assert self.discriminator is not None
+        real = self.discriminator(inputs.detach()).float()
+        fake = self.discriminator(reconstructions.detach()).float()
+        loss = self.factor(step) * self.d_loss(real, fake)
+        parts = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return loss, {name: value.detach() for name, value in parts.items()}

@@ -1,0 +1,42 @@
+"""Loss of the VQ-regularised first stage (Esser et al., 2021; as taming and LDM have it)."""
+
+import torch
+
+from ldm.modules.losses.adversarial import AdversarialLoss
+
+
+class VQLPIPSWithDiscriminator(AdversarialLoss):
+    """Pixels + LPIPS + codebook + PatchGAN.
+
+    Args:
+        disc_start: step from which the discriminator counts.
+        codebook_weight: weight of the codebook loss.
+        options: see `AdversarialLoss`.
+    """
+
+    def __init__(self, disc_start: int, codebook_weight: float = 1.0, **options) -> None:
+        super().__init__(disc_start, **options)
+        self.codebook_weight = codebook_weight
+
+    def generator_loss(
+        self,
+        codebook_loss: torch.Tensor,
+        inputs: torch.Tensor,
+        reconstructions: torch.Tensor,
+        step: int,
+        last_layer: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Codebook loss () and images (b, c, h, w) twice -> the autoencoder's loss, and its parts by name."""
+        distance, perceptual = self.reconstruction(inputs, reconstructions)
+        nll_loss = distance.mean()
+        adversarial, parts = self.adversarial_term(nll_loss, reconstructions, last_layer, step)
+        quant_loss = codebook_loss.mean()
+        loss = nll_loss + adversarial + self.codebook_weight * quant_loss
+        parts |= {
+            "total_loss": loss.detach(),
+            "quant_loss": quant_loss.detach(),
+            "nll_loss": nll_loss.detach(),
+            "rec_loss": nll_loss.detach(),
+            "p_loss": perceptual.detach().mean(),
+        }
+        return loss, parts
