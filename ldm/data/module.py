@@ -1,0 +1,146 @@
+"""From the configuration's `data` node to loaders."""
+
+import os
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ldm.data.images import to_unit_range
+from ldm.data.sampler import ResumableLoader, ResumableSampler, identity, quiet_generator
+from ldm.util import UserError, instantiate_from_config, plain
+
+SPLITS = ("train", "validation", "test", "predict")
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """LDM's data module: data sets from nodes with `target` and `params`.
+
+    A batch is a dict of `image` (b, h, w, c) and `idx` (b,) int64. Loaders carry uint8 images;
+    `on_after_batch_transfer` makes them float32 in [-1, 1] on the device. Float images are left alone, and so is a
+    data set of one's own that gives such dicts item by item.
+
+    Args:
+        batch_size: per process.
+        train, validation, test, predict: nodes; equal ones share one data set object.
+        wrap: accepted for LDM's configs; nothing here needs it.
+        num_workers: processes that load batches; 0 if left out, as fetching a batch from a memory map takes less than
+            handing it over from another process. Data sets that decode files one by one gain from more.
+        shuffle_test_loader, shuffle_val_dataloader: shuffle those, always in the same order.
+        use_worker_init_fn: accepted for LDM's configs; PyTorch and Lightning seed the workers.
+        val_batch_size: of validation, test and prediction; `batch_size` if left out.
+        pin_memory: True where there is a GPU, if left out.
+        seed: of the training order; that of `seed_everything` if left out, else 0.
+
+    Raises:
+        UserError: a batch size or number of workers that is none, no node at all, or what a data set raises.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        train: Any = None,
+        validation: Any = None,
+        test: Any = None,
+        predict: Any = None,
+        wrap: bool = False,
+        num_workers: int | None = None,
+        shuffle_test_loader: bool = False,
+        shuffle_val_dataloader: bool = False,
+        use_worker_init_fn: bool = False,
+        val_batch_size: int | None = None,
+        pin_memory: bool | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        num_workers = 0 if num_workers is None else num_workers
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"data.params.{key}: expected a whole number of at least {least}, got {value!r}")
+        nodes = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.nodes = {split: node for split, node in nodes.items() if node is not None}
+        if not self.nodes:
+            raise UserError(f"data.params: expected at least one of the nodes {', '.join(SPLITS)}")
+        self.batch_size, self.val_batch_size, self.num_workers = batch_size, val_batch_size, num_workers
+        self.shuffle = {"validation": shuffle_val_dataloader, "test": shuffle_test_loader, "predict": False}
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.datasets: dict[str, Dataset] = {}
+
+    def prepare_data(self) -> None:
+        """Build the data sets on one process of each machine, so that files are converted once."""
+        self._build()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the data sets on this process, once."""
+        self._build()
+
+    def _build(self) -> None:
+        for split, node in self.nodes.items():
+            if split in self.datasets:
+                continue
+            same = next((other for other in self.datasets if plain(self.nodes[other]) == plain(node)), None)
+            where = f"data.params.{split}"
+            dataset = self.datasets[same] if same else instantiate_from_config(node, where=where)
+            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+                raise UserError(f"{where}: {type(dataset).__name__} is no data set with __len__ and __getitem__")
+            if len(dataset) == 0:
+                raise UserError(f"{where}: {type(dataset).__name__} has no images")
+            self.datasets[split] = dataset
+
+    def _loader(self, split: str) -> DataLoader:
+        if split not in self.nodes:
+            raise UserError(f"data.params has no node '{split}', which is needed here; it has {', '.join(self.nodes)}")
+        self._build()
+        dataset: Any = self.datasets[split]
+        training = split == "train"
+        trainer = self.trainer
+        sampler = ResumableSampler(
+            len(dataset),
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+            shuffle=training or self.shuffle[split],
+        )
+        return (ResumableLoader if training else DataLoader)(
+            dataset,
+            batch_size=self.batch_size if training else self.val_batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=identity if hasattr(dataset, "__getitems__") else default_collate,
+            pin_memory=self.pin_memory,
+            generator=quiet_generator(self.seed),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled; the last batch of an epoch may be smaller. Goes on where an interrupted epoch was."""
+        loader = self._loader("train")
+        if isinstance(loader, ResumableLoader) and self.trainer is not None:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            loader.position = lambda: progress.current.ready
+        return loader
+
+    def val_dataloader(self) -> DataLoader | list:
+        """In grid order, every process with equally many rows."""
+        return self._loader("validation") if "validation" in self.nodes else []
+
+    def test_dataloader(self) -> DataLoader | list:
+        """In grid order, every process with equally many rows."""
+        return self._loader("test") if "test" in self.nodes else []
+
+    def predict_dataloader(self) -> DataLoader:
+        """In grid order, every process with equally many rows."""
+        return self._loader("predict")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Make uint8 images float32 in [-1, 1], on the device."""
+        if isinstance(batch, dict) and isinstance(batch.get("image"), torch.Tensor):
+            if batch["image"].dtype == torch.uint8:
+                batch = {**batch, "image": to_unit_range(batch["image"])}
+        return batch

@@ -1,0 +1,80 @@
+"""Which rows a loader fetches, in which order, on which process; and how training goes on in the middle of an epoch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+
+class ResumableSampler(Sampler[int]):
+    """A shuffled order that is a pure function of seed and epoch, dealt out to the processes in turn.
+
+    Every process gets equally many rows: the first rows of the order are repeated where the number does not divide.
+
+    Args:
+        length: number of rows of the data set.
+        seed: of the order.
+        rank, world: this process, and the number of processes.
+        shuffle: False gives the rows in order, in every epoch.
+
+    Attributes:
+        epoch: of the order; see `set_epoch`.
+        start: rows of this process that are left out at the beginning, for an epoch that goes on. `len` counts them.
+    """
+
+    def __init__(self, length: int, seed: int = 0, rank: int = 0, world: int = 1, shuffle: bool = True) -> None:
+        self.length, self.seed, self.rank, self.world, self.shuffle = length, seed, rank, world, shuffle
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; Lightning calls it at the start of each."""
+        self.epoch = epoch
+
+    def rows(self) -> np.ndarray:
+        """This process's rows of the epoch (len,), from its beginning."""
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return np.resize(order, len(self) * self.world)[self.rank :: self.world]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows()[self.start :].tolist())
+
+
+def identity(batch: Any) -> Any:
+    """The batch as the data set fetched it, in place of a collate function."""
+    return batch
+
+
+class ResumableLoader(DataLoader):
+    """A loader whose first batch is the one after `position()` batches of the epoch.
+
+    Lightning (2.6) restores its counters on a resume in the middle of an epoch and starts the loader anew, which
+    repeats the first batches. It asks for the iterator before it has settled on epoch and batch, so the position is
+    read when the first batch is wanted. `len` stays that of the whole epoch, as Lightning's counters expect.
+    """
+
+    position: Callable[[], int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if isinstance(self.sampler, ResumableSampler) and self.position is not None:
+            self.sampler.start = self.position() * (self.batch_size or 1)
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the trainer's counters say where an epoch goes on. Tells Lightning that the loader can resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
+
+def quiet_generator(seed: int) -> torch.Generator:
+    """A generator for a loader, so that making an iterator does not draw from the global random state."""
+    return torch.Generator().manual_seed(seed)
