@@ -68,7 +68,7 @@ class DDIMSampler:
             return torch.randn((batch_size, *shape), generator=generator, device=device, dtype=dtype)
 
         steps = ddim_timesteps(S, self.model.num_timesteps)
-        coefficients = ddim_coefficients(alphas_cumprod.double().cpu().numpy(), steps, eta)
+        coefficients = ddim_coefficients(alphas_cumprod.cpu().double().numpy(), steps, eta)
         alphas, alphas_prev, sigmas = (torch.from_numpy(c).to(device, dtype) for c in coefficients)
 
         x = noise() if x_T is None else x_T

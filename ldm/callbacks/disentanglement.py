@@ -1,0 +1,211 @@
+"""Scores for disentanglement at validation: where the model meets the metrics."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from ldm.factors import FactorGrid
+from ldm.metrics.evaluate import HEADLINES, check_settings, evaluate
+from ldm.util import UserError, plain
+
+log = logging.getLogger(__name__)
+WHERE = "lightning.callbacks.disentanglement.params"
+
+
+class DisentanglementCallback(Callback):
+    """Encodes the validation set into scalars and scores them against its factor grid.
+
+    Codes are collected batch by batch over the whole set, also over several processes, and put into grid order by the
+    batch's `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, and as a table into the log.
+
+    Args:
+        metrics: names from `ldm.metrics.evaluate`; an empty list turns scoring off.
+        settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
+        every_n_validations: score in every so-manieth validation.
+        weights: `live`, as released, or `ema`.
+        seed: of the metrics' random states.
+        logdir: directory under which `metrics/` is made; the trainer's `default_root_dir` if left out.
+    """
+
+    def __init__(
+        self,
+        metrics: Iterable[str] = ("beta_vae", "factor_vae", "dci", "mig"),
+        settings: Mapping[str, Any] | None = None,
+        every_n_validations: int = 1,
+        weights: str = "live",
+        seed: int = 0,
+        logdir: str | None = None,
+    ) -> None:
+        if weights not in ("live", "ema"):
+            raise UserError(f"{WHERE}.weights: '{weights}' is neither live nor ema")
+        if every_n_validations < 1:
+            raise UserError(f"{WHERE}.every_n_validations: expected at least 1, got {every_n_validations}")
+        self.metrics, self.settings = tuple(metrics), plain(settings) or {}
+        self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
+        self.logdir = logdir
+        self.grid: FactorGrid | None = None
+        self._validations = 0
+        self._codes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            if self.metrics:
+                check_settings(self.metrics, self.settings)
+        except ValueError as error:
+            raise UserError(f"{WHERE}: {error}") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of validations so far, so that a resumed run scores in the same rhythm."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._validations = state_dict["validations"]
+
+    # ---- before anything is trained
+
+    def check(self, datasets: Mapping[str, Any], model: Any, limit_val_batches: Any = None) -> None:
+        """Refuse what could not be scored, before anything is trained.
+
+        Args:
+            datasets: by split, as of `DataModuleFromConfig`.
+            model: the Lightning module.
+            limit_val_batches: the trainer's setting.
+
+        Raises:
+            UserError: no concept encoder, no validation set, no factor grid, or a limit on the validation batches.
+        """
+        if not self.metrics:
+            return
+        off = f"set {WHERE}.metrics=[] to train without scores"
+        if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
+            raise UserError(
+                f"{type(model).__name__} has no concept encoder to score: train it with main.py, or {off}"
+            )
+        dataset = datasets.get("validation")
+        if dataset is None:
+            raise UserError(f"scores need a validation set: give data.params.validation, or {off}")
+        self.grid = getattr(dataset, "grid", None)
+        if self.grid is None:
+            raise UserError(f"data.params.validation ({type(dataset).__name__}) has no factor grid to score against: {off}")
+        if limit_val_batches not in (None, 1.0) or isinstance(limit_val_batches, int):
+            raise UserError(
+                f"limit_val_batches is {limit_val_batches}: scores of part of the codes would mean nothing."
+                f" Leave it out (model.params.val_loss_every=N saves time instead), or {off}"
+            )
+        try:
+            check_settings(self.metrics, self.settings, self.grid)
+        except ValueError as error:
+            raise UserError(f"{WHERE}: {error}") from error
+
+    # ---- at validation
+
+    def _scoring(self, trainer: pl.Trainer) -> bool:
+        due = self._validations % self.every_n_validations == 0
+        return bool(self.metrics) and self.grid is not None and not trainer.sanity_checking and due
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what an interrupted validation left."""
+        self._codes = []
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Encode the batch's images."""
+        if not self._scoring(trainer):
+            return
+        model: Any = pl_module
+        with model.ema_scope() if self.weights == "ema" else nullcontext():
+            scalars = model.cond_stage_model.encoding(model.get_input(batch, model.cond_stage_key))
+        self._codes.append((batch["idx"], scalars.float()))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the codes into grid order, score them on the first process, and log the scores on all."""
+        if trainer.sanity_checking:
+            return
+        scoring = self._scoring(trainer)
+        self._validations += 1
+        if not scoring:
+            return
+        assert self.grid is not None
+        codes = self._gather(pl_module, len(self.grid))
+        scores: dict[str, dict[str, float]] = {}
+        if trainer.is_global_zero:
+            log.info("scoring %d codes: %s", len(codes), ", ".join(self.metrics))
+            scores = evaluate(codes, self.grid, self.metrics, self.settings, self.seed)
+            self._write(trainer, scores)
+            log.info("scores at step %d\n%s", trainer.global_step, score_table(scores, self.grid, self.settings))
+        scores = trainer.strategy.broadcast(scores)
+        for metric, entries in scores.items():
+            for entry, value in entries.items():
+                headline = HEADLINES.get(metric) == entry
+                name = f"val/{metric}" if headline else f"val/{metric}_{entry}"
+                pl_module.log(name, float(value), prog_bar=headline)
+
+    def _gather(self, pl_module: pl.LightningModule, rows: int) -> np.ndarray:
+        """Codes (rows, n) float32 in grid order, from all processes.
+
+        Raises:
+            UserError: some rows were not validated.
+        """
+        index = torch.cat([idx for idx, _ in self._codes])
+        values = torch.cat([scalars for _, scalars in self._codes])
+        self._codes = []
+        index = pl_module.all_gather(index).reshape(-1).cpu().numpy()
+        values = pl_module.all_gather(values).reshape(-1, values.shape[-1]).cpu().numpy()
+        codes = np.full((rows, values.shape[-1]), np.nan, dtype=np.float32)
+        codes[index] = values
+        seen = np.zeros(rows, dtype=bool)
+        seen[index] = True
+        if not seen.all():
+            raise UserError(
+                f"{int((~seen).sum())} of the {rows} rows of the grid were not validated: scores need them all"
+                " (is limit_val_batches set, or does the validation loader leave images out?)"
+            )
+        return codes
+
+    def _write(self, trainer: pl.Trainer, scores: Mapping[str, Any]) -> None:
+        assert self.grid is not None
+        folder = Path(self.logdir or trainer.default_root_dir) / "metrics"
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "factors": dict(zip(self.grid.names, self.grid.sizes, strict=True)),
+            "weights": self.weights,
+            "random_state": self.seed,
+            "settings": check_settings(self.metrics, self.settings, self.grid),
+            "scores": scores,
+        }
+        path = folder / f"{trainer.global_step:06}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1, default=float) + "\n")
+        os.replace(part, path)
+
+
+def score_table(scores: Mapping[str, Mapping[str, float]], grid: FactorGrid, settings: Mapping[str, Any]) -> str:
+    """Scores as text: a line per entry, the grid and the sample counts below."""
+    lines = [
+        f"  {metric:<12}{entry:<24}{value:.4f}" for metric, entries in scores.items() for entry, value in entries.items()
+    ]
+    resolved = check_settings(list(scores), settings, grid)
+    counts = [
+        f"{metric} {values['num_train']:,}" + (f"/{values['num_test' if metric == 'dci' else 'num_eval']:,}")
+        for metric, values in resolved.items()
+        if "num_train" in values and ("num_test" in values or "num_eval" in values)
+    ]
+    return "\n".join([*lines, f"  grid: {grid.describe()} = {len(grid):,} images; samples: {', '.join(counts)}"])

@@ -1,0 +1,129 @@
+"""Pictures of a fixed batch, while training goes on."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+from torchvision.utils import make_grid
+
+from ldm.data.images import to_unit_range
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+
+class ImageLogger(Callback):
+    """Calls the model's `log_images` on the same images every time, and saves the pictures.
+
+    Images are taken at even distances from the validation set, or the training set if there is none. Random numbers
+    are fixed, and training's are left alone.
+
+    Args:
+        batch_frequency: steps between pictures.
+        max_images: images in the batch.
+        clamp: cut pictures to [-1, 1]. rescale: map [-1, 1] to [0, 1].
+        increase_log_steps: also at steps 1, 2, 4, 8, … below `batch_frequency`.
+        log_first_step: also before the first step. log_last_step: also at the end of training.
+        disabled: no pictures.
+        log_images_kwargs: handed to the model's `log_images`.
+        logdir: directory under which `images/` is made; the trainer's `default_root_dir` if left out.
+        seed: of the random numbers.
+    """
+
+    def __init__(
+        self,
+        batch_frequency: int,
+        max_images: int = 8,
+        clamp: bool = True,
+        increase_log_steps: bool = True,
+        rescale: bool = True,
+        disabled: bool = False,
+        log_first_step: bool = False,
+        log_last_step: bool = True,
+        log_images_kwargs: dict[str, Any] | None = None,
+        logdir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if batch_frequency < 1 or max_images < 1:
+            raise UserError(
+                "lightning.callbacks.image_logger.params: batch_frequency and max_images must be at least 1,"
+                f" got {batch_frequency} and {max_images}"
+            )
+        self.batch_frequency, self.max_images = batch_frequency, max_images
+        self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
+        self.log_first_step, self.log_last_step = log_first_step, log_last_step
+        self.log_images_kwargs = dict(log_images_kwargs or {})
+        self.logdir, self.seed = logdir, seed
+        self.early = {2**n for n in range(int(np.log2(batch_frequency)) + 1)} if increase_log_steps else set()
+        self._logged: int | None = None
+        self._batch: dict[str, torch.Tensor] | None = None
+
+    def _fixed_batch(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        """The images (b, h, w, c) in [-1, 1], chosen once."""
+        if self._batch is None:
+            datasets = getattr(trainer.datamodule, "datasets", {})  # type: ignore[attr-defined]
+            dataset = datasets.get("validation") or datasets.get("train")
+            if dataset is None:
+                loader = trainer.val_dataloaders or trainer.train_dataloader
+                dataset = loader.dataset  # type: ignore[union-attr]
+            count = min(self.max_images, len(dataset))
+            items = [dataset[int(row)] for row in np.linspace(0, len(dataset) - 1, count).round()]
+            self._batch = {key: torch.stack([torch.as_tensor(i[key]) for i in items]) for key in items[0]}
+            if self._batch["image"].dtype == torch.uint8:
+                self._batch["image"] = to_unit_range(self._batch["image"])
+        return self._batch
+
+    def log_pictures(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str = "train") -> None:
+        """Make and save the pictures, once per step."""
+        step = trainer.global_step
+        if self.disabled or self._logged == step or not hasattr(pl_module, "log_images"):
+            return
+        self._logged = step
+        if not trainer.is_global_zero:
+            return
+        batch = {key: value.to(pl_module.device) for key, value in self._fixed_batch(trainer).items()}
+        was_training = pl_module.training
+        pl_module.eval()
+        device = pl_module.device
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            with trainer.precision_plugin.forward_context():
+                pictures = pl_module.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
+        pl_module.train(was_training)
+        for name, images in pictures.items():
+            self._save(trainer, split, name, images.detach().float().cpu(), step)
+
+    def _save(self, trainer: pl.Trainer, split: str, name: str, images: torch.Tensor, step: int) -> None:
+        images = images.clamp(-1.0, 1.0) if self.clamp else images
+        images = (images + 1.0) / 2.0 if self.rescale else images
+        grid = make_grid(images, nrow=4)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image(f"{split}/{name}", grid, global_step=step)
+        folder = Path(self.logdir or trainer.default_root_dir) / "images" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{name}_gs-{step:06}_e-{trainer.current_epoch:06}.png")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pictures before the first step, if asked for."""
+        if self.log_first_step and trainer.global_step == 0:
+            self.log_pictures(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Pictures at the configured steps."""
+        step = trainer.global_step
+        if step > 0 and (step % self.batch_frequency == 0 or step in self.early):
+            self.log_pictures(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pictures of the trained model."""
+        if self.log_last_step and trainer.global_step > 0:
+            self.log_pictures(trainer, pl_module)

@@ -1,0 +1,34 @@
+"""The log directory: made when training starts, with the configuration that was used."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback
+
+
+class SetupCallback(Callback):
+    """Makes the log directory and saves the configuration in it.
+
+    Nothing is written before training starts, so that a mistake leaves no empty directory behind.
+
+    Args:
+        logdir: the run's directory.
+        now: time stamp of this start; a resumed run has several.
+        config: everything but the `lightning` section.
+        lightning_config: the `lightning` section.
+    """
+
+    def __init__(self, logdir: str | Path, now: str, config: DictConfig, lightning_config: DictConfig) -> None:
+        self.logdir, self.now = Path(logdir), now
+        self.config, self.lightning_config = config, lightning_config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the directories and save the configuration, on the first process."""
+        if trainer.is_global_zero:
+            for name in ("checkpoints", "configs"):
+                (self.logdir / name).mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, self.logdir / "configs" / f"{self.now}-project.yaml")
+            lightning = OmegaConf.create({"lightning": self.lightning_config})
+            OmegaConf.save(lightning, self.logdir / "configs" / f"{self.now}-lightning.yaml")
+        trainer.strategy.barrier()

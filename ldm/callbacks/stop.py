@@ -1,0 +1,170 @@
+"""Stopping and going on: signals, random state, the last validation."""
+
+import logging
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, and its state was saved.
+
+    Args:
+        signum: the signal.
+        checkpoint: what was saved; None if there was nothing to save yet.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path | None) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum, self.checkpoint = signum, checkpoint
+
+
+class StopCallback(Callback):
+    """Stops at the end of the batch on SIGINT or SIGTERM, saving `last.ckpt`; saves and goes on at SIGUSR1.
+
+    A second SIGINT stops at once. Where `max_steps` ends training within an epoch, it is validated and saved there.
+
+    Args:
+        checkpoint: the file to save.
+    """
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.checkpoint = Path(checkpoint)
+        self._stop: int | None = None
+        self._save = False
+        self._old: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over; only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGINT", "SIGTERM"):
+            number = getattr(signal, name)
+            self._old[number] = signal.signal(number, self._on_stop)
+        if hasattr(signal, "SIGUSR1"):
+            self._old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
+
+    def _on_stop(self, signum: int, frame: Any) -> None:
+        if self._stop is not None:
+            raise KeyboardInterrupt
+        self._stop = signum
+        log.warning("%s: stopping after this batch; once more to stop at once", signal.Signals(signum).name)
+
+    def _on_save(self, signum: int, frame: Any) -> None:
+        self._save = True
+
+    def _save_checkpoint(self, trainer: pl.Trainer) -> None:
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(self.checkpoint)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        saved = None
+        if trainer.global_step > 0:
+            self._save_checkpoint(trainer)
+            saved = self.checkpoint
+        raise Interrupted(self._stop or signal.SIGINT, saved)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop or save, if a signal asked for it."""
+        if self._stop is not None:
+            self._end(trainer)
+        if self._save:
+            self._save = False
+            self._save_checkpoint(trainer)
+            log.info("saved %s", self.checkpoint)
+        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+            # Lightning ends here without validation; asked to stop, it validates first.
+            trainer.should_stop = True
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop within validation too: no weights are changing."""
+        if self._stop is not None:
+            self._end(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+
+class RandomStateCallback(Callback):
+    """Keeps every process's random state in checkpoints, and makes processes differ.
+
+    All processes are seeded alike, so that they build the same model; from the start of training on, each draws its own
+    timesteps and noise. On a resume the saved state is set right before the first batch.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._restored: list[dict[str, Any]] | None = None
+
+    @staticmethod
+    def _state() -> dict[str, Any]:
+        kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the global state is what is saved
+        version, internal, gauss = random.getstate()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            # Plain tensors and numbers: a checkpoint must load without unpickling objects.
+            "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *map(float, rest)],
+            "python": [version, list(internal), gauss],
+        }
+
+    @staticmethod
+    def _set(state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"].cpu())
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        numpy_state = (kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state of every process."""
+        states: list[Any] = [self._state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, self._state())
+        return {"processes": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the saved state until the first batch."""
+        self._restored = state_dict["processes"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the processes of a fresh run differ."""
+        if self._restored is None and trainer.global_rank > 0:
+            torch.manual_seed(self.seed + trainer.global_rank)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the saved state, once."""
+        if self._restored is None:
+            return
+        if trainer.world_size == len(self._restored):
+            self._set(self._restored[trainer.global_rank])
+        else:
+            log.warning(
+                "the checkpoint holds the random state of %d processes, this run has %d: a new one is drawn",
+                len(self._restored),
+                trainer.world_size,
+            )
+            torch.manual_seed(self.seed + trainer.global_step * trainer.world_size + trainer.global_rank)
+        self._restored = None
