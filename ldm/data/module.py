@@ -72,6 +72,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.datasets: dict[str, Dataset] = {}
+        # In grid order, every process with equally many rows.
+        for split, loader in (("validation", "val"), ("test", "test"), ("predict", "predict")):
+            if split in self.nodes:
+                setattr(self, f"{loader}_dataloader", getattr(self, f"_{loader}_dataloader"))
 
     def prepare_data(self) -> None:
         """Build the data sets on one process of each machine, so that files are converted once."""
@@ -122,20 +126,36 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """Shuffled; the last batch of an epoch may be smaller. Goes on where an interrupted epoch was."""
         loader = self._loader("train")
         if isinstance(loader, ResumableLoader) and self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            loader.position = lambda: progress.current.ready
+            loader.position = self._position
         return loader
 
-    def val_dataloader(self) -> DataLoader | list:
-        """In grid order, every process with equally many rows."""
-        return self._loader("validation") if "validation" in self.nodes else []
+    def _position(self) -> tuple[int, int]:
+        """Epoch of the training order and number of its batches that are done, by the trainer's counters.
 
-    def test_dataloader(self) -> DataLoader | list:
-        """In grid order, every process with equally many rows."""
-        return self._loader("test") if "test" in self.nodes else []
+        Lightning counts an epoch that `max_steps` cuts short as a whole one, so its epoch number is not that of the
+        order; the number of all batches is. Where the two disagree on the place within the epoch (another batch size
+        or number of processes than before), Lightning's counts.
+        """
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        current, total = loop.epoch_loop.batch_progress.current, loop.epoch_loop.batch_progress.total
+        per_epoch = int(loop.max_batches)
+        if current.completed >= per_epoch:
+            # Resumed at the end of an epoch, Lightning may ask for one batch more before it begins the next one.
+            return self.trainer.current_epoch, len(self.datasets["train"])  # type: ignore[arg-type]
+        if (total.completed - current.completed) % per_epoch == 0:
+            return divmod(total.completed, per_epoch)
+        return self.trainer.current_epoch, current.completed
 
-    def predict_dataloader(self) -> DataLoader:
-        """In grid order, every process with equally many rows."""
+    # The next three become `val_dataloader`, … where there is such a node, as Lightning asks by the method's presence.
+
+    def _val_dataloader(self) -> DataLoader:
+        return self._loader("validation")
+
+    def _test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def _predict_dataloader(self) -> DataLoader:
         return self._loader("predict")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

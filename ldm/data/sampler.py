@@ -53,18 +53,23 @@ def identity(batch: Any) -> Any:
 
 
 class ResumableLoader(DataLoader):
-    """A loader whose first batch is the one after `position()` batches of the epoch.
+    """A loader that asks where in which epoch to go on.
 
     Lightning (2.6) restores its counters on a resume in the middle of an epoch and starts the loader anew, which
-    repeats the first batches. It asks for the iterator before it has settled on epoch and batch, so the position is
-    read when the first batch is wanted. `len` stays that of the whole epoch, as Lightning's counters expect.
+    repeats the first batches. It also asks for the iterator before it has settled on epoch and batch, so `position` is
+    called when the first batch is wanted. `len` stays that of the whole epoch, as Lightning's counters expect.
+
+    Attributes:
+        position: gives the epoch, and the number of its batches that are done; None starts at the beginning.
     """
 
-    position: Callable[[], int] | None = None
+    position: Callable[[], tuple[int, int]] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if isinstance(self.sampler, ResumableSampler) and self.position is not None:
-            self.sampler.start = self.position() * (self.batch_size or 1)
+            epoch, done = self.position()
+            self.sampler.set_epoch(epoch)
+            self.sampler.start = done * (self.batch_size or 1)
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
