@@ -49,7 +49,7 @@ class FactorGrid:
         return np.ravel_multi_index(tuple(np.asarray(factors, dtype=np.int64).T), self.sizes).astype(np.int64)
 
     def sample(self, size: int, random_state: np.random.RandomState) -> np.ndarray:
-        """Factor values (size, k) int64, drawn factor by factor as disentanglement_lib's `SplitDiscreteStateSpace` does.
+        """Factor values (size, k) int64, drawn factor by factor, as disentanglement_lib draws them.
 
         The order of the draws matters: with the same seed the metrics see the points that the original's see.
         """

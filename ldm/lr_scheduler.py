@@ -16,11 +16,11 @@ class _Cycles:
         cycle_lengths: Sequence[int],
         verbosity_interval: int = 0,
     ) -> None:
-        lengths = {len(x) for x in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}
-        if len(lengths) != 1:
+        lengths = [len(x) for x in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)]
+        if len(set(lengths)) != 1 or not lengths[0]:
             raise ValueError(
                 "warm_up_steps, f_min, f_max, f_start and cycle_lengths must be lists of the same length, one entry"
-                f" per cycle; got {len(warm_up_steps)}, {len(f_min)}, {len(f_max)}, {len(f_start)}, {len(cycle_lengths)}"
+                f" per cycle; they have {lengths} entries"
             )
         self.warm_up_steps, self.f_min, self.f_max = list(warm_up_steps), list(f_min), list(f_max)
         self.f_start, self.cycle_lengths = list(f_start), list(cycle_lengths)

@@ -125,7 +125,12 @@ def instantiate_from_config(config: Any, where: str = "config", **extra: Any) ->
     params = config.get("params") or {}
     params = {str(key): params[key] for key in params}
     check_keys(cls, params, f"{where}.params")
-    return cls(**params, **extra)
+    try:
+        return cls(**params, **extra)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} ({cls.__name__}): {error}") from error
 
 
 def plain(config: Any) -> Any:

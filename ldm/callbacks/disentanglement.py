@@ -86,15 +86,14 @@ class DisentanglementCallback(Callback):
             return
         off = f"set {WHERE}.metrics=[] to train without scores"
         if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
-            raise UserError(
-                f"{type(model).__name__} has no concept encoder to score: train it with main.py, or {off}"
-            )
+            raise UserError(f"{type(model).__name__} has no concept encoder to score: train it with main.py, or {off}")
         dataset = datasets.get("validation")
         if dataset is None:
             raise UserError(f"scores need a validation set: give data.params.validation, or {off}")
         self.grid = getattr(dataset, "grid", None)
         if self.grid is None:
-            raise UserError(f"data.params.validation ({type(dataset).__name__}) has no factor grid to score against: {off}")
+            kind = type(dataset).__name__
+            raise UserError(f"data.params.validation ({kind}) has no factor grid to score against: {off}")
         if limit_val_batches not in (None, 1.0) or isinstance(limit_val_batches, int):
             raise UserError(
                 f"limit_val_batches is {limit_val_batches}: scores of part of the codes would mean nothing."
@@ -199,13 +198,12 @@ class DisentanglementCallback(Callback):
 
 def score_table(scores: Mapping[str, Mapping[str, float]], grid: FactorGrid, settings: Mapping[str, Any]) -> str:
     """Scores as text: a line per entry, the grid and the sample counts below."""
-    lines = [
-        f"  {metric:<12}{entry:<24}{value:.4f}" for metric, entries in scores.items() for entry, value in entries.items()
-    ]
+    lines = []
+    for metric, entries in scores.items():
+        lines += [f"  {metric:<12}{entry:<24}{value:.4f}" for entry, value in entries.items()]
     resolved = check_settings(list(scores), settings, grid)
-    counts = [
-        f"{metric} {values['num_train']:,}" + (f"/{values['num_test' if metric == 'dci' else 'num_eval']:,}")
-        for metric, values in resolved.items()
-        if "num_train" in values and ("num_test" in values or "num_eval" in values)
-    ]
+    counts = []
+    for metric, values in resolved.items():
+        second = values.get("num_test", values.get("num_eval"))
+        counts.append(f"{metric} {values['num_train']:,}" + (f"/{second:,}" if second else ""))
     return "\n".join([*lines, f"  grid: {grid.describe()} = {len(grid):,} images; samples: {', '.join(counts)}"])

@@ -129,6 +129,8 @@ class FirstStage(pl.LightningModule):
             schedulers = self.lr_schedulers() or []
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 scheduler.step()
+        if self.use_ema:
+            self.model_ema(self)
         named = {f"train/{name}": value for name, value in parts.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=x.shape[0])
         self.log("train/loss", parts["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
@@ -141,8 +143,8 @@ class FirstStage(pl.LightningModule):
         """Clip, step and clear one optimiser.
 
         Lightning's `global_step` counts the steps of wrapped optimisers. Only the autoencoder's is to count: a step is
-        one group of batches, whatever the number of optimisers. The discriminator's goes to the strategy directly, where
-        precision is handled as always.
+        one group of batches, whatever the number of optimisers. The discriminator's goes to the strategy directly,
+        where precision is handled as always.
         """
         inner = optimizer.optimizer
         if self.gradient_clip_val:
@@ -156,11 +158,6 @@ class FirstStage(pl.LightningModule):
             self.trainer.strategy.optimizer_step(inner, closure=lambda: None)
         optimizer.zero_grad()
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the averages."""
-        if self.use_ema:
-            self.model_ema(self)
-
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Use the averaged weights inside the block, if there are any."""
@@ -173,16 +170,23 @@ class FirstStage(pl.LightningModule):
             if self.use_ema:
                 self.model_ema.restore(self.parameters())
 
-    @torch.no_grad()
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Losses of both parts, and the mean squared error of images in [0, 1]."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """As validation, logged as `test/…`."""
+        self._evaluate(batch, batch_idx, "test")
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
         if batch_idx % self.val_loss_every:
             return
         x = self.get_input(batch, self.image_key)
-        self._validate(x, "val")
+        self._validate(x, split)
         if self.use_ema:
             with self.ema_scope():
-                self._validate(x, "val_ema")
+                self._validate(x, f"{split}_ema")
 
     def _validate(self, x: torch.Tensor, split: str) -> None:
         reconstruction, extra = self.reconstruct(x)

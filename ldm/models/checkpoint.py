@@ -22,7 +22,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"ckpt_path: there is no file '{path}': give the path of a checkpoint (…/checkpoints/last.ckpt)")
+        raise UserError(f"ckpt_path: there is no file '{path}': give a checkpoint's path (…/checkpoints/last.ckpt)")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -37,7 +37,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"ckpt_path: '{path}' holds no state dict: expected a checkpoint written by this project or LDM")
+        raise UserError(f"ckpt_path: '{path}' holds no state dict: expected a checkpoint of this project or of LDM")
     return state
 
 
@@ -60,7 +60,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         name = wrong[0]
         raise UserError(
             f"ckpt_path: '{path}' holds {name} of shape {tuple(state[name].shape)}, this model needs"
-            f" {tuple(own[name].shape)} ({len(wrong)} weights differ in shape): use the configuration it was trained with"
+            f" {tuple(own[name].shape)} ({len(wrong)} weights differ): use the configuration it was trained with"
         )
     # Losses and averages are not needed to use a model.
     optional = ("loss.", "model_ema.", "cond_stage_model_ema.", "logvar", *ignore_keys)

@@ -139,7 +139,7 @@ class LatentDiffusion(pl.LightningModule):
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self.use_ema, self.ema_parameters = use_ema, ema_parameters
+        self.use_ema, self.ema_parameters, self._averaged = use_ema, ema_parameters, False
         if use_ema:
             self.model_ema = LitEma(self.model, ema_decay)
         self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
@@ -309,18 +309,41 @@ class LatentDiffusion(pl.LightningModule):
         self.log("train/epoch_num", float(self.current_epoch), on_step=False, on_epoch=True, batch_size=size)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the averages, once per batch, as released."""
+    def _update_ema(self) -> None:
         if self.use_ema:
             self.model_ema(self.model)
             if self.ema_parameters == "all" and self.cond_stage_model is not None:
                 self.cond_stage_model_ema(self.cond_stage_model)
 
-    @torch.no_grad()
-    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Loss with the trained and with the averaged weights, at timesteps and noise fixed by the batch's number.
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then update the averages.
 
-        The fixed draw makes validation losses comparable between epochs, and leaves training's random numbers alone.
+        Not in `on_train_batch_end`, where LDM does it: Lightning saves checkpoints right before that hook, and a
+        resumed run would miss an update.
+        """
+        super().optimizer_step(*args, **kwargs)
+        self._update_ema()
+        self._averaged = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the averages also after batches without a step (accumulation): once per batch, as released."""
+        if not self._averaged:
+            self._update_ema()
+        self._averaged = False
+
+    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """Losses with the trained and with the averaged weights, as `val/loss_simple` and `val/loss_simple_ema`."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """As validation, logged as `test/…`."""
+        self._evaluate(batch, batch_idx, "test")
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
+        """Losses at timesteps and noise fixed by the batch's number.
+
+        The fixed draw makes losses comparable between epochs, and leaves training's random numbers alone.
         """
         if batch_idx % self.val_loss_every:
             return
@@ -329,7 +352,7 @@ class LatentDiffusion(pl.LightningModule):
         def losses(suffix: str) -> dict[str, torch.Tensor]:
             generator = torch.Generator(device=self.device).manual_seed(batch_idx)
             _, parts = self.shared_step(batch, generator)
-            return {f"val/{name}{suffix}": value for name, value in parts.items()}
+            return {f"{split}/{name}{suffix}": value for name, value in parts.items()}
 
         named = losses("")
         with self.ema_scope():

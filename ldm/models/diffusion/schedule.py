@@ -115,7 +115,8 @@ def ddim_timesteps(num_steps: int, num_timesteps: int, method: str = "uniform") 
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"the number of DDIM steps must lie between 1 and {num_timesteps}, got {num_steps}")
     if method == "quad":
-        return np.minimum((np.linspace(0, np.sqrt(num_timesteps * 0.8), num_steps) ** 2).astype(int) + 1, num_timesteps - 1)
+        roots = np.linspace(0, np.sqrt(num_timesteps * 0.8), num_steps)
+        return np.minimum((roots**2).astype(int) + 1, num_timesteps - 1)
     if method != "uniform":
         raise ValueError(f"unknown DDIM discretisation '{method}': choose uniform or quad")
     stride = num_timesteps // num_steps

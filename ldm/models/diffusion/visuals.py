@@ -1,7 +1,7 @@
 """Pictures of a trained EncDiff: reconstructions, samples, denoising rows, the swap grid."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange, repeat
@@ -87,7 +87,8 @@ def diffusion_images(
 
     if plot_diffusion_rows:
         times = torch.linspace(0, model.num_timesteps - 1, 6).long().to(model.device)
-        rows = [model.decode_first_stage(model.q_sample(z[:n_row], t.expand(n_row), noise(n_row, *shape))) for t in times]
+        steps = [model.q_sample(z[:n_row], t.expand(n_row), noise(n_row, *shape)) for t in times]
+        rows = [model.decode_first_stage(step) for step in steps]
         pictures["diffusion_row"] = _grid(torch.stack(rows, dim=1))
 
     was_training = model.training
@@ -119,7 +120,9 @@ def diffusion_images(
     return pictures
 
 
-def _swap_grid(model: "LatentDiffusion", x, tokens: torch.Tensor, count: int, draw, start: torch.Tensor) -> torch.Tensor:
+def _swap_grid(
+    model: "LatentDiffusion", x: torch.Tensor, tokens: torch.Tensor, count: int, draw: Any, start: torch.Tensor
+) -> torch.Tensor:
     """The swap grid as one picture (1, c, (n + 1)·h, count·w)."""
     swapped = swap_tokens(tokens[:count])
     rows = [x[:count]]

@@ -1,6 +1,7 @@
 """Convolutional encoder and decoder of the first stage (LDM's, without timestep embedding)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -95,7 +96,7 @@ class _Level(nn.Module):
 
     def __init__(self, widths: Sequence[int], attention: bool, dropout: float) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in pairs)
         self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs) if attention else nn.ModuleList()
 

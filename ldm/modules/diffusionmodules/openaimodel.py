@@ -236,9 +236,7 @@ class UNetModel(nn.Module):
             )
         return context
 
-    def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """Predict the noise in a noisy latent.
 
         Args:

@@ -39,12 +39,12 @@ class Encoder4(nn.Module):
         image_size: size of the image in pixels, a multiple of 16.
     """
 
-    def __init__(
-        self, d: int, context_dim: int, latent_unit: int, num_channels: int = 3, image_size: int = 64
-    ) -> None:
+    def __init__(self, d: int, context_dim: int, latent_unit: int, num_channels: int = 3, image_size: int = 64) -> None:
         super().__init__()
         if image_size < 16 or image_size % 16:
-            raise ValueError(f"Encoder4 halves the image four times: image_size must be a multiple of 16, got {image_size}")
+            raise ValueError(
+                f"Encoder4 halves images four times: image_size must be a multiple of 16, got {image_size}"
+            )
         self.latent_unit, self.context_dim = latent_unit, context_dim
         self.num_channels, self.image_size = num_channels, image_size
         self.encoder = nn.Sequential(

@@ -60,7 +60,8 @@ class AdversarialLoss(nn.Module):
         if disc_conditional:
             raise ValueError("disc_conditional: true is not supported: this first stage has no condition")
         if perceptual_weight < 0 or disc_factor < 0:
-            raise ValueError(f"perceptual_weight and disc_factor must not be negative: {perceptual_weight}, {disc_factor}")
+            found = f"{perceptual_weight} and {disc_factor}"
+            raise ValueError(f"perceptual_weight and disc_factor must not be negative, got {found}")
         self.pixel_weight, self.pixel_loss = pixelloss_weight, pixel_loss
         self.perceptual_weight = perceptual_weight
         self.perceptual_loss = LPIPS(perceptual_weights) if perceptual_weight > 0 else None
@@ -89,9 +90,7 @@ class AdversarialLoss(nn.Module):
             perceptual = self.perceptual_loss(x, y)
             return distance + self.perceptual_weight * perceptual, perceptual
 
-    def adaptive_weight(
-        self, nll_loss: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.Tensor
-    ) -> torch.Tensor:
+    def adaptive_weight(self, nll_loss: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
         """λ = ‖∇ nll‖ / (‖∇ g‖ + 1e-4) at the decoder's last layer, clipped to [0, 1e4] (Esser et al., Eq. 7)."""
         (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
         (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)

@@ -18,7 +18,7 @@ def vgg16_state_dict(path: str | Path | None) -> dict[str, torch.Tensor]:
     """Weights of torchvision's VGG16 from a file, else from torch hub's folder, else fetched into it.
 
     Raises:
-        UserError: the file is missing or unreadable and cannot be fetched; the message names the file and where it goes.
+        UserError: the file is missing or unreadable and cannot be fetched; the message says where it goes.
     """
     target = Path(path) if path is not None else Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
     way_out = "or set model.params.lossconfig.params.perceptual_weight=0 to train without LPIPS"
@@ -40,8 +40,8 @@ def vgg16_state_dict(path: str | Path | None) -> dict[str, torch.Tensor]:
 class LPIPS(nn.Module):
     """Perceptual distance of images, frozen.
 
-    The backbone is torchvision's VGG16, the linear heads are those that torchmetrics ships. All weights are buffers that
-    are not saved: checkpoints stay small, and no optimiser sees them.
+    The backbone is torchvision's VGG16, the linear heads are those that torchmetrics ships. All weights are
+    buffers that are not saved: checkpoints stay small, and no optimiser sees them.
 
     Args:
         weights: path of VGG16's state dict; see `vgg16_state_dict`.

@@ -1,0 +1,180 @@
+"""The configuration: finding the YAML files, merging them, and telling mistakes before anything is built."""
+
+import difflib
+import inspect
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm.util import UserError, check_keys, get_obj_from_str, nearest, resolve_target
+
+log = logging.getLogger(__name__)
+
+SECTIONS = {
+    "": ("model", "data", "lightning"),
+    "model": ("target", "params", "base_learning_rate"),
+    "data": ("target", "params"),
+    "lightning": ("trainer", "logger", "modelcheckpoint", "callbacks"),
+}
+
+
+def _spelling(stem: str) -> str:
+    """Config names written alike: `shapes3d_vq_4_16` and the release's `shapes3d-vq-4-16-encdiff`."""
+    return stem.lower().replace("_", "-").removesuffix("-encdiff")
+
+
+def find_config(path: str | Path) -> Path:
+    """The YAML file that a name means: itself, or the one in the same folder that is spelled otherwise.
+
+    Raises:
+        UserError: there is none; the message suggests the nearest.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"--base: '{path}' is a folder: name a YAML file in it")
+    siblings = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    alike = [other for other in siblings if _spelling(other.stem) == _spelling(path.stem)]
+    if len(alike) == 1:
+        log.info("%s is not there; taking %s", path, alike[0])
+        return alike[0]
+    known = siblings or sorted(Path("configs").rglob("*.yaml"))
+    names = {str(other): other for other in known}
+    close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.0)
+    raise UserError(f"--base: there is no file '{path}'" + (f"; the nearest is '{close[0]}'" if close else ""))
+
+
+def load_yaml(path: str | Path) -> DictConfig:
+    """One YAML file.
+
+    Raises:
+        UserError: not YAML, or no mapping at its top.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"--base: '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"--base: '{path}' cannot be read: {error.strerror}") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"--base: '{path}' must hold the sections model, data and lightning, found a list")
+    return config
+
+
+def merge(configs: Sequence[DictConfig]) -> DictConfig:
+    """Merge left to right. A later node of another `target` replaces the earlier one's `params`.
+
+    Raises:
+        UserError: configurations that do not fit together.
+    """
+    merged = OmegaConf.create({})
+    for config in configs:
+        _drop_replaced(merged, config)
+        try:
+            merged = OmegaConf.merge(merged, config)
+        except OmegaConfBaseException as error:
+            raise UserError(f"the configurations do not fit together: {' '.join(str(error).split())}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _drop_replaced(old: DictConfig, new: DictConfig) -> None:
+    for key in new:
+        if OmegaConf.is_missing(new, key) or key not in old or OmegaConf.is_missing(old, key):
+            continue
+        before, after = old[key], new[key]
+        if not (isinstance(before, DictConfig) and isinstance(after, DictConfig)):
+            continue
+        targets = [node.get("target") for node in (before, after)]
+        if all(isinstance(t, str) for t in targets) and resolve_target(targets[0]) != resolve_target(targets[1]):
+            before.pop("params", None)
+        _drop_replaced(before, after)
+
+
+def from_dotlist(items: Sequence[str]) -> DictConfig:
+    """`key.sub=value` arguments of the command line.
+
+    Raises:
+        UserError: an argument of another form.
+    """
+    for item in items:
+        key, sign, _ = item.partition("=")
+        if item.startswith("-") or not sign or not key:
+            raise UserError(f"unknown argument '{item}': expected a flag or key.sub=value")
+    try:
+        return OmegaConf.from_dotlist(list(items))
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(f"cannot read {' '.join(items)}: {' '.join(str(error).split())}") from error
+
+
+def check_config(config: DictConfig) -> None:
+    """Check sections, targets and keys, and that nothing is left as `???`, without building anything.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    for section, known in SECTIONS.items():
+        node = config.get(section) if section else config
+        if node is None:
+            continue
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{section}: expected the keys {', '.join(known)}, found {node!r}")
+        for key in node:
+            if key not in known:
+                where = f"{section}.{key}" if section else f"{key}"
+                raise UserError(f"unknown key '{where}' in the configuration{nearest(str(key), known)}")
+    for section in ("model", "data"):
+        node = config.get(section)
+        if node is None or "target" not in node:
+            raise UserError(f"the configuration has no {section}.target: give a YAML file that has it with --base")
+    rate = config.model.get("base_learning_rate")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
+        raise UserError(f"model.base_learning_rate: expected a positive number, got {rate!r}")
+    check_nodes(config)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        hint = " (the first stage's checkpoint, …/checkpoints/last.ckpt)" if key.endswith("ckpt_path") else ""
+        raise UserError(f"{key} is left as ???: give it a value{hint}, in the YAML file or as {key}=VALUE")
+
+
+def check_nodes(node: Any, where: str = "") -> None:
+    """Check `target` and the names in `params` of every node.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    if isinstance(node, ListConfig):
+        for index in range(len(node)):
+            if not OmegaConf.is_missing(node, index):
+                check_nodes(node[index], f"{where}[{index}]")
+        return
+    if not isinstance(node, DictConfig):
+        return
+    if "target" in node:
+        if OmegaConf.is_missing(node, "target"):
+            raise UserError(f"{where}.target is left as ???: give the name of a class")
+        cls = get_obj_from_str(node["target"], f"{where}.target")
+        params = node.get("params")
+        if params is not None and not isinstance(params, DictConfig):
+            raise UserError(f"{where}.params: expected a mapping, found {params!r}")
+        check_keys(cls, [str(key) for key in params or {}], f"{where}.params")
+        if inspect.isclass(cls) and params is not None:
+            _check_required(cls, params, where)
+    for key in node:
+        if not OmegaConf.is_missing(node, key):
+            check_nodes(node[key], f"{where}.{key}".lstrip("."))
+
+
+def _check_required(cls: type, params: DictConfig, where: str) -> None:
+    """Name a parameter without a default that is not given."""
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        required = parameter.default is inspect.Parameter.empty and parameter.kind in kinds
+        # The command line itself gives callbacks and loggers what it knows.
+        if required and name not in ("self", *params) and not where.startswith("lightning."):
+            raise UserError(f"{where}.params.{name} is missing: {cls.__name__} needs it")
