@@ -15,7 +15,7 @@ from ldm.data.cache import converted, fingerprint, resize
 from ldm.data.images import Pixels
 from ldm.util import UserError
 
-BLOCK_BYTES = 64 << 20  # images are converted in blocks of about this size
+BLOCK_BYTES = 16 << 20  # images are converted in blocks of about this size
 
 
 def check_images(shape: tuple[int, ...], dtype: Any, where: str, axes: tuple[int, ...] = (4,)) -> None:
@@ -109,10 +109,10 @@ def h5_pixels(path: Path, key: str, image_size: int | None, title: str) -> Pixel
 
 
 def _block_rows(shape: tuple[int, ...], multiple: int = 1) -> int:
-    """Images per block: a multiple of the file's chunks, so that none is unpacked twice, within four blocks' bytes."""
+    """Images per block: a multiple of the file's chunks, so that none is unpacked twice, within 16 blocks' bytes."""
     image_bytes = int(np.prod(shape[1:], dtype=np.int64))
     rows = max(BLOCK_BYTES // image_bytes // multiple, 1) * multiple
-    return max(min(rows, 4 * BLOCK_BYTES // image_bytes), 1)
+    return max(min(rows, 16 * BLOCK_BYTES // image_bytes), 1)
 
 
 def _put(out: np.ndarray, start: int, block: np.ndarray, bar: tqdm, scale: int = 1) -> None:
@@ -146,6 +146,7 @@ def npz_pixels(
     Raises:
         UserError: a damaged file, no such array, or a wrong shape, dtype or order.
     """
+    where = f"{title}: '{key}' in {path}"
     try:
         with zipfile.ZipFile(path) as archive:
             member = f"{key}.npy"
@@ -154,7 +155,7 @@ def npz_pixels(
                 raise UserError(f"{title}: {path} has no array '{key}'; it has {names or 'nothing'}")
             info = archive.getinfo(member)
             with archive.open(member) as stream:
-                found = _npy_header(stream, f"{title}: '{key}' in {path}", axes)
+                found = _npy_header(stream, where, axes)
                 shape = converted_shape(found, image_size, title)
                 header_bytes = stream.tell()
             if info.compress_type == zipfile.ZIP_STORED and shape == found and not binary:
@@ -163,7 +164,7 @@ def npz_pixels(
             def fill(out: np.ndarray, bar: tqdm) -> None:
                 with archive.open(member) as stream:
                     stream.read(header_bytes)
-                    _stream_images(stream, found, out, bar, 255 if binary else 1)
+                    _stream_images(stream, found, out, bar, where, 255 if binary else 1)
 
             return converted(path, fingerprint([path], key, shape, binary), shape, fill, title)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error) as error:
@@ -194,7 +195,9 @@ def _member_offset(path: Path, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + name + extra
 
 
-def _stream_images(stream: IO[bytes], shape: tuple[int, ...], out: np.ndarray, bar: tqdm, scale: int) -> None:
+def _stream_images(
+    stream: IO[bytes], shape: tuple[int, ...], out: np.ndarray, bar: tqdm, where: str, scale: int
+) -> None:
     """Read images of `shape` from a stream into `out`, block by block; the check sum is checked at its end."""
     rows = _block_rows(shape)
     image_bytes = int(np.prod(shape[1:], dtype=np.int64))
@@ -205,6 +208,8 @@ def _stream_images(stream: IO[bytes], shape: tuple[int, ...], out: np.ndarray, b
             raise EOFError(f"it ends after image {start + len(data) // image_bytes} of {shape[0]}")
         block = np.frombuffer(data, dtype=np.uint8).reshape(count, *shape[1:])
         if scale != 1 and block.max() > 1:
-            raise UserError(f"expected pixels 0 and 1, found {block.max()} among images {start}..{start + count - 1}")
+            raise UserError(
+                f"{where}: expected pixels 0 and 1, found {block.max()} in images {start}..{start + count - 1}"
+            )
         _put(out, start, block, bar, scale)
     stream.read(1)

@@ -1,6 +1,7 @@
 """From the configuration's `data` node to loaders."""
 
 import os
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -83,6 +84,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Build the data sets on this process, once."""
+        if self.num_workers == 0:
+            # Lightning advises more workers, which would not make fetching from a memory map faster.
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
         self._build()
 
     def _build(self) -> None:

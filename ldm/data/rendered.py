@@ -3,7 +3,7 @@
 import colorsys
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -33,7 +33,7 @@ def rooms_grid(sizes: Sequence[int] = SIZES) -> FactorGrid:
     Raises:
         UserError: not six positive numbers, or more than four shapes.
     """
-    sizes = tuple(sizes)
+    sizes = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
     if len(sizes) != 6 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
         raise UserError(f"sizes: expected six whole numbers of at least 1 ({', '.join(NAMES)}), got {sizes}")
     if sizes[4] > len(SHAPES):
@@ -132,8 +132,8 @@ def write_shapes3d(
         UserError: another file is there, the disk is too small, or the folder cannot be written.
     """
     path, grid = Path(path), rooms_grid(sizes)
-    if image_size < 8:
-        raise UserError(f"image_size: expected at least 8 pixels, got {image_size}")
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8:
+        raise UserError(f"image_size: expected a whole number of at least 8 pixels, got {image_size!r}")
     if path.exists() and _keep(path, grid, image_size, force):
         return False
     shape = (len(grid), image_size, image_size, 3)
