@@ -399,6 +399,8 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Lightning's advice that does not hold here: batches come whole from a memory map.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # A notice of PyTorch's to Lightning's developers.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     argv = sys.argv[1:] if argv is None else argv
     debug = "-d" in argv or "--debug" in argv
     try:

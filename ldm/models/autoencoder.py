@@ -133,7 +133,7 @@ class FirstStage(pl.LightningModule):
             self.model_ema(self)
         named = {f"train/{name}": value for name, value in parts.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=x.shape[0])
-        self.log("train/loss", parts["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
+        self.log("loss", parts["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
         self.log("train/epoch_num", float(self.current_epoch), on_step=False, on_epoch=True, batch_size=x.shape[0])
 
     def after_reconstruct(self, extra: Any) -> None:

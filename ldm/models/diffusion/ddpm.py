@@ -305,7 +305,8 @@ class LatentDiffusion(pl.LightningModule):
         loss, parts = self.shared_step(batch)
         size = batch[self.first_stage_key].shape[0]
         named = {f"train/{name}": value for name, value in parts.items()}
-        self.log_dict(named, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
+        self.log_dict(named, on_step=True, on_epoch=True, batch_size=size)
+        self.log("loss", parts["loss"], prog_bar=True, logger=False, batch_size=size)
         self.log("train/epoch_num", float(self.current_epoch), on_step=False, on_epoch=True, batch_size=size)
         return loss
 

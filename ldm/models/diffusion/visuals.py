@@ -124,9 +124,7 @@ def _swap_grid(
     model: "LatentDiffusion", x: torch.Tensor, tokens: torch.Tensor, count: int, draw: Any, start: torch.Tensor
 ) -> torch.Tensor:
     """The swap grid as one picture (1, c, (n + 1)·h, count·w)."""
-    swapped = swap_tokens(tokens[:count])
-    rows = [x[:count]]
-    for row in swapped:
-        latents, _ = draw(row, count, x_T=start.expand(count, -1, -1, -1), eta=0.0)
-        rows.append(model.decode_first_stage(latents))
-    return _grid(torch.stack(rows))
+    swapped = rearrange(swap_tokens(tokens[:count]), "k b n d -> (k b) n d")
+    latents, _ = draw(swapped, len(swapped), x_T=start.expand(len(swapped), -1, -1, -1), eta=0.0)
+    rows = rearrange(model.decode_first_stage(latents), "(k b) c h w -> k b c h w", b=count)
+    return _grid(torch.cat([x[None, :count], rows]))
