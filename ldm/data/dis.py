@@ -70,18 +70,21 @@ class Shapes3D(ImageDataset):
         title = "Shapes3D"
         source = "Get 3dshapes.h5 from the page of 3d-shapes by DeepMind, or render it: scripts/render_shapes3d.py"
         file = find(path, "shapes3d/3dshapes.h5", title, source)
-        pixels = h5_pixels(file, "images", image_size, title)
+        grid: FactorGrid | None = None
         if factor_sizes is not None:
             grid = make_grid(factor_sizes, self.names, title)
         else:
             with open_h5(file, title) as opened:
+                count = (*h5_array(opened, "images", file, title).shape, 0)[0]
                 labels = h5_array(opened, "labels", file, title)
-                if labels.shape != (pixels.shape[0], 6) or labels.dtype.kind not in "fiu":
+                if labels.shape != (count, 6) or labels.dtype.kind not in "fiu":
                     raise UserError(
-                        f"{title}: 'labels' in {file}: expected numbers ({pixels.shape[0]}, 6), one row per image, "
+                        f"{title}: 'labels' in {file}: expected numbers ({count}, 6), one row per image, "
                         f"found {labels.dtype} {labels.shape}; or give factor_sizes="
                     )
-                grid = grid_of_labels(labels[:], self.names, f"{title}: 'labels' in {file}")
+                if count:
+                    grid = grid_of_labels(labels[:], self.names, f"{title}: 'labels' in {file}")
+        pixels = h5_pixels(file, "images", image_size, grid, title)
         super().__init__(pixels, grid, title)
         check_resolution(original_resolution, self, title)
 
@@ -149,10 +152,9 @@ class MPI3D(ImageDataset):
             raise UserError(f"{title}: variant: there is no '{variant}'{nearest(str(variant), self.files)}")
         source = f"Get mpi3d_{variant}.npz from the page of disentanglement_dataset by rr-learning"
         file = find(path, self.files[variant], title, source)
-        pixels = npz_pixels(file, "images", image_size, title)
-        super().__init__(
-            pixels, make_grid(self.sizes if factor_sizes is None else factor_sizes, self.names, title), title
-        )
+        grid = make_grid(self.sizes if factor_sizes is None else factor_sizes, self.names, title)
+        pixels = npz_pixels(file, "images", image_size, grid, title)
+        super().__init__(pixels, grid, title)
         check_resolution(original_resolution, self, title)
 
 
@@ -181,8 +183,8 @@ class DSprites(ImageDataset):
         title = "dSprites"
         name = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
         file = find(path, f"dsprites/{name}", title, "Get it from the page of dsprites-dataset by DeepMind")
-        pixels = npz_pixels(file, "imgs", image_size, title, axes=(3,), binary=True)
         grid = make_grid(self.sizes if factor_sizes is None else factor_sizes, self.names, title)
+        pixels = npz_pixels(file, "imgs", image_size, grid, title, axes=(3,), binary=True)
         super().__init__(pixels, grid, title, channels)
         check_resolution(original_resolution, self, title)
 

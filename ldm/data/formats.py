@@ -12,31 +12,34 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.cache import converted, fingerprint, resize
-from ldm.data.images import Pixels
+from ldm.data.images import Pixels, check_fits
+from ldm.factors import FactorGrid
 from ldm.util import UserError
 
 BLOCK_BYTES = 16 << 20  # images are converted in blocks of about this size
 
 
-def check_images(shape: tuple[int, ...], dtype: Any, where: str, axes: tuple[int, ...] = (4,)) -> None:
-    """Refuse what is no stack of uint8 images.
+def check_images(
+    shape: tuple[int, ...], dtype: Any, grid: FactorGrid | None, where: str, axes: tuple[int, ...] = (4,)
+) -> None:
+    """Refuse what is no stack of uint8 images of the grid, before anything is converted.
 
     Args:
         shape: of the array.
         dtype: of the array.
+        grid: its factors, or None if any number will do.
         where: file and key, for the message.
         axes: allowed numbers of axes: 4 for (n, h, w, 3), 3 for (n, h, w).
 
     Raises:
-        UserError: another dtype or shape, or no images.
+        UserError: another dtype, shape or number.
     """
     expected = " or ".join({4: "(n, h, w, 3)", 3: "(n, h, w)"}[count] for count in axes)
     if np.dtype(dtype) != np.uint8:
         raise UserError(f"{where}: expected uint8 images {expected}, found dtype {dtype}")
     if len(shape) not in axes or (len(shape) == 4 and shape[3] != 3):
         raise UserError(f"{where}: expected uint8 images {expected}, found the shape {tuple(shape)}")
-    if shape[0] == 0 or 0 in shape:
-        raise UserError(f"{where}: there are no images (shape {tuple(shape)})")
+    check_fits(shape, grid, where)
 
 
 def converted_shape(shape: tuple[int, ...], image_size: int | None, where: str) -> tuple[int, ...]:
@@ -84,15 +87,15 @@ def h5_array(file: h5py.File, key: str, path: Path, title: str) -> h5py.Dataset:
     return file[key]
 
 
-def h5_pixels(path: Path, key: str, image_size: int | None, title: str) -> Pixels:
-    """Pixels of the array `key` (n, h, w, 3) of an HDF5 file.
+def h5_pixels(path: Path, key: str, image_size: int | None, grid: FactorGrid | None, title: str) -> Pixels:
+    """Pixels of the array `key` (n, h, w, 3) of an HDF5 file, as many as `grid` has rows.
 
     Raises:
-        UserError: a damaged file, no such array, or a wrong shape or dtype.
+        UserError: a damaged file, no such array, or a wrong shape, number or dtype.
     """
     with open_h5(path, title) as file:
         array = h5_array(file, key, path, title)
-        check_images(array.shape, array.dtype, f"{title}: '{key}' in {path}")
+        check_images(array.shape, array.dtype, grid, f"{title}: '{key}' in {path}")
         shape = converted_shape(array.shape, image_size, title)
         offset = array.id.get_offset() if array.chunks is None and not array.external else None
         if offset is not None and shape == array.shape:
@@ -131,7 +134,13 @@ def _put(out: np.ndarray, start: int, block: np.ndarray, bar: tqdm, scale: int =
 
 
 def npz_pixels(
-    path: Path, key: str, image_size: int | None, title: str, axes: tuple[int, ...] = (4,), binary: bool = False
+    path: Path,
+    key: str,
+    image_size: int | None,
+    grid: FactorGrid | None,
+    title: str,
+    axes: tuple[int, ...] = (4,),
+    binary: bool = False,
 ) -> Pixels:
     """Pixels of the array `key` of an NPZ file: mapped in place if it is stored, streamed into the cache if packed.
 
@@ -139,12 +148,13 @@ def npz_pixels(
         path: the file.
         key: the array's name.
         image_size: resize to this; None keeps the file's size.
+        grid: the factors of the images, or None if any number will do.
         title: the data set's name, for messages.
         axes: see `check_images`.
         binary: the pixels are 0 and 1, and become 0 and 255.
 
     Raises:
-        UserError: a damaged file, no such array, or a wrong shape, dtype or order.
+        UserError: a damaged file, no such array, or a wrong shape, number, dtype or order.
     """
     where = f"{title}: '{key}' in {path}"
     try:
@@ -155,7 +165,7 @@ def npz_pixels(
                 raise UserError(f"{title}: {path} has no array '{key}'; it has {names or 'nothing'}")
             info = archive.getinfo(member)
             with archive.open(member) as stream:
-                found = _npy_header(stream, where, axes)
+                found = _npy_header(stream, grid, where, axes)
                 shape = converted_shape(found, image_size, title)
                 header_bytes = stream.tell()
             if info.compress_type == zipfile.ZIP_STORED and shape == found and not binary:
@@ -173,7 +183,7 @@ def npz_pixels(
         ) from error
 
 
-def _npy_header(stream: IO[bytes], where: str, axes: tuple[int, ...]) -> tuple[int, ...]:
+def _npy_header(stream: IO[bytes], grid: FactorGrid | None, where: str, axes: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the images in an `.npy` stream, which is left at the first pixel."""
     try:
         version = np.lib.format.read_magic(stream)
@@ -181,7 +191,7 @@ def _npy_header(stream: IO[bytes], where: str, axes: tuple[int, ...]) -> tuple[i
         shape, fortran_order, dtype = reader(stream)
     except ValueError as error:
         raise UserError(f"{where}: not a NumPy array: {error}; get the file again") from error
-    check_images(shape, dtype, where, axes)
+    check_images(shape, dtype, grid, where, axes)
     if fortran_order:
         raise UserError(f"{where}: the array is stored in Fortran order; save it in C order")
     return shape

@@ -45,6 +45,24 @@ class Pixels:
         return np.frombuffer(mapped, np.uint8, count, self.offset).reshape(self.shape), mapped
 
 
+def check_fits(shape: Sequence[int], grid: FactorGrid | None, where: str) -> None:
+    """Refuse images (n, h, w, …) that are none, not square, or not as many as the grid's rows.
+
+    Raises:
+        UserError: says what `where` holds and what was expected.
+    """
+    count, height, width = shape[:3]
+    if count == 0 or height == 0:
+        raise UserError(f"{where} holds no images (shape {tuple(shape)})")
+    if height != width:
+        raise UserError(f"{where} holds images of {height}×{width} pixels; expected square ones")
+    if grid is not None and len(grid) != count:
+        raise UserError(
+            f"{where} holds {count} images, but the factor grid has {len(grid)} ({grid.describe()}); give "
+            "factor_sizes= for another grid"
+        )
+
+
 class ImageDataset(Dataset):
     """Images in a memory map, with their factor grid if they have one.
 
@@ -68,23 +86,14 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, pixels: Pixels, grid: FactorGrid | None, title: str, channels: int | None = None) -> None:
-        count, height, width = pixels.shape[:3]
-        if count == 0:
-            raise UserError(f"{title}: {pixels.path} holds no images")
-        if height != width:
-            raise UserError(f"{title}: {pixels.path} holds images of {height}×{width} pixels; expected square ones")
-        if grid is not None and len(grid) != count:
-            raise UserError(
-                f"{title}: {pixels.path} holds {count} images, but the factor grid has {len(grid)} "
-                f"({grid.describe()}); give factor_sizes= for another grid"
-            )
+        check_fits(pixels.shape, grid, f"{title}: {pixels.path}")
         own = pixels.shape[3] if len(pixels.shape) == 4 else 1
         if channels is not None and channels != own and (own, channels) != (1, 3):
             raise UserError(f"{title}: channels: expected {own if own == 3 else '1 or 3'}, got {channels}")
         self.pixels = pixels
         self.images, self._map = pixels.open()
         self.grid = grid
-        self.image_size = int(height)
+        self.image_size = int(pixels.shape[1])
         self.channels = int(channels or own)
 
     def __len__(self) -> int:

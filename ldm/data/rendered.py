@@ -187,7 +187,7 @@ class Rendered(ImageDataset):
         name = f"rooms-{image_size}-{'x'.join(map(str, grid.sizes))}.h5"
         file = data_root(path) / "rendered" / name
         write_shapes3d(file, grid.sizes, image_size)
-        super().__init__(h5_pixels(file, "images", None, "Rendered"), grid, "Rendered")
+        super().__init__(h5_pixels(file, "images", None, grid, "Rendered"), grid, "Rendered")
 
 
 class RenderedTrain(Rendered):

@@ -93,6 +93,9 @@ def test_h5_with_other_names_shapes_and_types(tmp_path):
         refuses(Shapes3DTrain, path, *words, path=tmp_path)
     write_shapes3d(tmp_path, images=noise(0), labels=np.zeros((0, 6)))
     refuses(Shapes3DTrain, path, "no images", path=tmp_path)
+    with h5py.File(path, "w") as file:
+        file["images"], file["labels"] = np.uint8(3), np.zeros((4, 6))
+    refuses(Shapes3DTrain, path, path=tmp_path)
 
 
 def test_labels_that_are_no_grid_or_in_another_order(tmp_path):
@@ -118,6 +121,7 @@ def test_a_count_that_does_not_fit_the_grid(tmp_path):
     refuses(Shapes3DTrain, "24 images", "25", "factor_sizes", path=tmp_path, factor_sizes=[5, 5])
     refuses(MPI3DTrain, "24 images", "1036800", "object colour 6", path=tmp_path)
     refuses(DSpritesTrain, "24 images", "737280", path=tmp_path)
+    assert not list(tmp_path.rglob("*.npy"))  # told before anything is converted
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 24], [2.5], ["a"], 24, [True, 24]])
@@ -161,7 +165,7 @@ def test_npz_with_other_names_shapes_and_types(tmp_path):
     np.savez(path, images=noise(4).astype(np.int64))
     refuses(MPI3DTrain, path, "uint8", "int64", path=tmp_path)
     np.savez(path, images=np.asfortranarray(noise(4)))
-    refuses(MPI3DTrain, path, "Fortran", path=tmp_path)
+    refuses(MPI3DTrain, path, "Fortran", path=tmp_path, factor_sizes=[4])
     np.savez(path, images=noise(4)[0])
     refuses(MPI3DTrain, path, "(n, h, w, 3)", "(64, 64, 3)", path=tmp_path)
     np.savez(path, images=np.array([{"a": 1}], dtype=object))
