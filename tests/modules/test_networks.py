@@ -1,0 +1,196 @@
+"""Networks against plain references written here."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ldm.modules.attention import CrossAttention, SpatialTransformer
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import timestep_embedding
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.concept import Encoder4
+
+UNET = {
+    "image_size": 8,
+    "in_channels": 3,
+    "model_channels": 32,
+    "out_channels": 3,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 2],
+    "num_heads": 4,
+    "context_dim": 6,
+    "latent_unit": 5,
+}
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Fill what is initialised to zero, so that every part shows."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.2)
+    return module
+
+
+def test_attention_is_softmax_of_scaled_products():
+    torch.manual_seed(0)
+    layer = CrossAttention(12, 7, heads=3, dim_head=4).double()
+    x, context = torch.randn(2, 5, 12).double(), torch.randn(2, 6, 7).double()
+    out = torch.zeros(2, 5, 12).double()
+    q, k, v = layer.to_q(x), layer.to_k(context), layer.to_v(context)
+    for b in range(2):
+        for head in range(3):
+            part = slice(4 * head, 4 * head + 4)
+            for row in range(5):
+                scores = torch.stack([q[b, row, part] @ k[b, n, part] / math.sqrt(4) for n in range(6)])
+                weights = scores.exp() / scores.exp().sum()
+                out[b, row, part] = sum(weights[n] * v[b, n, part] for n in range(6))
+    torch.testing.assert_close(layer(x, context), layer.to_out(out))
+
+
+def test_spatial_transformer_starts_as_identity_and_does_not_mind_token_order():
+    torch.manual_seed(0)
+    layer = SpatialTransformer(32, 4, 8, context_dim=6)
+    x, context = torch.randn(2, 32, 4, 4), torch.randn(2, 5, 6)
+    torch.testing.assert_close(layer(x, context), x)
+    randomised(layer)
+    permuted = context[:, [3, 0, 4, 1, 2]]
+    torch.testing.assert_close(layer(x, context), layer(x, permuted), rtol=1e-4, atol=1e-4)
+    assert (layer(x, context) - layer(x, context + 1)).abs().max() > 1e-3
+
+
+def test_token_mlps_in_one_pass_equal_the_loop():
+    torch.manual_seed(0)
+    encoder = Encoder4(d=8, context_dim=6, latent_unit=5, image_size=32).double()
+    scalars = torch.randn(7, 5).double()
+    expected = torch.stack([encoder.net[k](scalars[:, k : k + 1]) for k in range(5)], dim=1)
+    torch.testing.assert_close(encoder.warp(scalars), expected)
+    # A token depends on its own scalar only.
+    moved = scalars.clone()
+    moved[:, 2] += 1
+    changed = (encoder.warp(moved) - encoder.warp(scalars)).abs().amax(dim=(0, 2)) > 0
+    assert changed.tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64])
+def test_encoder_takes_any_multiple_of_16(size):
+    encoder = Encoder4(d=8, context_dim=6, latent_unit=5, image_size=size)
+    assert encoder(torch.zeros(2, 3, size, size)).shape == (2, 5, 6)
+    with pytest.raises(ValueError, match="image_size"):
+        encoder(torch.zeros(2, 3, size + 16, size + 16))
+
+
+def test_encoder_refuses_other_sizes():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        Encoder4(d=8, context_dim=6, latent_unit=5, image_size=40)
+
+
+@pytest.mark.parametrize("updown", [True, False])
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_unet(updown, scale_shift):
+    net = UNetModel(**UNET, resblock_updown=updown, use_scale_shift_norm=scale_shift)
+    x, t, tokens = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 6)
+    assert (net(x, t, tokens) == 0).all()  # the last convolution starts at zero
+    randomised(net)
+    out = net(x, t, tokens)
+    assert out.shape == x.shape
+    torch.testing.assert_close(net(x, t, tokens.flatten(1)), out)
+    assert (net(x, t + 1, tokens) - out).abs().max() > 1e-4
+    for k in range(5):
+        moved = tokens.clone()
+        moved[:, k] += 1
+        assert (net(x, t, moved) - out).abs().max() > 1e-4
+
+
+def test_unet_refuses_what_does_not_fit():
+    for wrong, message in (
+        ({"num_heads": -1}, "num_heads"),
+        ({"num_heads": 5}, "5 heads"),
+        ({"image_size": 9}, "cannot be halved"),
+        ({"model_channels": 40}, "multiple of 32"),
+        ({"use_spatial_transformer": False}, "use_spatial_transformer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UNetModel(**{**UNET, **wrong})
+    net = UNetModel(**UNET)
+    x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+    for tokens in (None, torch.zeros(2, 4, 6), torch.zeros(2, 5, 7)):
+        with pytest.raises(ValueError, match="token"):
+            net(x, t, tokens)
+
+
+def test_unet_gradient_equals_finite_differences():
+    torch.manual_seed(0)
+    net = randomised(UNetModel(**UNET, resblock_updown=True, use_scale_shift_norm=True)).double()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    tokens = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([40])
+
+    def loss() -> torch.Tensor:
+        return net(x, t, tokens).square().mean()
+
+    loss().backward()
+    step = 1e-5
+    chosen = [net.input_blocks[0][0].weight, net.middle_block[1].transformer_blocks[0].attn2.to_k.weight, tokens]
+    for tensor in chosen:
+        flat = tensor.detach().view(-1)
+        for index in (0, flat.numel() // 2):
+            value = flat[index].item()
+            flat[index] = value + step
+            above = loss().item()
+            flat[index] = value - step
+            below = loss().item()
+            flat[index] = value
+            assert tensor.grad is not None
+            assert tensor.grad.view(-1)[index].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-9)
+
+
+def test_timestep_embedding_by_hand():
+    found = timestep_embedding(torch.tensor([7.0]), 5)[0]
+    second = 7 * math.exp(-math.log(10000) / 2)
+    expected = torch.tensor([math.cos(7), math.cos(second), math.sin(7), math.sin(second), 0.0])
+    torch.testing.assert_close(found, expected)
+
+
+def test_first_stage_shapes_and_attention():
+    config = {
+        "ch": 32,
+        "out_ch": 3,
+        "ch_mult": [1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [8],
+        "in_channels": 3,
+        "resolution": 16,
+        "z_channels": 4,
+    }
+    encoder, decoder = Encoder(**config, double_z=True), Decoder(**config)
+    z = encoder(torch.randn(2, 3, 16, 16))
+    assert z.shape == (2, 8, 8, 8)
+    assert decoder(z[:, :4]).shape == (2, 3, 16, 16)
+    assert len(encoder.down[1].attn) == 1 and len(encoder.down[0].attn) == 0
+    assert len(decoder.up[1].attn) == 2 and len(decoder.up[1].block) == 2
+
+
+def test_gaussian_kl_against_torch():
+    torch.manual_seed(0)
+    posterior = DiagonalGaussianDistribution(torch.randn(3, 8, 2, 2))
+    normal = torch.distributions.Normal(posterior.mean, posterior.std)
+    standard = torch.distributions.Normal(torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean))
+    expected = torch.distributions.kl_divergence(normal, standard).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(posterior.kl(), expected)
+    generator = torch.Generator().manual_seed(5)
+    draws = torch.stack([posterior.sample(generator) for _ in range(4000)])
+    assert ((draws.mean(0) - posterior.mean).abs() < 6 * posterior.std / math.sqrt(4000)).all()
+
+
+def test_resampling_against_interpolation():
+    x = torch.randn(1, 32, 4, 4)
+    net = UNetModel(**{**UNET, "conv_resample": False})
+    down, up = net.input_blocks[2][0], net.output_blocks[1][-1]
+    torch.testing.assert_close(down(x), F.avg_pool2d(x, 2))
+    expected = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(up(x), expected)
