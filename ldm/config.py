@@ -40,13 +40,15 @@ def find_config(path: str | Path) -> Path:
     if path.is_dir():
         raise UserError(f"--base: '{path}' is a folder: name a YAML file in it")
     siblings = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    alike = [other for other in siblings if _spelling(other.stem) == _spelling(path.stem)]
+    wanted = _spelling(path.name.removesuffix(".yaml"))
+    alike = [other for other in siblings if _spelling(other.stem) == wanted]
     if len(alike) == 1:
         log.info("%s is not there; taking %s", path, alike[0])
         return alike[0]
-    known = siblings or sorted(Path("configs").rglob("*.yaml"))
-    names = {str(other): other for other in known}
-    close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.0)
+    known = [str(other) for other in siblings]
+    if path.parent == Path(".") or not known:
+        known += [str(other) for other in sorted(Path("configs").rglob("*.yaml"))]
+    close = difflib.get_close_matches(str(path), known, n=1, cutoff=0.0)
     raise UserError(f"--base: there is no file '{path}'" + (f"; the nearest is '{close[0]}'" if close else ""))
 
 
@@ -61,9 +63,10 @@ def load_yaml(path: str | Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"--base: '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
-        raise UserError(f"--base: '{path}' cannot be read: {error.strerror}") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"--base: '{path}' must hold the sections model, data and lightning, found a list")
+        raise UserError(f"--base: '{path}' cannot be read: {error.strerror or error}") from error
+    if not isinstance(config, DictConfig) or not config:
+        found = "nothing" if isinstance(config, DictConfig) else "a list"
+        raise UserError(f"--base: '{path}' must hold the sections model, data or lightning, found {found}")
     return config
 
 
@@ -73,7 +76,7 @@ def merge(configs: Sequence[DictConfig]) -> DictConfig:
     Raises:
         UserError: configurations that do not fit together.
     """
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for config in configs:
         _drop_replaced(merged, config)
         try:
@@ -114,11 +117,18 @@ def from_dotlist(items: Sequence[str]) -> DictConfig:
 
 
 def check_config(config: DictConfig) -> None:
-    """Check sections, targets and keys, and that nothing is left as `???`, without building anything.
+    """Check sections, targets, keys and kinds of values, and that nothing is left as `???`, without building anything.
 
     Raises:
         UserError: the first mistake found.
     """
+    try:
+        _check_config(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from error
+
+
+def _check_config(config: DictConfig) -> None:
     for section, known in SECTIONS.items():
         node = config.get(section) if section else config
         if node is None:
@@ -127,7 +137,7 @@ def check_config(config: DictConfig) -> None:
             raise UserError(f"{section}: expected the keys {', '.join(known)}, found {node!r}")
         for key in node:
             if key not in known:
-                where = f"{section}.{key}" if section else f"{key}"
+                where = f"{section}.{key!s}".lstrip(".")
                 raise UserError(f"unknown key '{where}' in the configuration{nearest(str(key), known)}")
     for section in ("model", "data"):
         node = config.get(section)
@@ -162,12 +172,12 @@ def check_nodes(node: Any, where: str = "") -> None:
         params = node.get("params")
         if params is not None and not isinstance(params, DictConfig):
             raise UserError(f"{where}.params: expected a mapping, found {params!r}")
-        check_keys(cls, [str(key) for key in params or {}], f"{where}.params")
-        if inspect.isclass(cls) and params is not None:
-            _check_required(cls, params, where)
+        check_keys(cls, params if params is not None else {}, f"{where}.params")
+        if inspect.isclass(cls):
+            _check_required(cls, params if params is not None else OmegaConf.create({}), where)
     for key in node:
         if not OmegaConf.is_missing(node, key):
-            check_nodes(node[key], f"{where}.{key}".lstrip("."))
+            check_nodes(node[key], f"{where}.{key!s}".lstrip("."))
 
 
 def _check_required(cls: type, params: DictConfig, where: str) -> None:

@@ -3,8 +3,10 @@
 import difflib
 import importlib
 import inspect
+import numbers
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -62,7 +64,8 @@ def get_obj_from_str(target: str, where: str = "target") -> Any:
     Raises:
         UserError: no such module, or nothing of that name in it.
     """
-    if not isinstance(target, str) or "." not in target:
+    named = isinstance(target, str) and all(part.isidentifier() for part in target.split("."))
+    if not named or "." not in target:
         raise UserError(f"{where}: expected a dotted name such as ldm.models.autoencoder.VQModel, got {target!r}")
     module_name, _, name = resolve_target(target).rpartition(".")
     try:
@@ -74,17 +77,60 @@ def get_obj_from_str(target: str, where: str = "target") -> Any:
     if not hasattr(module, name):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
         raise UserError(f"{where}: module '{module_name}' has no '{name}' (target '{target}'){nearest(name, classes)}")
-    return getattr(module, name)
+    found = getattr(module, name)
+    if not callable(found):
+        raise UserError(f"{where}: '{target}' is no class or function: expected the name of one")
+    return found
 
 
-def check_keys(callable_: Any, keys: Iterable[str], where: str) -> None:
-    """Refuse keys that are no parameter of `callable_`, naming the nearest that is.
+SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Type hints of a function's parameters; none where they cannot be resolved."""
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def check_value(hint: Any, value: Any, where: str) -> None:
+    """Refuse a value that is not of the kinds that a type hint allows; hints of other kinds than numbers, truth values
+    and texts allow everything.
 
     Raises:
-        UserError: an unknown key.
+        UserError: the value is of another kind.
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not all(kind in SIMPLE for kind in kinds):
+        return
+    if isinstance(value, bool):
+        fits = bool in kinds
+    elif isinstance(value, numbers.Integral):
+        fits = int in kinds or float in kinds
+    elif isinstance(value, numbers.Real):
+        fits = float in kinds
+    else:
+        fits = isinstance(value, tuple(kind for kind in kinds if kind in (str, type(None))))
+    if not fits:
+        shown = plain(value)
+        raise UserError(f"{where}: expected {' or '.join(SIMPLE[kind] for kind in kinds)}, got {shown!r}")
+
+
+def check_keys(callable_: Any, keys: Iterable[str] | Mapping[str, Any], where: str) -> None:
+    """Refuse keys that are no parameter of `callable_`, naming the nearest that is, and values of a wrong kind.
+
+    Args:
+        callable_: a class or a function.
+        keys: names, or names and values; values are compared with the type hints.
+        where: the node's name in the configuration, for the message.
+
+    Raises:
+        UserError: an unknown key, or a value of a wrong kind.
     """
     target = callable_.__init__ if inspect.isclass(callable_) else callable_
-    parameters = inspect.signature(target).parameters
+    parameters = dict(inspect.signature(target).parameters)
+    hints = _hints(target)
     accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     known = set(parameters) - {"self", "args", "kwargs"}
     if inspect.isclass(callable_) and accepts_any:
@@ -92,16 +138,21 @@ def check_keys(callable_: Any, keys: Iterable[str], where: str) -> None:
         for base in callable_.__mro__[1:]:
             if base is object or "__init__" not in vars(base):
                 continue
-            inherited = inspect.signature(base.__init__).parameters
+            initialise: Any = vars(base)["__init__"]
+            inherited = inspect.signature(initialise).parameters
             known |= set(inherited) - {"self", "args", "kwargs"}
+            parameters, hints = {**inherited, **parameters}, _hints(initialise) | hints
             accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inherited.values())
             if not accepts_any:
                 break
-    if accepts_any:
-        return
     for key in keys:
-        if key not in known:
+        if key not in known and not accepts_any:
             raise UserError(f"{where}: unknown key '{key}' for {callable_.__name__}{nearest(str(key), known)}")
+        if isinstance(keys, Mapping | DictConfig) and key in hints and key in parameters:
+            if isinstance(keys, DictConfig) and OmegaConf.is_missing(keys, key):
+                continue
+            if keys[key] is not None or parameters[key].default is not None:
+                check_value(hints[key], keys[key], f"{where}.{key}")
 
 
 def instantiate_from_config(config: Any, where: str = "config", **extra: Any) -> Any:
@@ -129,8 +180,8 @@ def instantiate_from_config(config: Any, where: str = "config", **extra: Any) ->
         return cls(**params, **extra)
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} ({cls.__name__}): {error}") from error
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{where} ({cls.__name__}): {error or type(error).__name__}") from error
 
 
 def plain(config: Any) -> Any:

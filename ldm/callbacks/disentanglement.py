@@ -161,11 +161,10 @@ class DisentanglementCallback(Callback):
         Raises:
             UserError: some rows were not validated.
         """
-        index = torch.cat([idx for idx, _ in self._codes])
-        values = torch.cat([scalars for _, scalars in self._codes])
+        gathered: Any = pl_module.all_gather(tuple(torch.cat(parts) for parts in zip(*self._codes, strict=True)))
         self._codes = []
-        index = pl_module.all_gather(index).reshape(-1).cpu().numpy()
-        values = pl_module.all_gather(values).reshape(-1, values.shape[-1]).cpu().numpy()
+        index = gathered[0].reshape(-1).cpu().numpy()
+        values = gathered[1].reshape(len(index), -1).cpu().numpy()
         codes = np.full((rows, values.shape[-1]), np.nan, dtype=np.float32)
         codes[index] = values
         seen = np.zeros(rows, dtype=bool)

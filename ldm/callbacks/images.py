@@ -93,7 +93,8 @@ class ImageLogger(Callback):
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             with trainer.precision_plugin.forward_context():
-                pictures = pl_module.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
+                model: Any = pl_module
+                pictures = model.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
         pl_module.train(was_training)
         for name, images in pictures.items():
             self._save(trainer, split, name, images.detach().float().cpu(), step)
@@ -103,8 +104,9 @@ class ImageLogger(Callback):
         images = (images + 1.0) / 2.0 if self.rescale else images
         grid = make_grid(images, nrow=4)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image(f"{split}/{name}", grid, global_step=step)
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_image"):
+                experiment.add_image(f"{split}/{name}", grid, global_step=step)
         folder = Path(self.logdir or trainer.default_root_dir) / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
         pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 
 class StopCallback(Callback):
-    """Stops at the end of the batch on SIGINT or SIGTERM, saving `last.ckpt`; saves and goes on at SIGUSR1.
+    """Stops after the step on SIGINT or SIGTERM, saving `last.ckpt`; saves and goes on at SIGUSR1.
 
     A second SIGINT stops at once. Where `max_steps` ends training within an epoch, it is validated and saved there.
 
@@ -57,10 +57,15 @@ class StopCallback(Callback):
         if self._stop is not None:
             raise KeyboardInterrupt
         self._stop = signum
-        log.warning("%s: stopping after this batch; once more to stop at once", signal.Signals(signum).name)
+        log.warning("%s: stopping after this step; once more to stop at once", signal.Signals(signum).name)
 
     def _on_save(self, signum: int, frame: Any) -> None:
         self._save = True
+
+    @staticmethod
+    def _agreed(trainer: pl.Trainer, wanted: bool) -> bool:
+        """Whether any process wants it: all of them must save together."""
+        return trainer.strategy.reduce_boolean_decision(wanted, all=False) if trainer.world_size > 1 else wanted
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +82,12 @@ class StopCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop or save, if a signal asked for it."""
-        if self._stop is not None:
+        # Within a group of accumulated batches there are gradients, which no checkpoint holds.
+        accumulate = max(trainer.accumulate_grad_batches, getattr(pl_module, "accumulate_grad_batches", 1))
+        full = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
+        if full and self._agreed(trainer, self._stop is not None):
             self._end(trainer)
-        if self._save:
+        if full and self._agreed(trainer, self._save):
             self._save = False
             self._save_checkpoint(trainer)
             log.info("saved %s", self.checkpoint)
@@ -91,8 +99,12 @@ class StopCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop within validation too: no weights are changing."""
-        if self._stop is not None:
+        if self._agreed(trainer, self._stop is not None):
             self._end(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back; after an exception Lightning does not call `teardown`."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -102,15 +114,17 @@ class StopCallback(Callback):
 
 
 class RandomStateCallback(Callback):
-    """Keeps every process's random state in checkpoints, and makes processes differ.
+    """Keeps every process's random state in checkpoints, makes processes differ, and keeps validation's draws apart.
 
     All processes are seeded alike, so that they build the same model; from the start of training on, each draws its own
-    timesteps and noise. On a resume the saved state is set right before the first batch.
+    timesteps and noise. On a resume the saved state is set right before the first batch. Validation leaves training's
+    state as it found it, so that how often one validates does not change what is trained.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._restored: list[dict[str, Any]] | None = None
+        self._training: dict[str, Any] | None = None
 
     @staticmethod
     def _state() -> dict[str, Any]:
@@ -137,15 +151,26 @@ class RandomStateCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random state of every process."""
-        states: list[Any] = [self._state()]
+        own = self._training or self._state()
+        states: list[Any] = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, self._state())
+            torch.distributed.all_gather_object(states, own)
         return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the saved state until the first batch."""
         self._restored = state_dict["processes"]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep training's state."""
+        self._training = self._state()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set it again."""
+        if self._training is not None:
+            self._set(self._training)
+        self._training = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the processes of a fresh run differ."""

@@ -1,0 +1,249 @@
+"""Arguments of the command line: parsing them, and what they say about run, devices and trainer."""
+
+import argparse
+import datetime
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.config import find_config, load_yaml
+from ldm.util import UserError, check_keys, nearest, plain
+
+log = logging.getLogger(__name__)
+
+TRAINER_FLAGS = tuple(n for n in inspect.signature(pl.Trainer.__init__).parameters if n not in ("self", "plugins"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as `UserError`."""
+
+    def error(self, message: str):  # type: ignore[override]
+        raise UserError(message)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """LDM's arguments, and every argument of Lightning's Trainer."""
+    parser = _Parser(
+        description="Train a first stage or EncDiff from YAML files.",
+        epilog="key.sub=value arguments override the YAML files.",
+        allow_abbrev=False,
+    )
+    flag: Any = {"type": _truth, "nargs": "?", "const": True, "default": False}
+    parser.add_argument("-b", "--base", nargs="*", metavar="YAML", default=[], help="merged from left to right")
+    parser.add_argument("-t", "--train", **flag, help="train")
+    parser.add_argument("-r", "--resume", default="", metavar="LOGDIR_OR_CKPT", help="go on where a run stopped")
+    parser.add_argument("--resume_from_checkpoint", default="", metavar="CKPT", help="go on, in a new log directory")
+    parser.add_argument("-n", "--name", default="", help="name of the log directory, in place of the config's")
+    parser.add_argument("-f", "--postfix", default="", help="added to the name of the log directory")
+    parser.add_argument("-s", "--seed", type=int, default=23)
+    parser.add_argument("-l", "--logdir", default="logs", help="folder of the log directories")
+    parser.add_argument("-d", "--debug", **flag, help="open a debugger at an error")
+    parser.add_argument("--no-test", **flag, help="no test after training")
+    parser.add_argument("--scale_lr", type=_truth, nargs="?", const=True, default=True)
+    parser.add_argument(
+        "--gpus", default=None, metavar="DEVICES", help="0, is device 0; 0,1 two devices; 2 two devices; -1 all; 0 none"
+    )
+    parser.add_argument("--token_num", type=int, default=None, help="number of concept tokens")
+    trainer = parser.add_argument_group("Lightning's Trainer")
+    for name in TRAINER_FLAGS:
+        trainer.add_argument(f"--{name}", default=None, metavar="VALUE")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Arguments, and the `key.sub=value` ones.
+
+    Raises:
+        UserError: an unknown flag, with the nearest known one.
+    """
+    parser = get_parser()
+    opt, rest = parser.parse_known_args(list(argv))
+    # `--base a.yaml key=value` puts the override into the list of files.
+    dotlist = [item for item in opt.base if "=" in item] + rest
+    opt.base = [item for item in opt.base if "=" not in item]
+    for item in dotlist:
+        if item.startswith("-"):
+            known = [option for action in parser._actions for option in action.option_strings]
+            raise UserError(f"unknown flag '{item.split('=')[0]}'{nearest(item.split('=')[0], known)}")
+    return opt, dotlist
+
+
+@dataclass
+class Run:
+    """Where a run logs, and where it goes on from."""
+
+    logdir: Path
+    now: str
+    checkpoint: Path | None
+    bases: list[DictConfig]
+
+
+def locate_run(opt: argparse.Namespace) -> Run:
+    """Find the log directory, the checkpoint and the YAML files of a run; nothing is written.
+
+    Raises:
+        UserError: a path that is not there, flags that exclude each other, or no configuration.
+    """
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    bases = [find_config(path) for path in opt.base]
+    if opt.resume:
+        if opt.name:
+            raise UserError(
+                "-n/--name and -r/--resume exclude each other: to go on in a new log directory, use"
+                " --resume_from_checkpoint"
+            )
+        if opt.resume_from_checkpoint:
+            raise UserError("--resume_from_checkpoint and -r/--resume exclude each other: give one of them")
+        return _locate_resumed(Path(opt.resume), now, bases)
+    if not bases:
+        raise UserError("no configuration: give YAML files with --base, or a log directory to go on with by -r")
+    name = opt.name or "+".join(path.stem for path in bases)
+    checkpoint = None
+    if opt.resume_from_checkpoint:
+        checkpoint = Path(opt.resume_from_checkpoint)
+        if not checkpoint.is_file():
+            raise UserError(f"--resume_from_checkpoint: there is no file '{checkpoint}'")
+    logdir = Path(opt.logdir) / f"{now}_{name}{opt.postfix}"
+    return Run(logdir, now, checkpoint, [load_yaml(path) for path in bases])
+
+
+def _locate_resumed(path: Path, now: str, bases: list[Path]) -> Run:
+    if path.is_file():
+        checkpoint, logdir = path, path.absolute().parent.parent
+    elif path.is_dir():
+        logdir, checkpoint = path, path / "checkpoints" / "last.ckpt"
+        if not checkpoint.is_file():
+            raise UserError(f"-r: '{path}' has no checkpoint to go on from: there is no '{checkpoint}'")
+    else:
+        raise UserError(f"-r: there is no log directory or checkpoint '{path}'")
+    saved = []
+    for kind in ("project", "lightning"):
+        # A directory that was resumed holds several; the latest counts.
+        files = sorted((logdir / "configs").glob(f"*-{kind}.yaml"))
+        saved += files[-1:]
+    if not saved and not bases:
+        raise UserError(f"-r: '{logdir / 'configs'}' holds no configuration: give it with --base")
+    return Run(logdir, now, checkpoint, [load_yaml(file) for file in [*saved, *bases]])
+
+
+def devices(gpus: str | int | None, trainer: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's `accelerator` and `devices` for LDM's `--gpus`.
+
+    Without `--gpus`, what `trainer` says, else one device of the best kind that there is.
+
+    Raises:
+        UserError: a value of another form, or more devices than there are.
+    """
+    if gpus is None:
+        given = {key: trainer[key] for key in ("accelerator", "devices") if key in trainer}
+        return {"accelerator": "auto", "devices": 1} | given
+    wanted = _parse_gpus(str(gpus).strip())
+    if wanted in (0, []):
+        return {"accelerator": "cpu", "devices": 1}
+    if not torch.cuda.is_available():
+        log.warning("=" * 78)
+        log.warning("--gpus %s asks for a GPU, but PyTorch sees no CUDA device: TRAINING ON THE CPU, slowly", gpus)
+        log.warning("=" * 78)
+        return {"accelerator": "cpu", "devices": 1}
+    found = torch.cuda.device_count()
+    if (max(wanted) >= found) if isinstance(wanted, list) else wanted > found:
+        raise UserError(f"--gpus {gpus}: there are {found} CUDA devices, numbered from 0")
+    return {"accelerator": "gpu", "devices": wanted}
+
+
+def _parse_gpus(text: str) -> int | list[int]:
+    """A number of devices (-1: all), or a list of device numbers."""
+    try:
+        if "," not in text:
+            count = int(text)
+            if count < -1:
+                raise ValueError
+            return count
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+        if any(number < 0 for number in numbers) or len(set(numbers)) != len(numbers):
+            raise ValueError
+        return numbers
+    except ValueError as error:
+        raise UserError(
+            f"--gpus: expected device numbers such as 0, or 0,1 (with a comma), a count such as 2, or -1, got '{text}'"
+        ) from error
+
+
+def trainer_options(opt: argparse.Namespace, lightning: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments: those of the configuration, then those of the command line.
+
+    Raises:
+        UserError: an unknown one, or a value of a wrong kind.
+    """
+    node = lightning.get("trainer") or {}
+    if not isinstance(node, Mapping):
+        raise UserError(f"lightning.trainer: expected the Trainer's arguments, found {node!r}")
+    options: dict[str, Any] = dict(plain(node))
+    gpus = options.pop("gpus", None)
+    for name in ("callbacks", "logger", "plugins"):
+        if name in options:
+            raise UserError(f"lightning.trainer.{name}: give it as lightning.{name}, beside lightning.trainer")
+    check_keys(pl.Trainer, options, "lightning.trainer")
+    _check_counts(options, "lightning.trainer.")
+    flags: dict[str, Any] = {}
+    for name in TRAINER_FLAGS:
+        text = getattr(opt, name)
+        if text is None:
+            continue
+        try:
+            flags[name] = yaml.safe_load(text) if name != "max_time" else text
+        except yaml.YAMLError as error:
+            raise UserError(f"--{name}: cannot read the value '{text}'") from error
+        if name == "callbacks" or (name == "logger" and not isinstance(flags[name], bool)):
+            raise UserError(f"--{name}: '{text}' cannot be given here: use lightning.{name} in a YAML file")
+        try:
+            check_keys(pl.Trainer, {name: flags[name]}, "")
+        except UserError as error:
+            raise UserError(f"--{str(error).lstrip('.')}") from error
+    _check_counts(flags, "--")
+    options |= flags
+    options |= devices(opt.gpus if opt.gpus is not None else gpus, options)
+    if "max_epochs" not in options and "max_steps" not in options and "max_time" not in options:
+        options["max_epochs"] = 1000  # Lightning's own default, without its warning
+    return options
+
+
+def _check_counts(options: dict[str, Any], prefix: str) -> None:
+    for name in ("accumulate_grad_batches", "max_epochs", "max_steps"):
+        value = options.get(name)
+        least = 1 if name == "accumulate_grad_batches" else -1
+        if value is not None and (value < least or value == 0):
+            raise UserError(f"{prefix}{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def set_token_num(config: DictConfig, count: int | None) -> None:
+    """Set the number of concept tokens in U-Net and encoder (`--token_num`).
+
+    Raises:
+        UserError: not a positive number, or a model without tokens.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise UserError(f"--token_num: expected at least 1, got {count}")
+    for node in ("unet_config", "cond_stage_config"):
+        key = f"model.params.{node}.params"
+        if OmegaConf.select(config, key) is None:
+            raise UserError(f"--token_num: the configuration has no {key}: it is for EncDiff's configurations")
+        OmegaConf.update(config, f"{key}.latent_unit", count)

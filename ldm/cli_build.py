@@ -1,0 +1,164 @@
+"""From the configuration to callbacks, logger, trainer options and learning rate."""
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from ldm.callbacks.setup import SetupCallback
+from ldm.callbacks.stop import RandomStateCallback, StopCallback
+from ldm.cli_arguments import Run
+from ldm.config import check_nodes, merge
+from ldm.util import UserError, instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+# Callbacks that every run has; a configuration's node of the same name is merged over them.
+CALLBACKS = {
+    "image_logger": {
+        "target": "ldm.callbacks.images.ImageLogger",
+        "params": {"batch_frequency": 750, "max_images": 8},
+    },
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
+    "progress_bar": {"target": "pytorch_lightning.callbacks.TQDMProgressBar", "params": {"refresh_rate": 20}},
+}
+SCORES = {"disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback", "params": {}}}
+# What decides when ModelCheckpoint saves; `last.ckpt` is saved in the same rhythm.
+INTERVALS = ("every_n_train_steps", "train_time_interval", "every_n_epochs")
+# With two optimisers each backward pass leaves the other network's parameters unused, which DDP must be told.
+UNUSED_PARAMETERS = {
+    "auto": "ddp_find_unused_parameters_true",
+    "ddp": "ddp_find_unused_parameters_true",
+    "ddp_spawn": "ddp_spawn_find_unused_parameters_true",
+    "ddp_fork": "ddp_fork_find_unused_parameters_true",
+}
+
+
+def lightning_nodes(config: DictConfig, run: Run, score: bool) -> DictConfig:
+    """The nodes `callbacks`, `modelcheckpoint` and `logger`: the defaults, with the configuration's merged over them.
+
+    Raises:
+        UserError: an unknown target or key, or a value of a wrong kind.
+    """
+    given = OmegaConf.create(OmegaConf.to_container(config.get("lightning") or OmegaConf.create({})))
+    assert isinstance(given, DictConfig)
+    given.pop("trainer", None)
+    if not score and given.get("callbacks"):
+        # main.py trains the configurations of main_val.py too, without scores.
+        given.callbacks.pop("disentanglement", None)
+    logger = {"save_dir": str(run.logdir), "name": "tensorboard", "version": ""}
+    defaults = {
+        "callbacks": {**CALLBACKS, **(SCORES if score else {})},
+        "modelcheckpoint": {
+            "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+            "params": _checkpoint_params(OmegaConf.select(config, "model.params.monitor"), run),
+        },
+        "logger": {"target": "pytorch_lightning.loggers.TensorBoardLogger", "params": logger},
+    }
+    for section in [key for key, value in given.items() if value is None]:
+        given.pop(section)
+    nodes = merge([OmegaConf.create(defaults), given])
+    for section, entries in (("callbacks", nodes.callbacks), ("", nodes)):
+        for name in entries:
+            where = ".".join(part for part in ("lightning", section, str(name)) if part)
+            if not isinstance(entries[name], DictConfig):
+                raise UserError(f"{where}: expected a node with 'target' and 'params', found {entries[name]!r}")
+            if name != "callbacks" and "target" not in entries[name]:
+                raise UserError(f"{where}.target is missing: give the name of a class")
+    check_nodes(nodes, "lightning")
+    return nodes
+
+
+def _checkpoint_params(monitor: str | None, run: Run) -> dict[str, Any]:
+    """Keep the three best by the model's monitor, or else the newest."""
+    params: dict[str, Any] = {
+        "dirpath": str(run.logdir / "checkpoints"),
+        "filename": "epoch={epoch:06d}",
+        "auto_insert_metric_name": False,
+        "verbose": False,
+        # A resumed run writes over what it does again.
+        "enable_version_counter": False,
+    }
+    if monitor is not None:
+        # Losses are to fall; epoch numbers and scores are to rise.
+        falls = "loss" in str(monitor) or str(monitor).endswith("mse")
+        params |= {"monitor": monitor, "save_top_k": 3, "mode": "min" if falls else "max"}
+        if str(monitor).startswith("train/"):
+            params["save_on_train_epoch_end"] = True  # there is no such value before
+    return params
+
+
+def build_callbacks(config: DictConfig, nodes: DictConfig, run: Run, seed: int) -> list[pl.Callback]:
+    """Set-up, random state, the callbacks of the configuration, stopping, checkpoints.
+
+    Raises:
+        UserError: a bad value in a callback's node.
+    """
+    project = OmegaConf.create({key: config[key] for key in config if key != "lightning"})
+    lightning = config.get("lightning") or OmegaConf.create({})
+    callbacks: list[pl.Callback] = [SetupCallback(run.logdir, run.now, project, lightning), RandomStateCallback(seed)]
+    for name, node in nodes.callbacks.items():
+        callbacks.append(instantiate_from_config(node, f"lightning.callbacks.{name}", **_logdir(node, run)))
+    callbacks.append(StopCallback(run.logdir / "checkpoints" / "last.ckpt"))
+    best = instantiate_from_config(nodes.modelcheckpoint, "lightning.modelcheckpoint")
+    return [*callbacks, best, _last_checkpoint(nodes.modelcheckpoint, run, config)]
+
+
+def _last_checkpoint(node: DictConfig, run: Run, config: DictConfig) -> ModelCheckpoint:
+    """`last.ckpt`, whatever the monitor says: `save_last` would skip epochs that are not among the best."""
+    params = {key: value for key, value in (node.get("params") or {}).items() if key in INTERVALS}
+    if not params and OmegaConf.select(config, "lightning.trainer.val_check_interval") is None:
+        params["save_on_train_epoch_end"] = True
+    folder = str(run.logdir / "checkpoints")
+    return ModelCheckpoint(folder, filename="last", enable_version_counter=False, **params)
+
+
+def _logdir(node: Any, run: Run) -> dict[str, Any]:
+    """The log directory for callbacks of ours that write files."""
+    ours = str(node.target).rpartition(".")[2] in ("ImageLogger", "DisentanglementCallback")
+    return {"logdir": str(run.logdir)} if ours and "logdir" not in (node.get("params") or {}) else {}
+
+
+def processes(options: dict[str, Any]) -> int | None:
+    """Number of processes that the Trainer's options ask for; None if it is for Lightning to say."""
+    count = options.get("devices", 1)
+    if isinstance(count, str):
+        count = int(count) if count.isdigit() else None
+    elif isinstance(count, list):
+        count = len(count)
+    return None if count is None or count < 0 else count * options.get("num_nodes", 1)
+
+
+def configure_manual_optimization(model: pl.LightningModule, options: dict[str, Any]) -> None:
+    """Move accumulation and clipping into a model that optimises by itself; Lightning's Trainer refuses them there."""
+    if model.automatic_optimization:
+        return
+    for name in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):
+        value = options.pop(name, None)
+        if value is not None:
+            setattr(model, name, value)
+    strategy = options.get("strategy", "auto")
+    if processes(options) != 1 and strategy in UNUSED_PARAMETERS:
+        options["strategy"] = UNUSED_PARAMETERS[strategy]
+
+
+def set_learning_rate(model: Any, config: DictConfig, accumulate: int, processes: int, scale: bool) -> None:
+    """The learning rate: accumulated batches × processes × batch size × base rate, as in LDM."""
+    base = config.model.get("base_learning_rate")
+    if base is None:
+        log.info("model.base_learning_rate is not given: the model's own rate %.2e", model.learning_rate)
+        return
+    batch = config.data.params.batch_size
+    model.learning_rate = accumulate * processes * batch * base if scale else base
+    if scale:
+        log.info(
+            "learning rate %.2e = %d accumulated batches x %d processes x batch size %d x base rate %.2e",
+            model.learning_rate, accumulate, processes, batch, base,
+        )  # fmt: skip
+    else:
+        log.info("learning rate %.2e (not scaled)", model.learning_rate)

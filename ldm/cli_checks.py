@@ -1,0 +1,198 @@
+"""What is tried out before training starts, so that a mistake leaves no log directory behind."""
+
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import default_collate
+
+from ldm.callbacks.disentanglement import DisentanglementCallback
+from ldm.callbacks.images import ImageLogger
+from ldm.data.images import to_unit_range
+from ldm.models.autoencoder import FirstStage
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.visuals import diffusion_images
+from ldm.util import UserError, check_keys, instantiate_from_config, nearest
+
+FAILURES = (ValueError, RuntimeError, TypeError, IndexError, AssertionError, ZeroDivisionError)
+
+
+def check_writable(logdir: Path) -> None:
+    """Refuse a log directory that cannot be made.
+
+    Raises:
+        UserError: a parent that is no folder or not writable.
+    """
+    parent = logdir
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"-l/--logdir: '{parent}' is a file: give a folder to log into")
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"-l/--logdir: cannot write to '{parent}' ({error.strerror}): give another folder") from error
+
+
+def check_resumable(path: Path, model: pl.LightningModule) -> None:
+    """Refuse a checkpoint that a run of this model cannot go on from.
+
+    Raises:
+        UserError: not readable, weights without a training run's state, or another model's.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"'{path}' cannot be read as a checkpoint: it is cut off, is no checkpoint, or holds pickled objects"
+        ) from error
+    if not isinstance(content, dict) or not {"state_dict", "loops", "optimizer_states"} <= set(content):
+        raise UserError(
+            f"'{path}' holds no state of a training run to go on from: to start from its weights, give it as"
+            " model.params.ckpt_path"
+        )
+    own, saved = model.state_dict(), content["state_dict"]
+    for name in [*own, *saved]:
+        if name not in saved or name not in own:
+            lacks = "lacks" if name not in saved else "has"
+            raise UserError(f"'{path}' is a checkpoint of another model: it {lacks} the weight {name}")
+        if own[name].shape != saved[name].shape:
+            raise UserError(
+                f"'{path}' is a checkpoint of another model: {name} has the shape {tuple(saved[name].shape)} there,"
+                f" and {tuple(own[name].shape)} in this configuration"
+            )
+
+
+def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor: Any, callbacks: Iterable[Any]) -> None:
+    """Pass one image of each data set through the model, and compare the monitor with what will be logged.
+
+    Models of one's own are left alone, but for the ones derived from ours.
+
+    Raises:
+        UserError: sizes of data, first stage, encoder and U-Net that do not fit together; a schedule that cannot be
+            built; options of pictures that there are not; a monitor that is never logged.
+    """
+    if not isinstance(model, FirstStage | LatentDiffusion):
+        return
+    if model.scheduler_config is not None:
+        instantiate_from_config(model.scheduler_config, "model.params.scheduler_config")
+    parts: set[str] = set()
+    tried: list[Any] = []
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for split in ("train", "validation"):
+            dataset = datasets.get(split)
+            if dataset is not None and not any(dataset is other for other in tried):
+                tried.append(dataset)
+                parts |= _try_image(model, _one_image(dataset, split, _keys(model)), split)
+    model.train(was_training)
+    scores: list[str] = []
+    for callback in callbacks:
+        if isinstance(callback, ImageLogger) and isinstance(model, LatentDiffusion):
+            where = "lightning.callbacks.image_logger.params.log_images_kwargs"
+            check_keys(diffusion_images, callback.log_images_kwargs, where)
+        if isinstance(callback, DisentanglementCallback):
+            scores += callback.metrics
+    if monitor is not None and tried:
+        _check_monitor(model, str(monitor), parts, scores, "validation" in datasets)
+
+
+def _keys(model: FirstStage | LatentDiffusion) -> set[str]:
+    return {model.image_key} if isinstance(model, FirstStage) else {model.first_stage_key, model.cond_stage_key}
+
+
+def _one_image(dataset: Any, split: str, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A batch of one image (1, h, w, c) float in [-1, 1]."""
+    item = dataset[0]
+    for key in keys:
+        found: Any = item.get(key) if isinstance(item, Mapping) else None
+        if not hasattr(found, "shape") or len(found.shape) != 3:
+            raise UserError(
+                f"data.params.{split} ({type(dataset).__name__}): expected items that are dicts with an image"
+                f" (h, w, c) as '{key}'"
+            )
+    batch = default_collate([dict(item)])
+    return {
+        key: to_unit_range(value) if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else value
+        for key, value in batch.items()
+    }
+
+
+def _try_image(model: FirstStage | LatentDiffusion, batch: dict[str, torch.Tensor], split: str) -> set[str]:
+    """Losses of one image; returns their names."""
+    key = model.image_key if isinstance(model, FirstStage) else model.first_stage_key
+    x = model.get_input(batch, key)
+    size = "x".join(map(str, (*x.shape[2:], x.shape[1])))
+    problem = f"an image of data.params.{split} ({size}) does not pass through the model"
+    if isinstance(model, FirstStage):
+        try:
+            reconstruction, extra = model.reconstruct(x)
+        except FAILURES as error:
+            raise UserError(f"{problem}: {error}; compare it with model.params.ddconfig") from error
+        if reconstruction.shape != x.shape:
+            raise UserError(
+                f"{problem}: it comes back as {tuple(reconstruction.shape[1:])}, not {tuple(x.shape[1:])}; compare"
+                " it with model.params.ddconfig (out_ch; ch_mult halves the size once per entry after the first)"
+            )
+        try:
+            _, names = model.loss.generator_loss(extra, x, reconstruction, 0, model.get_last_layer())
+            parts = set(names)
+            if model.loss.discriminator is not None:
+                parts |= set(model.loss.discriminator_loss(x, reconstruction, 0)[1])
+        except AttributeError as error:
+            raise UserError(
+                f"model.params.lossconfig ({type(model.loss).__name__}) is no loss to train a first stage with:"
+                " expected e.g. ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+            ) from error
+        except FAILURES as error:
+            raise UserError(f"{problem}: {error}; compare it with model.params.lossconfig") from error
+        return parts | {"mse"}
+    try:
+        latent = model.get_first_stage_encoding(model.encode_first_stage(x))
+    except FAILURES as error:
+        raise UserError(f"{problem}: {error}; compare it with model.params.first_stage_config") from error
+    expected = (model.channels, model.image_size, model.image_size)
+    if tuple(latent.shape[1:]) != expected:
+        raise UserError(
+            f"{problem}: the first stage makes latents of {tuple(latent.shape[1:])} of it, but model.params.channels"
+            f" and model.params.image_size say {expected}"
+        )
+    try:
+        _, names = model.shared_step(batch, torch.Generator().manual_seed(0))
+    except FAILURES as error:
+        raise UserError(
+            f"{problem}: {error}; compare model.params.unet_config, model.params.cond_stage_config and the"
+            f" latents of {expected}"
+        ) from error
+    return set(names)
+
+
+def _check_monitor(
+    model: FirstStage | LatentDiffusion, monitor: str, parts: set[str], scores: list[str], validated: bool
+) -> None:
+    """Refuse a monitor that none of the model's losses and the scores is called."""
+    base: type = FirstStage if isinstance(model, FirstStage) else LatentDiffusion
+    own = type(model)
+    if own.training_step is not base.training_step or own._evaluate is not base._evaluate:  # type: ignore[attr-defined]
+        return  # it may log more than is known here
+    known = {f"train/{name}{suffix}" for name in parts for suffix in ("", "_step", "_epoch")} | {"train/epoch_num"}
+    if validated:
+        known |= {f"val/{name}" for name in parts} | {f"val/{name}" for name in scores}
+        if isinstance(model, LatentDiffusion):
+            known |= {f"val/{name}_ema" for name in parts}
+        elif model.use_ema:
+            known |= {f"val_ema/{name}" for name in parts}
+    if hasattr(model, "codes_used"):
+        known |= {"train/codes_in_use"} | ({"val/codes_in_use"} if validated else set())
+    if monitor in known or (validated and monitor.startswith(tuple(f"val/{name}_" for name in scores))):
+        return
+    if monitor.startswith("val") and not validated:
+        raise UserError(f"model.params.monitor: '{monitor}' is never logged without data.params.validation")
+    raise UserError(f"model.params.monitor: '{monitor}' is never logged{nearest(monitor, known)}")
