@@ -1,0 +1,125 @@
+"""The whole job on the built-in data: render, train both stages, score before and after, draw, and print a table."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldm.api import encode, load, load_config, reconstruction_mse
+from ldm.cli import main as train
+from ldm.config import load_yaml
+from ldm.metrics.evaluate import evaluate
+from ldm.util import UserError, instantiate_from_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "quickstart"
+CKPT_KEY = "model.params.first_stage_config.params.ckpt_path"
+ROWS = (
+    ("FactorVAE score", "factor_vae", "eval_accuracy"),
+    ("DCI disentanglement", "dci", "disentanglement"),
+    ("DCI completeness", "dci", "completeness"),
+    ("beta-VAE score", "beta_vae", "eval_accuracy"),
+    ("MIG", "mig", "discrete_mig"),
+)
+
+
+def run_stage(config: Path, logdir: Path, seed: int, score: bool, overrides: list[str]) -> Path:
+    """Train one stage; gives its log directory. Ends the program if training was stopped or refused."""
+    before = set(logdir.glob("*"))
+    status = train(["--base", str(config), "-t", "-l", str(logdir), "-s", str(seed), *overrides], score=score)
+    if status:
+        sys.exit(status)
+    return max(set(logdir.glob("*")) - before, key=lambda path: path.name)
+
+
+def untrained(config: Any, seed: int) -> Any:
+    """The model as training finds it."""
+    pl.seed_everything(seed, verbose=False)
+    return instantiate_from_config(config.model, "model").eval()
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--logdir", type=Path, default=Path("logs/quickstart"), help="folder of the log directories")
+    parser.add_argument("--seed", type=int, default=23)
+    parser.add_argument("--first-stage", type=Path, default=CONFIGS / "first_stage.yaml", help="its configuration")
+    parser.add_argument("--encdiff", type=Path, default=CONFIGS / "encdiff.yaml", help="its configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the configuration of EncDiff")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the quickstart."""
+    opt = arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start = time.perf_counter()
+    data = instantiate_from_config(load_yaml(opt.encdiff).data, "data")
+    data.setup()
+    dataset = data.datasets["validation"]
+    marks = [("data", time.perf_counter())]
+
+    first_config = load_yaml(opt.first_stage)
+    mse = [reconstruction_mse(untrained(first_config, opt.seed), dataset)]
+    first = run_stage(opt.first_stage, opt.logdir, opt.seed, False, [])
+    mse.append(reconstruction_mse(load(first), dataset))
+    marks.append(("first stage", time.perf_counter()))
+
+    checkpoint = f"{CKPT_KEY}={first / 'checkpoints' / 'last.ckpt'}"
+    second = run_stage(opt.encdiff, opt.logdir, opt.seed, True, [checkpoint, *opt.overrides])
+    marks.append(("EncDiff", time.perf_counter()))
+
+    record = json.loads(max((second / "metrics").glob("*.json"), key=lambda path: path.name).read_text())
+    # The same points, settings and seed for the model before its training.
+    codes = encode(untrained(load_config(second), opt.seed), dataset)
+    before = evaluate(codes, dataset.grid, record["settings"], record["settings"], record["random_state"])
+    marks.append(("scores before", time.perf_counter()))
+    report(opt, dataset, first, second, mse, before, record, start, marks)
+
+
+def report(opt, dataset, first, second, mse, before, record, start, marks) -> None:
+    """Print the table and the paths, and write them down."""
+    lines = [f"{'':<34}{'before':>10}{'after':>10}"]
+    lines.append(f"{'first stage: MSE, images in [0, 1]':<34}{mse[0]:>10.5f}{mse[1]:>10.5f}")
+    for title, metric, entry in ROWS:
+        if metric in record["scores"]:
+            lines.append(f"{title:<34}{before[metric][entry]:>10.3f}{record['scores'][metric][entry]:>10.3f}")
+    counts = [
+        f"{name} " + "/".join(f"{values[key]:,}" for key in ("num_train", "num_test", "num_eval") if key in values)
+        for name, values in record["settings"].items()
+    ]
+    lines += [
+        "",
+        f"grid: {dataset.grid.describe()} = {len(dataset):,} images of {dataset.image_size} x {dataset.image_size}",
+        f"samples: {', '.join(counts)}; MSE on {min(1000, len(dataset)):,} images",
+    ]
+    previous, parts = start, []
+    for name, moment in marks:
+        parts.append(f"{name} {moment - previous:.0f} s")
+        previous = moment
+    lines.append(f"time: {', '.join(parts)}; {(previous - start) / 60:.1f} minutes in all")
+    lines += [
+        "",
+        f"first stage   {first / 'checkpoints' / 'last.ckpt'}",
+        f"EncDiff       {second / 'checkpoints' / 'last.ckpt'}",
+    ]
+    for name in ("reconstruction", "samples", "denoise_row", "swap"):
+        pictures = sorted((second / "images" / "train").glob(f"{name}_gs-*.png"))
+        lines += [f"{name:<14}{pictures[-1]}"] if pictures else []
+    lines.append(f"scores        {second / 'metrics'}")
+    lines.append(f"TensorBoard   tensorboard --logdir {opt.logdir}")
+    text = "\n".join(lines)
+    (second / "quickstart.txt").write_text(text + "\n")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
