@@ -5,10 +5,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.callbacks.setup import SetupCallback
-from ldm.callbacks.stop import RandomStateCallback, StopCallback
+from ldm.callbacks.stop import LastCheckpoint, RandomStateCallback, StopCallback
 from ldm.cli_arguments import Run
 from ldm.config import check_nodes, merge
 from ldm.util import UserError, instantiate_from_config
@@ -109,13 +108,12 @@ def build_callbacks(config: DictConfig, nodes: DictConfig, run: Run, seed: int) 
     return [*callbacks, best, _last_checkpoint(nodes.modelcheckpoint, run, config)]
 
 
-def _last_checkpoint(node: DictConfig, run: Run, config: DictConfig) -> ModelCheckpoint:
-    """`last.ckpt`, whatever the monitor says: `save_last` would skip epochs that are not among the best."""
+def _last_checkpoint(node: DictConfig, run: Run, config: DictConfig) -> LastCheckpoint:
+    """`last.ckpt`, at the end of every epoch, or in the rhythm of the other checkpoints or of validation."""
     params = {key: value for key, value in (node.get("params") or {}).items() if key in INTERVALS}
     if not params and OmegaConf.select(config, "lightning.trainer.val_check_interval") is None:
         params["save_on_train_epoch_end"] = True
-    folder = str(run.logdir / "checkpoints")
-    return ModelCheckpoint(folder, filename="last", enable_version_counter=False, **params)
+    return LastCheckpoint(str(run.logdir / "checkpoints"), **params)
 
 
 def _logdir(node: Any, run: Run) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,18 @@ class StopCallback(Callback):
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old = {}
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves `last.ckpt` whatever the monitor says; `save_last` skips epochs that are not among the best.
+
+    Args:
+        folder: of the checkpoints.
+        options: of `ModelCheckpoint`, when to save.
+    """
+
+    def __init__(self, folder: str | Path, **options: Any) -> None:
+        super().__init__(folder, filename="last", enable_version_counter=False, **options)
 
 
 class RandomStateCallback(Callback):

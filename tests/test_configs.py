@@ -1,0 +1,279 @@
+"""The shipped YAML files, the commands and the snippet of the original's README, and merging."""
+
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import CHECKPOINT, ROOT, first_stage_config
+from omegaconf import OmegaConf
+
+from ldm.cli_arguments import Run
+from ldm.cli_build import build_callbacks, lightning_nodes
+from ldm.config import check_config, find_config, from_dotlist, load_yaml, merge
+from ldm.data.dis import Shapes3D
+from ldm.util import UserError, instantiate_from_config
+
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+# Overlays are merged over a configuration that is whole.
+WHOLE = [path for path in SHIPPED if "model" in (c := OmegaConf.load(path)) and "target" in c.model]
+DATASETS = ("cars3d", "shapes3d", "mpi3d", "celeba")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs"))
+
+
+@pytest.fixture(scope="session")
+def vgg16(tmp_path_factory) -> Path:
+    """VGG16's layout with random weights."""
+    from torchvision.models import vgg16 as build
+
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    # LPIPS takes the convolutions alone; the classifier is 490 MB.
+    torch.save({k: v for k, v in build(weights=None).state_dict().items() if k.startswith("features")}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """Checkpoints of untrained first stages, by their configuration."""
+    folder, made = tmp_path_factory.mktemp("stages"), {}
+
+    def checkpoint(config) -> Path:
+        key = OmegaConf.to_yaml(config)
+        if key not in made:
+            config = OmegaConf.create(key)
+            config.params.pop("ckpt_path", None)
+            made[key] = folder / f"{len(made)}.ckpt"
+            torch.save({"state_dict": instantiate_from_config(config).state_dict()}, made[key])
+        return made[key]
+
+    return checkpoint
+
+
+def completed(path: Path, stages, vgg16) -> OmegaConf:
+    """A shipped configuration, with what a user has to give."""
+    config = load_yaml(path)
+    node = OmegaConf.select(config, "model.params.first_stage_config")
+    if node is not None and OmegaConf.is_missing(node.params, "ckpt_path"):
+        OmegaConf.update(config, CHECKPOINT, str(stages(node)))
+    if OmegaConf.select(config, "model.params.lossconfig") is not None:
+        OmegaConf.update(config, "model.params.lossconfig.params.perceptual_weights", str(vgg16))
+    return config
+
+
+def test_the_configurations_are_there():
+    for dataset in DATASETS:
+        assert (ROOT / f"configs/autoencoder/{dataset}_vq_4_16.yaml").is_file()
+        assert (ROOT / f"configs/latent-diffusion/{dataset}-vq-4-16.yaml").is_file()
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=name)
+def test_shipped_configuration_builds_without_data(path, stages, vgg16, tmp_path):
+    config = completed(path, stages, vgg16)
+    check_config(config)
+    run = Run(tmp_path / "run", "now", None, [])
+    score = "first_stage_config" in config.model.params
+    nodes = lightning_nodes(config, run, score)
+    callbacks = build_callbacks(config, nodes, run, 0)
+    names = {type(callback).__name__ for callback in callbacks}
+    assert {"SetupCallback", "ImageLogger", "StopCallback", "ModelCheckpoint"} <= names
+    assert ("DisentanglementCallback" in names) == score
+    instantiate_from_config(nodes.logger)
+    assert isinstance(instantiate_from_config(config.model, "model"), pl.LightningModule)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", [path for path in WHOLE if "latent-diffusion" in str(path)], ids=name)
+def test_the_first_stage_must_be_given(path):
+    with pytest.raises(UserError, match=r"first_stage_config\.params\.ckpt_path is left as \?\?\?.*last\.ckpt"):
+        check_config(load_yaml(path))
+
+
+def test_lpips_without_weights_says_what_to_do(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", offline)
+    config = load_yaml(ROOT / "configs/autoencoder/shapes3d_vq_4_16.yaml")
+    with pytest.raises(UserError) as caught:
+        instantiate_from_config(config.model, "model")
+    message = str(caught.value)
+    assert "vgg16-397923af.pth" in message and str(tmp_path) in message and "perceptual_weight=0" in message
+    config = merge([config, from_dotlist(["model.params.lossconfig.params.perceptual_weight=0"])])
+    instantiate_from_config(config.model, "model")
+
+
+SPELLINGS = [
+    ("configs/{folder}/{d}_vq_4_16.yaml"),
+    ("configs/{folder}/{d}-vq-4-16.yaml"),
+    ("configs/{folder}/{d}-vq-4-16"),
+    ("configs/{folder}/{d}_vq_4_16"),
+    ("configs/{folder}/{d}-vq-4-16-encdiff.yaml"),
+    ("configs/{folder}/{d}-vq-4-16-encdiff"),
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("folder", ["autoencoder", "latent-diffusion"])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_spellings_of_the_readme(spelling, folder, dataset, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = find_config(spelling.format(folder=folder, d=dataset))
+    assert found.is_file() and found.parent.name == folder and found.name.startswith(dataset)
+
+
+@pytest.mark.parametrize(
+    ("given", "suggested"),
+    [
+        ("configs/autoencoder/shape3d_vq_4_16.yaml", "configs/autoencoder/shapes3d_vq_4_16.yaml"),
+        ("configs/latent_diffusion/mpi3d-vq-4-16.yaml", "configs/latent-diffusion/mpi3d-vq-4-16.yaml"),
+        ("shapes3d-vq-4-16.yaml", "shapes3d"),
+    ],
+)
+def test_unknown_name_suggests_the_nearest(given, suggested, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=f"no file '{given}'; the nearest is '.*{suggested}"):
+        find_config(given)
+
+
+def test_another_spelling_is_announced(monkeypatch, caplog):
+    monkeypatch.chdir(ROOT)
+    with caplog.at_level(logging.INFO):
+        find_config("configs/latent-diffusion/shapes3d_vq_4_16.yaml")
+    assert "shapes3d-vq-4-16.yaml" in caplog.text
+
+
+# ---- the Python snippet of the README
+
+
+def test_snippet_of_the_readme(first_stage, cli, monkeypatch):
+    class opt:
+        base = [str(cli.folder / cli.enc)]
+
+    unknown = [f"{CHECKPOINT}={first_stage}", "model.params.timesteps=50"]
+
+    from omegaconf import OmegaConf
+
+    from ldm.util import instantiate_from_config
+
+    cli = OmegaConf.from_dotlist(unknown)
+    configs = [OmegaConf.load(cfg) for cfg in opt.base]
+    config = OmegaConf.merge(*configs, cli)
+
+    model = instantiate_from_config(config.model)
+
+    assert model.num_timesteps == 50 and type(model).__name__ == "LatentDiffusion"
+
+
+def test_data_set_class_of_the_readme(rooms):
+    class Shapes3DTrain(Shapes3D):
+        def __init__(self, **kwargs):
+            super().__init__(path=str(rooms), original_resolution=None, **kwargs)
+
+    assert len(Shapes3DTrain()) == 64 and Shapes3DTrain(image_size=8).image_size == 8
+
+
+# ---- merging
+
+
+def test_later_files_and_arguments_win():
+    merged = merge(
+        [
+            OmegaConf.create({"a": {"x": 1, "y": 1}, "b": 1}),
+            OmegaConf.create({"a": {"x": 2}}),
+            from_dotlist(["a.y=3", "c.d=[1, 2]", "e=1e-3", "f=text"]),
+        ]
+    )
+    assert merged == {"a": {"x": 2, "y": 3}, "b": 1, "c": {"d": [1, 2]}, "e": 1e-3, "f": "text"}
+
+
+def test_another_target_replaces_the_params():
+    first = OmegaConf.create(
+        {"model": {"target": "a.A", "params": {"x": 1, "inner": {"target": "b.B", "params": {"p": 1}}}}}
+    )
+    inner = merge([first, OmegaConf.create({"model": {"params": {"inner": {"target": "b.C", "params": {"q": 2}}}}})])
+    assert inner.model.params == {"x": 1, "inner": {"target": "b.C", "params": {"q": 2}}}
+    assert first.model.params.inner.params == {"p": 1}, "merging leaves what it merges alone"
+    outer = merge([first, from_dotlist(["model.target=a.Z"])])
+    assert outer.model == {"target": "a.Z"}
+    same = merge([first, OmegaConf.create({"model": {"target": "a.A", "params": {"y": 2}}})])
+    assert same.model.params.x == 1 and same.model.params.y == 2
+
+
+def test_the_originals_name_is_the_same_target():
+    ours = OmegaConf.create({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"x": 1}})
+    theirs = OmegaConf.create({"target": "ldm.models.diffusion.ddpm_enc.LatentDiffusion"})
+    assert merge([OmegaConf.create({"model": ours}), OmegaConf.create({"model": theirs})]).model.params == {"x": 1}
+
+
+def test_base_files_merge_left_to_right(cli, first_stage):
+    cli.write("steps.yaml", {"model": {"params": {"timesteps": 20}}})
+    cli.write("more.yaml", {"model": {"params": {"timesteps": 30, "loss_type": "l2"}}})
+    result = cli.run("--base", cli.enc, "steps.yaml", "more.yaml", f"{CHECKPOINT}={first_stage}", "-t", "--gpus", "0",
+                     "--max_steps", 1, "model.params.loss_type=l1")  # fmt: skip
+    assert result.status == 0, result.err
+    assert result.logdir.name.endswith("_enc+steps+more")
+    (saved,) = (result.logdir / "configs").glob("*-project.yaml")
+    params = OmegaConf.load(saved).model.params
+    assert (params.timesteps, params.loss_type) == (30, "l1")
+
+
+UNKNOWN_KEYS = [
+    ("modle.target=x", "'modle'", "model"),
+    ("model.parms.x=1", "'model.parms'", "params"),
+    ("model.params.val_loss_evry=1", "model.params: unknown key 'val_loss_evry'", "val_loss_every"),
+    ("model.params.ddconfig.ch_mul=[1]", "ddconfig: unknown key 'ch_mul'", "ch_mult"),
+    ("model.params.lossconfig.params.disc_strt=1", "lossconfig.params: unknown key 'disc_strt'", "disc_start"),
+    ("data.parms.batch_size=1", "'data.parms'", "params"),
+    ("data.params.batchsize=1", "data.params: unknown key 'batchsize'", "batch_size"),
+    ("data.params.train.params.image_sise=8", "data.params.train.params: unknown key 'image_sise'", "image_size"),
+    ("lightning.traner.max_epochs=1", "unknown key 'lightning.traner'", "trainer"),
+    ("lightning.trainer.max_epoch=1", "lightning.trainer: unknown key 'max_epoch'", "max_epochs"),
+    ("lightning.callbacks.image_logger.params.max_image=1", "image_logger.params: unknown key", "max_images"),
+    ("lightning.modelcheckpoint.params.save_top=1", "lightning.modelcheckpoint.params: unknown key", "save_top_k"),
+]  # fmt: skip
+UNKNOWN_KEYS_OF_ENCDIFF = [
+    ("model.params.unet_config.params.chanel_mult=[1]", "unet_config.params: unknown key", "channel_mult"),
+    ("model.params.cond_stage_config.params.latent_units=1", "unknown key 'latent_units'", "latent_unit"),
+    ("model.params.scheduler_config.params.warm_up=1", "scheduler_config.params: unknown key", "warm_up_steps"),
+    ("model.params.first_stage_config.params.ddconfig.chm=1", "ddconfig: unknown key 'chm'", "ch"),
+    ("lightning.callbacks.disentanglement.params.metric=[]", "disentanglement.params: unknown key", "metrics"),
+    ("lightning.callbacks.image_logger.params.log_images_kwargs.ddim_step=1", "unknown key 'ddim_step'", "ddim_steps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argument", "named", "suggested"), UNKNOWN_KEYS, ids=lambda text: text[:50])
+def test_unknown_keys_of_the_first_stage(cli, argument, named, suggested):
+    result = cli.run("--base", cli.vq, argument)
+    assert result.status == 2 and len(result.errors) == 1, result.err
+    assert named in result.err and f"did you mean '{suggested}'" in result.err
+
+
+@pytest.mark.parametrize(("argument", "named", "suggested"), UNKNOWN_KEYS_OF_ENCDIFF, ids=lambda text: text[:50])
+def test_unknown_keys_of_encdiff(cli, first_stage, argument, named, suggested):
+    result = cli.run("--base", cli.enc, f"{CHECKPOINT}={first_stage}", argument, score=True)
+    assert result.status == 2 and len(result.errors) == 1, result.err
+    assert named in result.err and f"did you mean '{suggested}'" in result.err
+
+
+def test_a_configuration_of_ones_own_data_set(cli, rooms, monkeypatch):
+    """A class of the user's with LDM's items: float images, item by item."""
+    (cli.folder / "my_data.py").write_text(
+        "import numpy as np\n"
+        "class Noise:\n"
+        "    def __init__(self, count: int):\n        self.count = count\n"
+        "    def __len__(self):\n        return self.count\n"
+        "    def __getitem__(self, i):\n"
+        "        return {'image': np.random.default_rng(i).random((16, 16, 3), dtype=np.float32) * 2 - 1, 'idx': i}\n"
+    )
+    monkeypatch.syspath_prepend(cli.folder)
+    config = first_stage_config(rooms)
+    config["data"]["params"] = {"batch_size": 8, "train": {"target": "my_data.Noise", "params": {"count": 16}}}
+    config["model"]["params"].pop("monitor")
+    result = cli.run("--base", cli.write("own.yaml", config), "-t", "--gpus", "0", "--max_steps", 1)
+    assert result.status == 0, result.err
