@@ -54,6 +54,11 @@ def run_training(argv: Sequence[str], score: bool) -> int:
     check_writable(run.logdir)
     pl.seed_everything(opt.seed, workers=True, verbose=False)
 
+    callbacks = build_callbacks(config, nodes, run, opt.seed)
+    log.info("building the model")
+    model = instantiate_from_config(config.model, "model")
+    if not isinstance(model, pl.LightningModule):
+        raise UserError(f"model.target: {config.model.target} is no LightningModule, so it cannot be trained")
     log.info("reading the data")
     data = instantiate_from_config(config.data, "data")
     data.prepare_data()
@@ -61,11 +66,6 @@ def run_training(argv: Sequence[str], score: bool) -> int:
     datasets = getattr(data, "datasets", {})
     if opt.train and datasets and "train" not in datasets:
         raise UserError("data.params.train is missing: there is nothing to train on")
-    callbacks = build_callbacks(config, nodes, run, opt.seed)
-    log.info("building the model")
-    model = instantiate_from_config(config.model, "model")
-    if not isinstance(model, pl.LightningModule):
-        raise UserError(f"model.target: {config.model.target} is no LightningModule, so it cannot be trained")
     for callback in callbacks:
         if isinstance(callback, DisentanglementCallback):
             limit = options.get("limit_val_batches")

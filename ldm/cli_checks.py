@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 from ldm.callbacks.disentanglement import DisentanglementCallback
 from ldm.callbacks.images import ImageLogger
 from ldm.data.images import to_unit_range
+from ldm.metrics.evaluate import METRICS
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.visuals import diffusion_images
@@ -195,4 +196,10 @@ def _check_monitor(
         return
     if monitor.startswith("val") and not validated:
         raise UserError(f"model.params.monitor: '{monitor}' is never logged without data.params.validation")
+    metric = next((name for name in METRICS if monitor.startswith(f"val/{name}")), None)
+    if metric and metric not in scores:
+        raise UserError(
+            f"model.params.monitor: '{monitor}' is never logged: main_val.py scores it, if"
+            f" lightning.callbacks.disentanglement.params.metrics has {metric}"
+        )
     raise UserError(f"model.params.monitor: '{monitor}' is never logged{nearest(monitor, known)}")

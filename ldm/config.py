@@ -89,7 +89,8 @@ def merge(configs: Sequence[DictConfig]) -> DictConfig:
 
 def _drop_replaced(old: DictConfig, new: DictConfig) -> None:
     for key in new:
-        if OmegaConf.is_missing(new, key) or key not in old or OmegaConf.is_missing(old, key):
+        unresolved = (OmegaConf.is_missing, OmegaConf.is_interpolation)
+        if key not in old or any(check(node, key) for check in unresolved for node in (old, new)):
             continue
         before, after = old[key], new[key]
         if not (isinstance(before, DictConfig) and isinstance(after, DictConfig)):
