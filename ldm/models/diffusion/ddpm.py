@@ -215,7 +215,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """x_t of x_0 (b, c, h, w) at t (b,) (paper, Eq. 1)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = _noise_like(x_start) if noise is None else noise
         return q_sample(x_start, t, noise, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
@@ -246,7 +246,7 @@ class LatentDiffusion(pl.LightningModule):
         Returns:
             The loss, and its parts by name: `loss_simple`, `loss_vlb`, `loss`.
         """
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = _noise_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         per_sample = self.get_loss(output, noise if self.parameterization == "eps" else x_start)
         logvar = self.logvar[t]
@@ -383,6 +383,11 @@ class LatentDiffusion(pl.LightningModule):
     def log_images(self, batch: Mapping[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
         """Pictures of what the model does: see `ldm.models.diffusion.visuals.diffusion_images`."""
         return diffusion_images(self, batch, **options)
+
+
+def _noise_like(x: torch.Tensor) -> torch.Tensor:
+    """Noise drawn in (b, c, h, w) order whatever the memory layout, so that a seed means the same noise as in LDM."""
+    return torch.randn_like(x, memory_format=torch.contiguous_format)
 
 
 def _check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:

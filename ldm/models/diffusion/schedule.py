@@ -106,8 +106,8 @@ def q_sample(
 def ddim_timesteps(num_steps: int, num_timesteps: int, method: str = "uniform") -> np.ndarray:
     """The timesteps that DDIM visits, rising, as in LDM: every ⌊T/S⌋-th, or quadratically spaced, plus one.
 
-    Where T is not a multiple of S, `uniform` gives more than S steps, as in LDM. Where ⌊T/S⌋ = 1, LDM's "plus one"
-    would leave the range; there all T timesteps are visited.
+    Where T is not a multiple of S, `uniform` gives more than S steps, as in LDM. Where LDM's "plus one" would leave the
+    range (S = T, or S = 3 for T = 1000), it is left out; LDM stops there with an error.
 
     Raises:
         ValueError: S outside [1, T], or another method.
@@ -119,8 +119,8 @@ def ddim_timesteps(num_steps: int, num_timesteps: int, method: str = "uniform") 
         return np.minimum((roots**2).astype(int) + 1, num_timesteps - 1)
     if method != "uniform":
         raise ValueError(f"unknown DDIM discretisation '{method}': choose uniform or quad")
-    stride = num_timesteps // num_steps
-    return np.arange(0, num_timesteps, stride) + (1 if stride > 1 else 0)
+    steps = np.arange(0, num_timesteps, num_timesteps // num_steps)
+    return steps + 1 if steps[-1] + 1 < num_timesteps else steps
 
 
 def ddim_coefficients(

@@ -1,0 +1,273 @@
+"""Lightning's training steps against plain loops written here."""
+
+import copy
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ldm.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+DDCONFIG = {
+    "double_z": False,
+    "z_channels": 3,
+    "resolution": 16,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+}
+LOSS = {"disc_start": 1, "disc_num_layers": 1, "disc_ndf": 8, "perceptual_weight": 0.0}
+
+
+def loader(batches: int, size: int = 4) -> DataLoader:
+    generator = torch.Generator().manual_seed(3)
+    images = [
+        {"image": torch.rand(16, 16, 3, generator=generator) * 2 - 1, "idx": torch.tensor(row)}
+        for row in range(batches * size)
+    ]
+    return DataLoader(images, batch_size=size)
+
+
+def fit(model: pl.LightningModule, data: DataLoader, **options: Any) -> pl.Trainer:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(model, data)
+    return trainer
+
+
+def vq() -> VQModel:
+    loss = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": LOSS}
+    return VQModel(DDCONFIG, loss, n_embed=16, embed_dim=3)
+
+
+def kl() -> AutoencoderKL:
+    loss = {"target": "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator", "params": LOSS}
+    return AutoencoderKL({**DDCONFIG, "double_z": True}, loss, embed_dim=3)
+
+
+@pytest.mark.parametrize("build", [vq, kl])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_first_stage_alternates_generator_and_discriminator(build, accumulate):
+    """Per batch: generator forward, backward, step; then a new forward for the discriminator, as released."""
+    torch.manual_seed(0)
+    model = build()
+    model.learning_rate, model.accumulate_grad_batches, model.gradient_clip_val = 1e-3, accumulate, 0.5
+    plain = copy.deepcopy(model).train()
+    data = loader(5)  # with accumulation, the last group has one batch
+
+    torch.manual_seed(1)
+    trainer = fit(model, data)
+
+    torch.manual_seed(1)
+    autoencoder = torch.optim.Adam(plain.generator_parameters(), lr=1e-3, betas=(0.5, 0.9))
+    discriminator = torch.optim.Adam(plain.loss.discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9))
+    steps = 0
+    for index, batch in enumerate(data):
+        x = batch["image"].permute(0, 3, 1, 2)
+        full = (index + 1) % accumulate == 0 or index == 4
+        now = steps
+        held = [p.detach().clone() if p.grad is None else p.grad.clone() for p in plain.loss.discriminator.parameters()]
+        reconstruction, extra = plain.reconstruct(x)
+        loss, _ = plain.loss.generator_loss(extra, x, reconstruction, now, plain.decoder.conv_out.weight)
+        (loss / accumulate).backward()
+        for p, g in zip(plain.loss.discriminator.parameters(), held, strict=True):
+            p.grad = g if index % accumulate else None  # the generator's loss does not train the discriminator
+        if full:
+            nn.utils.clip_grad_norm_(plain.generator_parameters(), 0.5)
+            autoencoder.step()
+            autoencoder.zero_grad()
+            steps += 1
+        with torch.no_grad():
+            reconstruction, _ = plain.reconstruct(x)
+        loss, _ = plain.loss.discriminator_loss(x, reconstruction, now)
+        (loss / accumulate).backward()
+        if full:
+            nn.utils.clip_grad_norm_(plain.loss.discriminator.parameters(), 0.5)
+            discriminator.step()
+            discriminator.zero_grad()
+
+    # A step is one group of batches, whatever the number of optimisers.
+    assert trainer.global_step == steps == -(-5 // accumulate)
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def encdiff(**options: Any) -> LatentDiffusion:
+    unet = {
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "attention_resolutions": [1],
+        "num_res_blocks": 1,
+        "channel_mult": [1],
+        "num_heads": 4,
+        "context_dim": 8,
+        "latent_unit": 4,
+    }
+    encoder = {"d": 8, "context_dim": 8, "latent_unit": 4, "image_size": 16}
+    stage = options.pop("first_stage", None) or {
+        "target": "ldm.models.autoencoder.VQModelInterface",
+        "params": {
+            "embed_dim": 3,
+            "n_embed": 16,
+            "ddconfig": DDCONFIG,
+            "lossconfig": {"target": "torch.nn.Identity"},
+        },
+    }
+    params: dict[str, Any] = {
+        "linear_start": 0.0015,
+        "linear_end": 0.0155,
+        "timesteps": 100,
+        "loss_type": "l1",
+        "image_size": 8,
+        "scale_by_std": True,
+    }
+    return LatentDiffusion(
+        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        first_stage_config=stage,
+        cond_stage_config={"target": "ldm.modules.encoders.concept.Encoder4", "params": encoder},
+        **{**params, **options},
+    )
+
+
+@pytest.mark.parametrize("ema_parameters", ["unet", "all"])
+def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
+    """AdamW on the loss of a plain loop; averages once per batch; the scale factor from the first batch."""
+    torch.manual_seed(0)
+    model = encdiff(ema_parameters=ema_parameters)
+    model.learning_rate = 1e-3
+    plain = copy.deepcopy(model).train()
+    data = loader(4)
+    torch.manual_seed(1)
+    fit(model, data, accumulate_grad_batches=2)
+
+    torch.manual_seed(1)
+    parameters = [*plain.model.parameters(), *plain.cond_stage_model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    averaged = {name: p.detach().clone() for name, p in plain.model.named_parameters()}
+    scale = None
+    for index, batch in enumerate(data):
+        x = batch["image"].permute(0, 3, 1, 2)
+        with torch.no_grad():
+            latent = plain.first_stage_model.encode(x)
+        scale = 1 / latent.std() if scale is None else scale
+        t = torch.randint(0, 100, (4,))
+        noise = torch.randn(latent.shape)
+        a = plain.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        noisy = a.sqrt() * scale * latent + (1 - a).sqrt() * noise
+        loss = (plain.model(noisy, t, plain.cond_stage_model(x)) - noise).abs().mean()
+        (loss / 2).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(0.9999, (2 + index) / (11 + index))
+        for name, p in plain.model.named_parameters():
+            averaged[name] = averaged[name] - (1 - decay) * (averaged[name] - p.detach())
+
+    assert scale is not None
+    torch.testing.assert_close(model.scale_factor, scale)
+    # A step moves a weight by 1e-3; where a gradient is almost 0 (biases before a norm), Adam magnifies its rounding.
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+    shadows = dict(model.model_ema.named_buffers())
+    for name, expected in averaged.items():
+        torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=2e-5)
+    assert hasattr(model, "cond_stage_model_ema") == (ema_parameters == "all")
+
+
+def test_first_stage_stays_frozen_and_in_evaluation_mode():
+    torch.manual_seed(0)
+    model = encdiff()
+    before = copy.deepcopy(model.first_stage_model.state_dict())
+    fit(model, loader(2))
+    model.train()
+    assert not any(module.training for module in model.first_stage_model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.first_stage_model.state_dict().items())
+
+
+def test_kl_first_stage_and_elbo_weight():
+    """Latents are drawn from the posterior, scaled; the bound's term is weighted by t."""
+    stage = {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {
+            "embed_dim": 3,
+            "ddconfig": {**DDCONFIG, "double_z": True},
+            "lossconfig": {"target": "torch.nn.Identity"},
+        },
+    }
+    torch.manual_seed(0)
+    model = encdiff(first_stage=stage, original_elbo_weight=0.3, loss_type="l2", l_simple_weight=0.5)
+    fit(model, loader(2))
+    x = torch.randn(3, 3, 16, 16).clamp(-1, 1)
+    posterior = model.encode_first_stage(x)
+    torch.manual_seed(5)
+    z = model.get_first_stage_encoding(posterior)
+    torch.manual_seed(5)
+    torch.testing.assert_close(
+        z, model.scale_factor * (posterior.mean + posterior.std * torch.randn_like(posterior.mean))
+    )
+    t, noise = torch.tensor([0, 40, 99]), torch.randn_like(z)
+    tokens = model.get_learned_conditioning(x)
+    loss, parts = model.p_losses(z, tokens, t, noise)
+    error = (model.apply_model(model.q_sample(z, t, noise), t, tokens) - noise).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, 0.5 * error.mean() + 0.3 * (model.lvlb_weights[t] * error).mean())
+    torch.testing.assert_close(parts["loss_simple"], error.mean())
+
+
+def test_learned_logvar_is_trained_and_x0_parameterisation_agrees():
+    torch.manual_seed(0)
+    model = encdiff(learn_logvar=True, logvar_init=0.5)
+    assert model.configure_optimizers().param_groups[0]["params"][-1] is model.logvar
+    x0 = encdiff(parameterization="x0")
+    z, t, noise = torch.randn(2, 3, 8, 8), torch.tensor([30, 90]), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(x0.predict_eps(x0.q_sample(z, t, noise), t, z), noise, rtol=1e-3, atol=1e-4)
+
+
+def test_pictures():
+    torch.manual_seed(0)
+    model = encdiff(scale_by_std=False).eval()
+    batch = next(iter(loader(1)))
+    pictures = model.log_images(
+        batch, N=4, n_row=2, ddim_steps=3, swap_images=3, plot_progressive_rows=True, plot_diffusion_rows=True,
+        inpaint=True, quantize_denoised=True,
+    )  # fmt: skip
+    assert set(pictures) == {
+        "inputs", "reconstruction", "samples", "denoise_row", "progressive_row", "diffusion_row", "samples_inpainting",
+        "samples_x0_quantized", "swap",
+    }  # fmt: skip
+    assert pictures["swap"].shape == (1, 3, 5 * 16, 3 * 16)  # the images, then a row per token
+    torch.testing.assert_close(pictures["swap"][0, :, :16, :16], pictures["inputs"][0])
+    assert pictures["denoise_row"].shape == (1, 3, 2 * 16, 3 * 16)
+
+
+def test_vq_interface_decodes_through_the_codebook():
+    torch.manual_seed(0)
+    model = VQModelInterface(DDCONFIG, {"target": "torch.nn.Identity"}, n_embed=16, embed_dim=3).eval()
+    x = torch.randn(2, 3, 16, 16).clamp(-1, 1)
+    h = model.encode(x)
+    flat = h.permute(0, 2, 3, 1).reshape(-1, 1, 3)
+    nearest = (flat - model.quantize.embedding.weight[None]).square().sum(-1).argmin(1)
+    torch.testing.assert_close(model.decode(h), model.decode_code(nearest.reshape(2, 8, 8)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x)[0], model.decode(h))
+    assert not torch.allclose(model.decode(h, force_not_quantize=True), model.decode(h))
+
+
+def test_unet_without_condition():
+    net = UNetModel(8, 3, 32, 3, 1, [1], channel_mult=[1], num_heads=4)
+    assert net(torch.zeros(1, 3, 8, 8), torch.zeros(1)).shape == (1, 3, 8, 8)
