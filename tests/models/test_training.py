@@ -184,10 +184,10 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
     torch.testing.assert_close(model.scale_factor, scale)
     # A step moves a weight by 1e-3; where a gradient is almost 0 (biases before a norm), Adam magnifies its rounding.
     for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}")
     shadows = dict(model.model_ema.named_buffers())
     for name, expected in averaged.items():
-        torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=5e-5)
     assert hasattr(model, "cond_stage_model_ema") == (ema_parameters == "all")
 
 
