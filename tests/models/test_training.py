@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ldm.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.util import UserError
 
 DDCONFIG = {
     "double_z": False,
@@ -199,6 +200,34 @@ def test_first_stage_stays_frozen_and_in_evaluation_mode():
     model.train()
     assert not any(module.training for module in model.first_stage_model.modules())
     assert all(torch.equal(before[key], value) for key, value in model.first_stage_model.state_dict().items())
+
+
+def test_kept_latents_change_nothing():
+    """Encoding the training set once gives the weights that encoding every batch gives."""
+    models = []
+    for cache in (False, True):
+        torch.manual_seed(0)
+        model = encdiff(cache_latents=cache)
+        model.learning_rate = 1e-3
+        torch.manual_seed(1)
+        fit(model, loader(3))
+        models.append(model)
+    for (name, found), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}")
+    assert models[1]._latents is None
+
+
+def test_kept_latents_refuse_a_random_first_stage():
+    stage = {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {
+            "embed_dim": 3,
+            "ddconfig": {**DDCONFIG, "double_z": True},
+            "lossconfig": {"target": "torch.nn.Identity"},
+        },
+    }
+    with pytest.raises(UserError, match="cache_latents"):
+        fit(encdiff(first_stage=stage, cache_latents=True), loader(2))
 
 
 def test_kl_first_stage_and_elbo_weight():

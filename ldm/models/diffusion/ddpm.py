@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.models.checkpoint import load_weights
+from ldm.models.diffusion.latents import encode_training_set
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -55,6 +56,8 @@ class LatentDiffusion(pl.LightningModule):
         monitor: the value by which the best checkpoints are kept.
         ckpt_path, ignore_keys: weights to start from, and prefixes of names to leave out.
         log_every_t: distance of the intermediate results that samplers keep.
+        cache_latents: encode the training set once, before training, and keep its latents in memory. The same numbers
+            for less work, as the first stage is frozen and images are not augmented.
         val_loss_every: compute the validation loss on every so-manieth batch only; the codes are not affected.
 
     Attributes:
@@ -105,6 +108,7 @@ class LatentDiffusion(pl.LightningModule):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         log_every_t: int = 100,
+        cache_latents: bool = False,
         val_loss_every: int = 1,
     ) -> None:
         super().__init__()
@@ -124,6 +128,8 @@ class LatentDiffusion(pl.LightningModule):
         self.scheduler_config, self.log_every_t = scheduler_config, log_every_t
         self.monitor, self.val_loss_every = monitor, val_loss_every
         self.num_timesteps = timesteps
+        self.cache_latents = cache_latents
+        self._latents: torch.Tensor | None = None
 
         betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         for name, values in schedule_buffers(betas, v_posterior).items():
@@ -272,11 +278,22 @@ class LatentDiffusion(pl.LightningModule):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Batch of images -> loss and its parts."""
         x = self.get_input(batch, self.first_stage_key)
-        latent = self.get_first_stage_encoding(self.encode_first_stage(x))
+        known = self._latents is not None and self.training
+        encoded = self._latents[batch["idx"]] if known else self.encode_first_stage(x)  # type: ignore[index]
+        latent = self.get_first_stage_encoding(encoded)
         image = x if self.cond_stage_key == self.first_stage_key else self.get_input(batch, self.cond_stage_key)
         return self(latent, image, generator)
 
     # ---- training
+
+    def on_train_start(self) -> None:
+        """Encode the training set, if its latents are to be kept."""
+        if self.cache_latents:
+            self._latents = encode_training_set(self)
+
+    def on_train_end(self) -> None:
+        """Let the latents go."""
+        self._latents = None
 
     def on_train_batch_start(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Set the scale factor from the first training batch, once in a model's life."""

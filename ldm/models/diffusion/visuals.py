@@ -83,7 +83,7 @@ def diffusion_images(
 
     def draw(tokens: torch.Tensor | None, size: int, **options):
         options = {"eta": ddim_eta, "generator": generator, "log_every_t": model.log_every_t} | options
-        return sampler.sample(ddim_steps, size, shape, tokens, **options)
+        return sampler.sample(min(ddim_steps, model.num_timesteps), size, shape, tokens, **options)
 
     if plot_diffusion_rows:
         times = torch.linspace(0, model.num_timesteps - 1, 6).long().to(model.device)
