@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.disentanglement import DisentanglementCallback
 from ldm.callbacks.stop import Interrupted
-from ldm.cli_arguments import Run, locate_run, parse, set_token_num, trainer_options
+from ldm.cli_arguments import Run, apply_flags, locate_run, parse, set_token_num, trainer_options
 from ldm.cli_build import build_callbacks, configure_manual_optimization, lightning_nodes, set_learning_rate
 from ldm.cli_checks import check_model, check_resumable, check_writable
 from ldm.config import check_config, from_dotlist, merge
@@ -27,6 +27,7 @@ QUIET = (
     ".*does not have many workers.*",  # batches come whole from a memory map
     ".*LeafSpec.*",  # a notice of PyTorch's to Lightning's developers
     r".*module\(s\) in eval mode at the start of training.*",  # the first stage is frozen
+    ".*could not find the monitored key.*",  # in an epoch that was over at the stop; else it was checked before
     ".*exists and is not empty.*",  # a resumed run's checkpoints
     ".*The dirpath has changed from.*",  # --resume_from_checkpoint goes on in a new directory
 )
@@ -48,13 +49,14 @@ def run_training(argv: Sequence[str], score: bool) -> int:
     config = merge([*run.bases, from_dotlist(dotlist)])
     set_token_num(config, opt.token_num)
     check_config(config)
-    lightning = config.get("lightning") or OmegaConf.create({})
-    options = trainer_options(opt, lightning)
+    apply_flags(opt, config)
+    options = trainer_options(config.lightning)
     nodes = lightning_nodes(config, run, score and not options.get("fast_dev_run"))
     check_writable(run.logdir)
-    pl.seed_everything(opt.seed, workers=True, verbose=False)
+    seed = config.lightning.seed
+    pl.seed_everything(seed, workers=True, verbose=False)
 
-    callbacks = build_callbacks(config, nodes, run, opt.seed)
+    callbacks = build_callbacks(config, nodes, run, seed)
     log.info("building the model")
     model = instantiate_from_config(config.model, "model")
     if not isinstance(model, pl.LightningModule):
@@ -77,7 +79,7 @@ def run_training(argv: Sequence[str], score: bool) -> int:
     accumulate = options.get("accumulate_grad_batches") or 1
     configure_manual_optimization(model, options)
     trainer = build_trainer(options, callbacks, nodes, run)
-    set_learning_rate(model, config, accumulate, trainer.world_size, opt.scale_lr)
+    set_learning_rate(model, config, accumulate, trainer.world_size, config.lightning.scale_lr)
     checkpoint = str(run.checkpoint) if run.checkpoint else None
     if opt.train:
         log.info("logging to %s", run.logdir)

@@ -4,7 +4,7 @@ import argparse
 import datetime
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from ldm.util import UserError, check_keys, nearest, plain
 log = logging.getLogger(__name__)
 
 TRAINER_FLAGS = tuple(n for n in inspect.signature(pl.Trainer.__init__).parameters if n not in ("self", "plugins"))
+
+DEFAULTS = {"seed": 23, "scale_lr": True}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,11 +53,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume_from_checkpoint", default="", metavar="CKPT", help="go on, in a new log directory")
     parser.add_argument("-n", "--name", default="", help="name of the log directory, in place of the config's")
     parser.add_argument("-f", "--postfix", default="", help="added to the name of the log directory")
-    parser.add_argument("-s", "--seed", type=int, default=23)
+    parser.add_argument("-s", "--seed", type=int, default=None, help="of all random numbers; 23")
     parser.add_argument("-l", "--logdir", default="logs", help="folder of the log directories")
     parser.add_argument("-d", "--debug", **flag, help="open a debugger at an error")
     parser.add_argument("--no-test", **flag, help="no test after training")
-    parser.add_argument("--scale_lr", type=_truth, nargs="?", const=True, default=True)
+    parser.add_argument("--scale_lr", type=_truth, nargs="?", const=True, default=None, help="true")
     parser.add_argument(
         "--gpus", default=None, metavar="DEVICES", help="0, is device 0; 0,1 two devices; 2 two devices; -1 all; 0 none"
     )
@@ -185,22 +187,12 @@ def _parse_gpus(text: str) -> int | list[int]:
         ) from error
 
 
-def trainer_options(opt: argparse.Namespace, lightning: DictConfig) -> dict[str, Any]:
-    """The Trainer's arguments: those of the configuration, then those of the command line.
+def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
+    """Put seed, `--scale_lr` and the Trainer's arguments into the configuration, so that a resumed run finds them.
 
     Raises:
-        UserError: an unknown one, or a value of a wrong kind.
+        UserError: a value of a wrong kind.
     """
-    node = lightning.get("trainer") or {}
-    if not isinstance(node, Mapping):
-        raise UserError(f"lightning.trainer: expected the Trainer's arguments, found {node!r}")
-    options: dict[str, Any] = dict(plain(node))
-    gpus = options.pop("gpus", None)
-    for name in ("callbacks", "logger", "plugins"):
-        if name in options:
-            raise UserError(f"lightning.trainer.{name}: give it as lightning.{name}, beside lightning.trainer")
-    check_keys(pl.Trainer, options, "lightning.trainer")
-    _check_counts(options, "lightning.trainer.")
     flags: dict[str, Any] = {}
     for name in TRAINER_FLAGS:
         text = getattr(opt, name)
@@ -217,8 +209,36 @@ def trainer_options(opt: argparse.Namespace, lightning: DictConfig) -> dict[str,
         except UserError as error:
             raise UserError(f"--{str(error).lstrip('.')}") from error
     _check_counts(flags, "--")
-    options |= flags
-    options |= devices(opt.gpus if opt.gpus is not None else gpus, options)
+    for key in ("lightning", "lightning.trainer"):
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, {}, force_add=True)
+    if opt.gpus is not None:
+        flags["gpus"] = opt.gpus
+    elif "accelerator" in flags or "devices" in flags:
+        OmegaConf.update(config, "lightning.trainer.gpus", None, force_add=True)
+    for name, value in flags.items():
+        OmegaConf.update(config, f"lightning.trainer.{name}", value, force_add=True)
+    for name in ("seed", "scale_lr"):
+        value = getattr(opt, name)
+        if value is None:
+            value = OmegaConf.select(config, f"lightning.{name}", default=DEFAULTS[name])
+        OmegaConf.update(config, f"lightning.{name}", value, force_add=True)
+
+
+def trainer_options(lightning: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments from `lightning.trainer`.
+
+    Raises:
+        UserError: an unknown one, or a value of a wrong kind.
+    """
+    options: dict[str, Any] = dict(plain(lightning.trainer))
+    gpus = options.pop("gpus", None)
+    for name in ("callbacks", "plugins"):
+        if name in options:
+            raise UserError(f"lightning.trainer.{name}: give it as lightning.{name}, beside lightning.trainer")
+    check_keys(pl.Trainer, options, "lightning.trainer")
+    _check_counts(options, "lightning.trainer.")
+    options |= devices(gpus, options)
     if "max_epochs" not in options and "max_steps" not in options and "max_time" not in options:
         options["max_epochs"] = 1000  # Lightning's own default, without its warning
     return options

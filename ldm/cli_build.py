@@ -46,7 +46,8 @@ def lightning_nodes(config: DictConfig, run: Run, score: bool) -> DictConfig:
     """
     given = OmegaConf.create(OmegaConf.to_container(config.get("lightning") or OmegaConf.create({})))
     assert isinstance(given, DictConfig)
-    given.pop("trainer", None)
+    for key in ("trainer", "seed", "scale_lr"):
+        given.pop(key, None)
     if not score and given.get("callbacks"):
         # main.py trains the configurations of main_val.py too, without scores.
         given.callbacks.pop("disentanglement", None)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.util import UserError, check_keys, get_obj_from_str, nearest, resolve_target
+from ldm.util import UserError, check_keys, check_value, get_obj_from_str, nearest, resolve_target
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ SECTIONS = {
     "": ("model", "data", "lightning"),
     "model": ("target", "params", "base_learning_rate"),
     "data": ("target", "params"),
-    "lightning": ("trainer", "logger", "modelcheckpoint", "callbacks"),
+    "lightning": ("trainer", "logger", "modelcheckpoint", "callbacks", "seed", "scale_lr"),
 }
 
 
@@ -88,7 +88,7 @@ def merge(configs: Sequence[DictConfig]) -> DictConfig:
 
 
 def _drop_replaced(old: DictConfig, new: DictConfig) -> None:
-    for key in new:
+    for key in map(str, new):
         unresolved = (OmegaConf.is_missing, OmegaConf.is_interpolation)
         if key not in old or any(check(node, key) for check in unresolved for node in (old, new)):
             continue
@@ -147,6 +147,12 @@ def _check_config(config: DictConfig) -> None:
     rate = config.model.get("base_learning_rate")
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
         raise UserError(f"model.base_learning_rate: expected a positive number, got {rate!r}")
+    for name in ("trainer", "callbacks"):
+        node = OmegaConf.select(config, f"lightning.{name}")
+        if node is not None and not isinstance(node, DictConfig):
+            raise UserError(f"lightning.{name}: expected names and values, found {node!r}")
+    check_value(int, OmegaConf.select(config, "lightning.seed", default=0), "lightning.seed")
+    check_value(bool, OmegaConf.select(config, "lightning.scale_lr", default=True), "lightning.scale_lr")
     check_nodes(config)
     for key in sorted(OmegaConf.missing_keys(config)):
         hint = " (the first stage's checkpoint, …/checkpoints/last.ckpt)" if key.endswith("ckpt_path") else ""

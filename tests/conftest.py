@@ -42,7 +42,7 @@ DDCONFIG = {
     "in_channels": 3,
     "out_ch": 3,
     "ch": 32,
-    "ch_mult": [1, 2],
+    "ch_mult": [1, 1],
     "num_res_blocks": 1,
     "attn_resolutions": [],
     "dropout": 0.0,

@@ -1,6 +1,7 @@
 """The log directory: made when training starts, with the configuration that was used."""
 
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
@@ -32,3 +33,12 @@ class SetupCallback(Callback):
             lightning = OmegaConf.create({"lightning": self.lightning_config})
             OmegaConf.save(lightning, self.logdir / "configs" / f"{self.now}-lightning.yaml")
         trainer.strategy.barrier()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let loggers count steps as everything else does.
+
+        Lightning's loggers count batches under manual optimisation, and one more after a resume at an epoch's end.
+        """
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step

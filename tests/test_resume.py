@@ -1,0 +1,305 @@
+"""Stopping and going on: a run in two pieces ends where a run in one piece ends, to the last bit."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DDCONFIG, CommandLine, encdiff_config, first_stage_config
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+STAGES = ("vq", "kl", "encdiff")
+STEPS = 6
+SIGNAL = "lightning.callbacks.signal"
+
+
+def at(batch: int) -> list[str]:
+    """Arguments that interrupt a run in its so-manieth batch."""
+    return [f"{SIGNAL}.target=run_callbacks.SignalAt", f"{SIGNAL}.params.batch={batch}"]
+
+
+def config_of(stage: str, data: Path, checkpoint: Path) -> dict:
+    """Four batches of 16 in an epoch; noise, a warm-up and the discriminator's start lie within six steps."""
+    if stage == "encdiff":
+        config = encdiff_config(data)
+        config["lightning"]["trainer"]["num_sanity_val_steps"] = 0
+        config["model"]["params"]["first_stage_config"]["params"]["ckpt_path"] = str(checkpoint)
+        config["model"]["params"]["ema_parameters"] = "all"
+        return config
+    config = first_stage_config(data)
+    params = config["model"]["params"]
+    params["scheduler_config"] = encdiff_config(data)["model"]["params"]["scheduler_config"]
+    params["lossconfig"]["params"]["disc_start"] = 4
+    params["use_ema"], params["val_loss_every"] = True, 2
+    config["lightning"]["trainer"]["num_sanity_val_steps"] = 0
+    if stage == "kl":
+        config["model"]["target"] = "ldm.models.autoencoder.AutoencoderKL"
+        params.pop("n_embed")
+        params["ddconfig"] = {**DDCONFIG, "double_z": True}
+        params["lossconfig"]["target"] = "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator"
+    config["lightning"]["callbacks"] = {"image_logger": {"params": {"batch_frequency": 1000,
+                                                                    "increase_log_steps": False}}}  # fmt: skip
+    return config
+
+
+class Runs:
+    """Runs of one stage.
+
+    Args:
+        folder: the working directory.
+    """
+
+    def __init__(self, folder: Path, data: Path, stage: str, checkpoint: Path) -> None:
+        self.cli, self.stage = CommandLine(folder, data), stage
+        self.cli.write("run.yaml", config_of(stage, data, checkpoint))
+
+    def run(self, *argv: object, steps: int = STEPS, status: int = 0) -> Path:
+        """Train up to a step; returns the log directory."""
+        arguments = argv if "-r" in argv else ("--base", "run.yaml", *argv)
+        result = self.cli.run(*arguments, "-t", "--gpus", 0, "--max_steps", steps)
+        assert result.status == status, (result.err, result.log)
+        self.result = result
+        return result.logdir
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, rooms, first_stage):
+    """Log directories of runs in one piece, by stage and further arguments."""
+    made: dict[tuple, Path] = {}
+
+    def run(stage: str, *argv: object) -> Path:
+        key = (stage, *map(str, argv))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[key] = Runs(folder, rooms, stage, first_stage).run("-n", "whole", *argv)
+        return made[key]
+
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path, rooms, first_stage):
+    return lambda stage: Runs(tmp_path, rooms, stage, first_stage)
+
+
+def last(logdir: Path) -> dict:
+    """Its `last.ckpt`, loaded as tensors and plain values alone."""
+    return torch.load(logdir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def losses(logdir: Path) -> dict[int, float]:
+    """The loss of every step, by TensorBoard's files."""
+    events = EventAccumulator(str(logdir / "tensorboard")).Reload()
+    scalars = events.Tags()["scalars"]
+    (tag,) = [tag for tag in ("train/loss_step", "train/total_loss_step") if tag in scalars]
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def rates(logdir: Path) -> dict[int, float]:
+    events = EventAccumulator(str(logdir / "tensorboard")).Reload()
+    tag = next(tag for tag in events.Tags()["scalars"] if tag.startswith("lr-"))
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def differences(a: object, b: object, where: str = "") -> list[str]:
+    """Where two nested structures of tensors and values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: keys"]
+        return [found for key in a for found in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [found for k, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{where}[{k}]")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+def assert_same_end(whole: Path, resumed: Path) -> None:
+    """Weights, averages, buffers, optimisers, schedulers, random state and counters are the same."""
+    a, b = last(whole), last(resumed)
+    assert a["global_step"] == b["global_step"] == STEPS
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert differences(a[key], b[key], key)[:5] == []
+    states = [c["callbacks"]["RandomStateCallback"]["processes"] for c in (a, b)]
+    assert differences(*states) == []
+
+
+def assert_same_losses(whole: Path, *pieces: Path, unlogged: int = 0) -> None:
+    together = {step: value for piece in pieces for step, value in losses(piece).items()}
+    expected = losses(whole)
+    assert len(expected) >= STEPS and len(together) == len(expected) - unlogged
+    assert together.items() <= expected.items()
+
+
+@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "at an epoch's end"])
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_two_pieces_are_one(runs, whole, stage, stop):
+    r = runs(stage)
+    logdir = r.run(steps=stop)
+    assert last(logdir)["global_step"] == stop
+    assert r.run("-r", logdir) == logdir, "it goes on in the same directory"
+    assert len(r.result.logdirs) == 1
+    assert_same_end(whole(stage), logdir)
+    assert_same_losses(whole(stage), logdir)
+    assert rates(logdir) == rates(whole(stage)) and len(set(rates(logdir).values())) > 3
+    assert len(list((logdir / "configs").glob("*-project.yaml"))) in (1, 2)
+
+
+def test_the_discriminator_starts_after_the_stop(whole, runs):
+    """Its start, step 4, lies behind the stop at 3, so it is the count that survives."""
+    events = EventAccumulator(str(whole("vq") / "tensorboard")).Reload()
+    factors = [event.value for event in events.Scalars("train/disc_factor_step")]
+    assert factors == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("stage", ["kl", "encdiff"])
+def test_from_a_checkpoint_of_the_directory(runs, whole, stage):
+    """`-r CHECKPOINT` goes on from an older one than the last."""
+    r = runs(stage)
+    logdir = r.run(steps=5)
+    (first, *_) = sorted((logdir / "checkpoints").glob("epoch=*.ckpt"))
+    assert torch.load(first, weights_only=True)["global_step"] == 4
+    assert r.run("-r", first) == logdir
+    assert_same_end(whole(stage), logdir)
+
+
+@pytest.mark.parametrize("stage", ["encdiff"])
+def test_resume_from_checkpoint_goes_on_elsewhere(runs, whole, stage):
+    r = runs(stage)
+    first = r.run("-n", "first", steps=3)
+    second = r.run("-n", "second", "--resume_from_checkpoint", first / "checkpoints" / "last.ckpt")
+    assert second != first and second.name.endswith("_second")
+    assert_same_end(whole(stage), second)
+    assert_same_losses(whole(stage), first, second)
+    assert last(first)["global_step"] == 3
+
+
+@pytest.mark.parametrize(("stage", "batch"), [("vq", 5), ("encdiff", 5), ("vq", 6)])
+def test_interrupted_under_accumulation(runs, whole, stage, batch):
+    """Batch 5 begins a group of two, batch 6 ends it.
+
+    A stop waits for the end of the group: gradients of half a group are in no checkpoint.
+    """
+    accumulate = ("--accumulate_grad_batches", 2, "data.params.batch_size=8")
+    r = runs(stage)
+    r.run(*accumulate, *at(batch), status=130)
+    logdir = r.result.logdir
+    assert last(logdir)["global_step"] == 3
+    r.run("-r", logdir, f"{SIGNAL}.params.batch=1000")
+    assert_same_end(whole(stage, *accumulate), logdir)
+
+
+@pytest.mark.parametrize(
+    ("stage", "where"),
+    [
+        ("vq", "epoch's last batch"),
+        ("kl", "validation"),
+        ("encdiff", "batch"),
+        ("encdiff", "epoch's last batch"),
+        ("encdiff", "validation"),
+    ],
+)
+def test_interrupted_anywhere(runs, whole, stage, where):
+    r = runs(stage)
+    arguments = at(3 if where == "batch" else 4)
+    if where == "validation":
+        arguments.append(f"{SIGNAL}.params.validation=true")
+    r.run(*arguments, status=130)
+    logdir, err = r.result.logdir, r.result.err
+    assert f"stopped; saved {r.result.logdir.relative_to(r.cli.folder)}/checkpoints/last.ckpt" in err
+    assert f"-r {r.result.logdir.relative_to(r.cli.folder)}" in err and "Traceback" not in err
+    r.run("-r", logdir, f"{SIGNAL}.params.batch=1000")
+    assert_same_end(whole(stage), logdir)
+    # Lightning writes a batch's losses after the callbacks, one of which has stopped the run.
+    assert_same_losses(whole(stage), logdir, unlogged=0 if where == "validation" else 1)
+
+
+def test_interrupted_twice(runs, whole):
+    r = runs("encdiff")
+    r.run(*at(2), status=130)
+    logdir = r.result.logdir
+    r.run("-r", logdir, f"{SIGNAL}.params.batch=3", status=130)
+    assert last(logdir)["global_step"] == 5
+    r.run("-r", logdir, f"{SIGNAL}.params.batch=1000")
+    assert_same_end(whole("encdiff"), logdir)
+    names = {path.name for path in (logdir / "checkpoints").iterdir()}
+    assert names <= {"last.ckpt", "epoch=000000.ckpt", "epoch=000001.ckpt"}, "a resumed run writes over its own files"
+
+
+def test_saved_on_request(runs, whole):
+    """SIGUSR1 saves, and training goes on."""
+    r = runs("vq")
+    logdir = r.run(*at(2), f"{SIGNAL}.params.name=SIGUSR1")
+    assert "saved" in r.result.log
+    assert_same_end(whole("vq"), logdir)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_validation_and_pictures_disturb_nothing(runs, whole, stage):
+    """Validation and pictures at every step leave weights, averages, random state and codes in use as without."""
+    r = runs(stage)
+    pictures = "lightning.callbacks.image_logger.params.batch_frequency=1"
+    often = r.run("-n", "often", "--val_check_interval", 1, pictures)
+    assert len(list((often / "images" / "train").glob("inputs_*"))) == STEPS
+    assert_same_end(whole(stage), often)
+    assert_same_losses(whole(stage), often)
+    never = r.run("-n", "never", "--limit_val_batches", 0, "model.params.monitor=train/epoch_num",
+                  "lightning.callbacks.image_logger.params.disabled=true")  # fmt: skip
+    assert_same_end(whole(stage), never)
+    if stage == "vq":
+        used = [EventAccumulator(str(d / "tensorboard")).Reload().Scalars("train/codes_in_use") for d in (often, never)]
+        assert [e.value for e in used[0]] == [e.value for e in used[1]]
+
+
+def test_the_scale_factor_is_the_first_runs(runs):
+    r = runs("encdiff")
+    logdir = r.run(steps=2)
+    scale = last(logdir)["state_dict"]["scale_factor"]
+    assert "scale_factor set to" in r.result.log and scale != 1
+    r.run("-r", logdir, steps=4)
+    assert "scale_factor set to" not in r.result.log
+    assert torch.equal(last(logdir)["state_dict"]["scale_factor"], scale)
+
+
+def test_flags_are_remembered(runs):
+    """`-r LOGDIR -t` alone goes on with the seed, the Trainer's arguments and the tokens of the first start."""
+    r = runs("encdiff")
+    flags = ("-s", 7, "--token_num", 3, "--gradient_clip_val", 0.5, "--scale_lr", "false", "--max_epochs", 3)
+    logdir = r.run("-n", "two", *flags, steps=2)
+    saved = OmegaConf.load(max((logdir / "configs").glob("*-lightning.yaml"))).lightning
+    assert saved.seed == 7 and saved.scale_lr is False
+    assert saved.trainer.gradient_clip_val == 0.5 and saved.trainer.max_epochs == 3 and str(saved.trainer.gpus) == "0"
+    result = r.cli.run("-r", logdir, "-t", "--max_steps", 4)
+    assert result.status == 0, result.err
+    assert sum(key.startswith("cond_stage_model.net.") for key in last(logdir)["state_dict"]) == 3 * 6
+    one = r.run("-n", "one", *flags, steps=4)
+    assert differences(last(one)["state_dict"], last(logdir)["state_dict"])[:3] == []
+
+
+def test_another_seed_is_another_run(runs, whole):
+    r = runs("encdiff")
+    assert losses(r.run("-s", 1, steps=2))[1] != losses(whole("encdiff"))[1]
+
+
+@pytest.mark.parametrize("script", ["main.py", "main_val.py"])
+def test_interrupting_the_real_script(runs, script):
+    """Ctrl-C in the middle of training: exit status 130, one message, and a checkpoint that resumes."""
+    r = runs("encdiff" if script == "main_val.py" else "vq")
+    process = r.cli.start(script, "--base", "run.yaml", "-t", "--gpus", "0,", "--max_epochs", 500)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(r.cli.folder.glob("logs/*/checkpoints/last.ckpt")):
+            assert time.monotonic() < deadline and process.poll() is None, (r.cli.folder / "stderr.txt").read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        result = r.cli.result(process, timeout=60)
+    finally:
+        process.kill()
+    assert result.status == 130
+    assert "stopped; saved" in result.err and "Traceback" not in result.err and "TRAINING ON THE CPU" in result.err
+    stopped = last(result.logdir)["global_step"]
+    assert stopped >= 4
+    resumed = r.cli.run("-r", result.logdir, "-t", "--max_steps", stopped + 1, "--gpus", 0)
+    assert resumed.status == 0, resumed.err
+    assert last(result.logdir)["global_step"] == stopped + 1
