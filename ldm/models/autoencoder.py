@@ -126,7 +126,7 @@ class FirstStage(pl.LightningModule):
             self.untoggle_optimizer(optimizers[1])
 
         if full:
-            schedulers = self.lr_schedulers() or []
+            schedulers: Any = self.lr_schedulers() or []
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 scheduler.step()
         if self.use_ema:
@@ -297,7 +297,8 @@ class VQModel(FirstStage):
         return reconstruction, codebook_loss
 
     def _log_codes(self, name: str) -> None:
-        used = self.all_gather(self.codes_used).reshape(-1, self.n_embed).any(dim=0)
+        gathered: Any = self.all_gather(self.codes_used)
+        used = gathered.reshape(-1, self.n_embed).any(dim=0)
         self.log(name, used.sum().float(), rank_zero_only=False)
         self.codes_used.zero_()
 

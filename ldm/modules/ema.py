@@ -17,6 +17,9 @@ class LitEma(nn.Module):
         decay: upper limit of the decay, in [0, 1].
     """
 
+    decay: torch.Tensor
+    num_updates: torch.Tensor
+
     def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
@@ -40,7 +43,8 @@ class LitEma(nn.Module):
     def forward(self, model: nn.Module) -> None:
         """Update the shadows from the parameters of `model`, without waiting for the device."""
         self.num_updates += 1
-        decay = torch.minimum(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        count = self.num_updates.float()
+        decay = torch.minimum(self.decay, (1 + count) / (10 + count))
         shadows, parameters = self._pairs(model)
         step = torch._foreach_sub(shadows, parameters)
         torch._foreach_mul_(step, 1.0 - decay)

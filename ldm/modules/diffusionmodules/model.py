@@ -94,6 +94,9 @@ class _Mid(nn.Module):
 class _Level(nn.Module):
     """The blocks of one resolution, with the attention that follows each where there is any."""
 
+    downsample: nn.Module
+    upsample: nn.Module
+
     def __init__(self, widths: Sequence[int], attention: bool, dropout: float) -> None:
         super().__init__()
         pairs = list(pairwise(widths))

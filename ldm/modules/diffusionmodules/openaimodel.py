@@ -248,7 +248,7 @@ class UNetModel(nn.Module):
             (b, out_channels, h, w).
         """
         context = self.tokens(context)
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(next(self.parameters()).dtype))
         h, skips = x, []
         for module in self.input_blocks:
             h = module(h, emb, context)

@@ -1,5 +1,7 @@
 """From an image to N scalars, and from each scalar to its concept token (paper, section 3.1)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -86,9 +88,10 @@ class Encoder4(nn.Module):
     def warp(self, scalars: torch.Tensor) -> torch.Tensor:
         """Scalars (b, n) -> tokens (b, n, d), all MLPs in one batched pass."""
         h = scalars.t().unsqueeze(-1)  # (n, b, 1)
+        nets: list[Any] = list(self.net)
         for layer in (0, 2, 4):
-            weight = torch.stack([net[layer].weight for net in self.net])
-            bias = torch.stack([net[layer].bias for net in self.net])
+            weight = torch.stack([net[layer].weight for net in nets])
+            bias = torch.stack([net[layer].bias for net in nets])
             h = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
             if layer < 4:
                 h = F.elu(h)
