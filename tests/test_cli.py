@@ -6,7 +6,7 @@ import re
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import CHECKPOINT, encdiff_config, first_stage_config
+from command_line import CHECKPOINT, encdiff_config, first_stage_config
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

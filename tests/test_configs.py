@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import CHECKPOINT, ROOT, first_stage_config
+from command_line import CHECKPOINT, ROOT, first_stage_config
 from omegaconf import OmegaConf
 
 from ldm.cli_arguments import Run

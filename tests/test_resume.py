@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DDCONFIG, CommandLine, encdiff_config, first_stage_config
+from command_line import DDCONFIG, CommandLine, encdiff_config, first_stage_config
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

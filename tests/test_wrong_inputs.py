@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import scipy.io
 import torch
-from conftest import CHECKPOINT, ROOT, encdiff_config, first_stage_config
+from command_line import CHECKPOINT, ROOT, encdiff_config, first_stage_config
 from omegaconf import OmegaConf
 from PIL import Image
 
