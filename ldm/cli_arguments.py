@@ -4,6 +4,7 @@ import argparse
 import datetime
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         UserError: an unknown flag, with the nearest known one.
     """
     parser = get_parser()
-    opt, rest = parser.parse_known_args(list(argv))
-    # `--base a.yaml key=value` puts the override into the list of files.
-    dotlist = [item for item in opt.base if "=" in item] + rest
+    # Taken out first: after `-t` or in the list of `--base`, argparse would take them for those flags' values.
+    overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]
+    opt, rest = parser.parse_known_args([item for item in argv if item not in overrides])
+    dotlist = [item for item in opt.base if "=" in item] + overrides + rest
     opt.base = [item for item in opt.base if "=" not in item]
     for item in dotlist:
         if item.startswith("-"):
@@ -216,6 +218,8 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
         flags["gpus"] = opt.gpus
     elif "accelerator" in flags or "devices" in flags:
         OmegaConf.update(config, "lightning.trainer.gpus", None, force_add=True)
+    # A mistake in the file is told even where a flag takes its place.
+    _check_counts(plain(config.lightning.trainer), "lightning.trainer.")
     for name, value in flags.items():
         OmegaConf.update(config, f"lightning.trainer.{name}", value, force_add=True)
     for name in ("seed", "scale_lr"):
@@ -248,7 +252,7 @@ def _check_counts(options: dict[str, Any], prefix: str) -> None:
     for name in ("accumulate_grad_batches", "max_epochs", "max_steps"):
         value = options.get(name)
         least = 1 if name == "accumulate_grad_batches" else -1
-        if value is not None and (value < least or value == 0):
+        if value is not None and (not isinstance(value, int) or value < least or value == 0):
             raise UserError(f"{prefix}{name}: expected a whole number of at least 1, got {value!r}")
 
 

@@ -81,10 +81,26 @@ def merge(configs: Sequence[DictConfig]) -> DictConfig:
         _drop_replaced(merged, config)
         try:
             merged = OmegaConf.merge(merged, config)
-        except OmegaConfBaseException as error:
-            raise UserError(f"the configurations do not fit together: {' '.join(str(error).split())}") from error
+        except (OmegaConfBaseException, TypeError) as error:
+            found = _conflict(merged, config) or " ".join(str(error).split())
+            raise UserError(f"the configurations do not fit together: {found}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _conflict(old: DictConfig, new: DictConfig, where: str = "") -> str | None:
+    """The first key that holds a mapping in one configuration and a list in the other."""
+    for key in map(str, new):
+        if key not in old or OmegaConf.is_missing(new, key) or OmegaConf.is_missing(old, key):
+            continue
+        before, after = old[key], new[key]
+        if {type(before), type(after)} == {DictConfig, ListConfig}:
+            return f"{where}{key} is {before}, and is to become {after}"
+        if isinstance(before, DictConfig) and isinstance(after, DictConfig):
+            inside = _conflict(before, after, f"{where}{key}.")
+            if inside:
+                return inside
+    return None
 
 
 def _drop_replaced(old: DictConfig, new: DictConfig) -> None:
