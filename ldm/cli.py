@@ -1,7 +1,6 @@
 """The command line: arguments -> configuration -> data, model, trainer -> training."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.disentanglement import DisentanglementCallback
@@ -29,6 +29,8 @@ QUIET = (
     r".*module\(s\) in eval mode at the start of training.*",  # the first stage is frozen
     ".*could not find the monitored key.*",  # in an epoch that was over at the stop; else it was checked before
     ".*exists and is not empty.*",  # a resumed run's checkpoints
+    ".*It is recommended to use .*sync_dist=True.*",  # training's losses are the first process's
+    r".*torch\.distributed\.nn\.functional\.all_gather is deprecated.*",  # Lightning's own call
     ".*The dirpath has changed from.*",  # --resume_from_checkpoint goes on in a new directory
 )
 
@@ -36,6 +38,11 @@ QUIET = (
 def _advertising(record: logging.LogRecord) -> bool:
     """A filter that keeps Lightning's advertisements out of the log."""
     return "For seamless cloud" not in record.getMessage()
+
+
+def _follows() -> bool:
+    """Whether this is another process than the first of a run on several devices."""
+    return (getattr(rank_zero_only, "rank", None) or 0) > 0
 
 
 def run_training(argv: Sequence[str], score: bool) -> int:
@@ -126,7 +133,7 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
         The exit status: 0, 2 after a mistake of the user's, 130 after an interruption.
     """
     # The other processes of a run on several devices say what the first one says.
-    level = logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR
+    level = logging.ERROR if _follows() else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_advertising)
     for message in QUIET:
@@ -139,7 +146,9 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     except Interrupted as stop:
-        if stop.checkpoint is None:
+        if _follows():
+            pass
+        elif stop.checkpoint is None:
             sys.stderr.write("stopped before the first step: nothing to save\n")
         else:
             sys.stderr.write(f"stopped; saved {stop.checkpoint}. Go on with -r {stop.checkpoint.parent.parent}\n")

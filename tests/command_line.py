@@ -217,7 +217,7 @@ class CommandLine:
     def start(self, script: str, *argv: object) -> subprocess.Popen:
         """The real script in a process of its own; stderr goes to `stderr.txt`."""
         command = [sys.executable, str(ROOT / script), *map(str, argv)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
         with (self.folder / "stderr.txt").open("w") as stream:
             return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=stream)
 

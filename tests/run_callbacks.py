@@ -3,8 +3,12 @@
 import signal
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
+
+from ldm.callbacks.disentanglement import DisentanglementCallback
 
 
 class SignalAt(Callback):
@@ -30,3 +34,15 @@ class SignalAt(Callback):
         if self.seen >= self.batch and self.validation:
             self.validation = False
             signal.raise_signal(self.number)
+
+
+class SavedCodes(DisentanglementCallback):
+    """Keeps the codes that were scored, in `codes_RANK.npy`, and the scale factor, in `scale_RANK.pt`."""
+
+    def _gather(self, pl_module: pl.LightningModule, rows: int) -> np.ndarray:
+        codes = super()._gather(pl_module, rows)
+        np.save(f"codes_{pl_module.global_rank}.npy", codes)
+        return codes
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        torch.save(pl_module.scale_factor, f"scale_{trainer.global_rank}.pt")

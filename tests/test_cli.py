@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm.callbacks.images import ImageLogger
 from ldm.cli_arguments import TRAINER_FLAGS, apply_flags, devices, parse, trainer_options
 from ldm.cli_build import configure_manual_optimization, processes
-from ldm.util import UserError
+from ldm.util import UserError, instantiate_from_config
 
 
 def scalars(logdir) -> dict[str, list[float]]:
@@ -454,3 +455,36 @@ def test_targets_of_the_original(cli, first_stage):
                      f"{CHECKPOINT}={first_stage}", score=True)  # fmt: skip
     assert result.status == 0, result.err
     assert "val/mig" in scalars(result.logdir)
+
+
+def test_two_processes(cli, first_stage, rooms):
+    """Codes of both come into grid order, the first one's scale factor holds for both, and each draws its own noise."""
+    config = encdiff_config(rooms)
+    node = config["lightning"]["callbacks"]["disentanglement"]
+    node["target"] = "run_callbacks.SavedCodes"
+    config["lightning"]["callbacks"]["image_logger"]["params"]["disabled"] = True
+    process = cli.start("main_val.py", "--base", cli.write("two.yaml", config), "-t", "--accelerator", "cpu",
+                        "--devices", 2, "--strategy", "ddp", "--max_steps", 2, "--num_sanity_val_steps", 0,
+                        f"{CHECKPOINT}={first_stage}")  # fmt: skip
+    result = cli.result(process, timeout=100)
+    assert result.status == 0, result.err
+    assert len(result.logdirs) == 1, "the second process makes no directory of its own"
+    assert "= 1 accumulated batches x 2 processes x batch size 16" in result.err
+    content = torch.load(result.logdir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 2
+    scales = [torch.load(cli.folder / f"scale_{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*scales) and torch.equal(scales[0], content["state_dict"]["scale_factor"]) and scales[0] != 1
+    first, second = content["callbacks"]["RandomStateCallback"]["processes"]
+    assert not torch.equal(first["torch"], second["torch"])
+
+    codes = [np.load(cli.folder / f"codes_{rank}.npy") for rank in (0, 1)]
+    assert np.array_equal(*codes) and codes[0].shape == (64, 4)
+    config["model"]["params"]["first_stage_config"]["params"]["ckpt_path"] = str(first_stage)
+    model = instantiate_from_config(config["model"])
+    model.load_state_dict(content["state_dict"])
+    data = instantiate_from_config(config["data"]["params"]["validation"])
+    images = torch.stack([data[row]["image"] for row in range(64)])
+    with torch.no_grad():
+        expected = model.eval().cond_stage_model.encoding(images.permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(codes[0], expected, atol=2e-6)
+    assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-4, "another order would be seen"

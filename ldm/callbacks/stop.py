@@ -68,7 +68,6 @@ class StopCallback(Callback):
         return trainer.strategy.reduce_boolean_decision(wanted, all=False) if trainer.world_size > 1 else wanted
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(self.checkpoint)
 
     def _end(self, trainer: pl.Trainer) -> None:
