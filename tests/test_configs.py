@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from ldm.cli_arguments import Run
 from ldm.cli_build import build_callbacks, lightning_nodes
+from ldm.cli_checks import check_model
 from ldm.config import check_config, find_config, from_dotlist, load_yaml, merge
 from ldm.data.dis import Shapes3D
 from ldm.util import UserError, instantiate_from_config
@@ -87,10 +88,50 @@ def test_shipped_configuration_builds_without_data(path, stages, vgg16, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("path", [path for path in WHOLE if "latent-diffusion" in str(path)], ids=name)
+@pytest.mark.parametrize(
+    "path", [path for path in WHOLE if "first_stage_config" in OmegaConf.load(path).model.params], ids=name
+)
 def test_the_first_stage_must_be_given(path):
     with pytest.raises(UserError, match=r"first_stage_config\.params\.ckpt_path is left as \?\?\?.*last\.ckpt"):
         check_config(load_yaml(path))
+
+
+def test_every_file_is_built():
+    """What is not whole is an overlay, and overlays are in one folder."""
+    assert {path.parent.name for path in SHIPPED if path not in WHOLE} <= {"ablations"}
+    assert {"quickstart/first_stage.yaml", "quickstart/encdiff.yaml"} <= {name(path) for path in WHOLE}
+
+
+PAIRS = [(f"autoencoder/{d}_vq_4_16.yaml", f"latent-diffusion/{d}-vq-4-16.yaml") for d in DATASETS]
+
+
+@pytest.mark.parametrize(("first", "second"), [*PAIRS, ("quickstart/first_stage.yaml", "quickstart/encdiff.yaml")])
+def test_the_stages_fit_together(first, second):
+    first, second = (load_yaml(ROOT / "configs" / path) for path in (first, second))
+    stage = second.model.params.first_stage_config.params
+    for key in ("ddconfig", "embed_dim", "n_embed"):
+        assert stage[key] == first.model.params[key], key
+    assert first.data.params.train.target == second.data.params.train.target
+    assert "validation" in first.data.params and "validation" in second.data.params
+
+
+def test_the_quickstart_needs_no_network(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", offline)
+    config = load_yaml(ROOT / "configs/quickstart/first_stage.yaml")
+    model = instantiate_from_config(config.model, "model")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "stage.ckpt")
+    config = load_yaml(ROOT / "configs/quickstart/encdiff.yaml")
+    for split in ("train", "validation"):
+        config.data.params[split].params.sizes = [1, 1, 2, 1, 1, 2]
+    OmegaConf.update(config, CHECKPOINT, str(tmp_path / "stage.ckpt"))
+    check_config(config)
+    data = instantiate_from_config(config.data, "data")
+    data.setup()
+    check_model(instantiate_from_config(config.model, "model"), data.datasets, config.model.params.monitor, [])
 
 
 def test_lpips_without_weights_says_what_to_do(tmp_path, monkeypatch):
