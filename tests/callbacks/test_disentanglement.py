@@ -1,0 +1,137 @@
+"""Codes are put into grid order, and what cannot be scored is refused."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ldm.callbacks.disentanglement import DisentanglementCallback, score_table
+from ldm.factors import FactorGrid
+from ldm.util import UserError
+
+GRID = FactorGrid((3, 4), ("hue", "scale"))
+
+
+class Encoder(nn.Module):
+    """The two scalars are the mean of the image and its negative."""
+
+    def encoding(self, image: torch.Tensor) -> torch.Tensor:
+        mean = image.mean(dim=(1, 2, 3))
+        return torch.stack([mean, -mean], dim=1)
+
+
+class Model(nn.Module):
+    cond_stage_key = "image"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cond_stage_model = Encoder()
+        self.logged: dict[str, float] = {}
+
+    def get_input(self, batch, key):
+        return batch[key]
+
+    def all_gather(self, values):
+        return values
+
+    def log(self, name, value, **options):
+        self.logged[name] = value
+
+
+def dataset(grid=GRID):
+    return SimpleNamespace(grid=grid)
+
+
+def trainer(folder, sanity=False):
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    return SimpleNamespace(sanity_checking=sanity, is_global_zero=True, global_step=7, current_epoch=1, world_size=1,
+                           strategy=strategy, default_root_dir=str(folder))  # fmt: skip
+
+
+def batches(rows):
+    """Batches of five images, each filled with its row's number."""
+    for part in np.array_split(rows, len(rows) // 5):
+        index = torch.as_tensor(part)
+        yield {"image": index.float().view(-1, 1, 1, 1).expand(-1, 3, 4, 4), "idx": index}
+
+
+@pytest.fixture
+def callback(monkeypatch):
+    """One whose `evaluate` keeps the codes that it is given."""
+    made = DisentanglementCallback(metrics=["mig"], settings={"mig": {"num_train": 12}})
+    made.seen = []
+
+    def keep(codes, grid, metrics, settings, seed):
+        made.seen.append(codes)
+        return {"mig": {"discrete_mig": 0.5}}
+
+    monkeypatch.setattr("ldm.callbacks.disentanglement.evaluate", keep)
+    return made
+
+
+def validate(callback, model, trainer, rows):
+    callback.check({"validation": dataset()}, model)
+    callback.on_validation_epoch_start(trainer, model)
+    for number, batch in enumerate(batches(rows)):
+        callback.on_validation_batch_end(trainer, model, None, batch, number)
+    callback.on_validation_epoch_end(trainer, model)
+
+
+@pytest.mark.parametrize("repeated", [0, 3])
+def test_codes_are_in_grid_order(callback, tmp_path, repeated):
+    """Whatever the order of validation, and with rows that a sampler repeats."""
+    rows = np.random.RandomState(0).permutation(12)
+    validate(callback, model := Model(), trainer(tmp_path), np.concatenate([rows, rows[:repeated]]))
+    (codes,) = callback.seen
+    assert np.array_equal(codes, np.stack([np.arange(12), -np.arange(12)], 1).astype(np.float32))
+    assert model.logged == {"val/mig": 0.5}
+    assert (tmp_path / "metrics" / "000007.json").is_file()
+
+
+def test_missing_rows_are_no_scores(callback, tmp_path):
+    with pytest.raises(UserError, match="2 of the 12 rows"):
+        validate(callback, Model(), trainer(tmp_path), np.arange(10))
+    assert not callback.seen
+
+
+def test_the_sanity_check_does_not_count(callback, tmp_path):
+    validate(callback, Model(), trainer(tmp_path, sanity=True), np.arange(12))
+    assert not callback.seen and callback.state_dict() == {"validations": 0}
+
+
+def test_the_rhythm_survives_a_resume(callback, tmp_path):
+    callback.every_n_validations = 2
+    validate(callback, Model(), trainer(tmp_path), np.arange(12))
+    other = DisentanglementCallback(metrics=["mig"], every_n_validations=2)
+    other.load_state_dict(callback.state_dict())
+    other.check({"validation": dataset()}, Model())
+    assert len(callback.seen) == 1 and not other._scoring(trainer(tmp_path))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 0.5])
+def test_limits_are_refused(limit):
+    with pytest.raises(UserError, match=f"limit_val_batches is {limit}"):
+        DisentanglementCallback().check({"validation": dataset()}, Model(), limit)
+    DisentanglementCallback(metrics=[]).check({"validation": dataset()}, Model(), limit)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_the_whole_set_is_accepted(limit):
+    DisentanglementCallback().check({"validation": dataset()}, Model(), limit)
+
+
+def test_no_encoder_no_set_no_grid():
+    callback = DisentanglementCallback()
+    with pytest.raises(UserError, match="no concept encoder"):
+        callback.check({"validation": dataset()}, nn.Identity())
+    with pytest.raises(UserError, match=r"data\.params\.validation"):
+        callback.check({}, Model())
+    with pytest.raises(UserError, match="no factor grid"):
+        callback.check({"validation": dataset(None)}, Model())
+
+
+def test_table():
+    table = score_table({"mig": {"discrete_mig": 0.25}}, GRID, {"mig": {"num_train": 12}})
+    assert "mig" in table and "0.2500" in table and "hue 3 × scale 4 = 12 images; samples: mig 12" in table

@@ -1,0 +1,112 @@
+"""Pictures: when, of what, and that training does not notice."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm.callbacks.images import ImageLogger
+from ldm.util import UserError
+
+
+class Rows:
+    """Ten uint8 images, each filled with its number."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, row):
+        return {"image": torch.full((4, 4, 3), row, dtype=torch.uint8), "idx": row}
+
+
+class Model(nn.Module):
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.calls: list[tuple] = []
+
+    def log_images(self, batch, N, **options):
+        image = batch["image"].permute(0, 3, 1, 2)
+        self.norm(image)
+        self.calls.append((batch["image"][:, 0, 0, 0], torch.rand(1).item(), self.training, N, options))
+        return {"inputs": image, "beyond": image + 5}
+
+
+def trainer(folder, step=0, **datasets):
+    from contextlib import nullcontext
+
+    data = SimpleNamespace(datasets=datasets or {"validation": Rows()})
+    return SimpleNamespace(global_step=step, current_epoch=0, is_global_zero=True, loggers=[], datamodule=data,
+                           default_root_dir=str(folder),
+                           precision_plugin=SimpleNamespace(forward_context=nullcontext))  # fmt: skip
+
+
+def steps_drawn(folder, until, **options):
+    """Steps at which one callback draws in a run of two batches a step."""
+    callback, model = ImageLogger(**options), Model()
+    drawn = []
+    run = trainer(folder)
+    callback.on_train_start(run, model)
+    for step in [step for step in range(1, until + 1) for _ in range(2)]:
+        before = len(model.calls)
+        run.global_step = step
+        callback.on_train_batch_end(run, model, None, None, 0)
+        drawn += [step] * (len(model.calls) - before)
+    before = len(model.calls)
+    callback.on_train_end(run, model)
+    return drawn, len(model.calls) - before, len(model.calls)
+
+
+def test_when(tmp_path):
+    assert steps_drawn(tmp_path, 9, batch_frequency=4, increase_log_steps=False) == ([4, 8], 1, 3)
+    assert steps_drawn(tmp_path, 8, batch_frequency=4, increase_log_steps=False) == ([4, 8], 0, 2)
+    assert steps_drawn(tmp_path, 9, batch_frequency=4)[0] == [1, 2, 4, 8]
+    assert steps_drawn(tmp_path, 5, batch_frequency=4, increase_log_steps=False, log_last_step=False) == ([4], 0, 1)
+    assert steps_drawn(tmp_path, 1, batch_frequency=4, increase_log_steps=False, log_first_step=True) == ([], 1, 2)
+    assert steps_drawn(tmp_path, 9, batch_frequency=1, disabled=True) == ([], 0, 0)
+
+
+def test_the_same_images_and_noise_every_time(tmp_path):
+    callback, model = ImageLogger(batch_frequency=1, max_images=4, log_images_kwargs={"sample": False}), Model()
+    for step in (1, 2):
+        callback.log_pictures(trainer(tmp_path, step), model)
+    first, second = model.calls
+    # Rows 0, 3, 6 and 9, at even distances.
+    assert torch.allclose((first[0] + 1) * 127.5, torch.tensor([0.0, 3, 6, 9]), atol=1e-3)
+    assert torch.equal(first[0], second[0]) and first[1] == second[1]
+    assert first[3:] == (4, {"sample": False})
+
+
+def test_training_does_not_notice(tmp_path):
+    model = Model().train()
+    before, mean = torch.get_rng_state(), model.norm.running_mean.clone()
+    ImageLogger(batch_frequency=1).log_pictures(trainer(tmp_path, 1), model)
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(model.norm.running_mean, mean)
+    assert model.training and model.calls[0][2] is False
+
+
+def test_files(tmp_path):
+    ImageLogger(batch_frequency=1, max_images=1).log_pictures(trainer(tmp_path, 3), Model())
+    folder = tmp_path / "images" / "train"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{n}_gs-000003_e-000000.png" for n in ("beyond", "inputs")
+    ]
+    assert np.asarray(Image.open(folder / "inputs_gs-000003_e-000000.png"))[3, 3].tolist() == [0, 0, 0]
+    assert np.asarray(Image.open(folder / "beyond_gs-000003_e-000000.png"))[3, 3].tolist() == [255, 255, 255]
+
+
+def test_without_validation_the_training_set_is_drawn(tmp_path):
+    model = Model()
+    ImageLogger(batch_frequency=1).log_pictures(trainer(tmp_path, 1, train=Rows()), model)
+    assert len(model.calls) == 1
+
+
+@pytest.mark.parametrize("options", [{"batch_frequency": 0}, {"batch_frequency": 1, "max_images": 0}])
+def test_wrong_settings(options):
+    with pytest.raises(UserError, match="at least 1"):
+        ImageLogger(**options)
