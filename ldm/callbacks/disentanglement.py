@@ -111,12 +111,8 @@ class DisentanglementCallback(Callback):
         return bool(self.metrics) and self.grid is not None and not trainer.sanity_checking and due
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what an interrupted validation left; let all processes encode with the first one's statistics."""
+        """Forget what an interrupted validation left."""
         self._codes = []
-        if trainer.world_size > 1 and self._scoring(trainer):
-            # DDP copies running means and variances at the start of a training step only.
-            for buffer in pl_module.buffers():
-                torch.distributed.broadcast(buffer, src=0)
 
     @torch.no_grad()
     def on_validation_batch_end(
