@@ -213,6 +213,7 @@ def test_interrupted_anywhere(runs, whole, stage, where):
     logdir, err = r.result.logdir, r.result.err
     assert f"stopped; saved {r.result.logdir.relative_to(r.cli.folder)}/checkpoints/last.ckpt" in err
     assert f"-r {r.result.logdir.relative_to(r.cli.folder)}" in err and "Traceback" not in err
+    assert "weights_only" not in r.result.log
     r.run("-r", logdir, f"{SIGNAL}.params.batch=1000")
     assert_same_end(whole(stage), logdir)
     # Lightning writes a batch's losses after the callbacks, one of which has stopped the run.

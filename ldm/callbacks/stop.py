@@ -68,7 +68,7 @@ class StopCallback(Callback):
         return trainer.strategy.reduce_boolean_decision(wanted, all=False) if trainer.world_size > 1 else wanted
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.checkpoint)
+        trainer.save_checkpoint(self.checkpoint, weights_only=False)
 
     def _end(self, trainer: pl.Trainer) -> None:
         saved = None
