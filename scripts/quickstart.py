@@ -110,9 +110,9 @@ def report(opt, dataset, first, second, mse, before, record, start, marks) -> No
     ]
     for name in ("reconstruction", "samples", "denoise_row", "swap"):
         pictures = sorted((second / "images" / "train").glob(f"{name}_gs-*.png"))
-        lines += [f"{name:<14}{pictures[-1]}"] if pictures else []
-    lines.append(f"scores        {second / 'metrics'}")
-    lines.append(f"TensorBoard   tensorboard --logdir {opt.logdir}")
+        lines += [f"{name:<16}{pictures[-1]}"] if pictures else []
+    lines.append(f"scores          {second / 'metrics'}")
+    lines.append(f"TensorBoard     tensorboard --logdir {opt.logdir}")
     text = "\n".join(lines)
     (second / "quickstart.txt").write_text(text + "\n")
     print(f"\n{text}")
