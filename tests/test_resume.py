@@ -287,10 +287,12 @@ def test_another_seed_is_another_run(runs, whole):
     assert losses(r.run("-s", 1, steps=2))[1] != losses(whole("encdiff"))[1]
 
 
-def test_interrupting_the_real_script(runs):
+@pytest.mark.parametrize("script", ["main.py", "main_val.py"])
+def test_interrupting_the_real_script(runs, script):
     """Ctrl-C in the middle of training: exit status 130, one message, and a checkpoint that resumes."""
-    r = runs("encdiff")
-    process = r.cli.start("main_val.py", "--base", "run.yaml", "-t", "--gpus", "0,", "--max_epochs", 500)
+    scored = script == "main_val.py"
+    r = runs("encdiff" if scored else "vq")
+    process = r.cli.start(script, "--base", "run.yaml", "-t", "--gpus", "0,", "--max_epochs", 500)
     try:
         deadline = time.monotonic() + 120
         while not list(r.cli.folder.glob("logs/*/checkpoints/last.ckpt")):
@@ -304,6 +306,6 @@ def test_interrupting_the_real_script(runs):
     assert "stopped; saved" in result.err and "Traceback" not in result.err and "TRAINING ON THE CPU" in result.err
     stopped = last(result.logdir)["global_step"]
     assert stopped >= 4
-    resumed = r.cli.run("-r", result.logdir, "-t", "--max_steps", stopped + 1, "--gpus", 0, score=True)
+    resumed = r.cli.run("-r", result.logdir, "-t", "--max_steps", stopped + 1, "--gpus", 0, score=scored)
     assert resumed.status == 0, resumed.err
     assert last(result.logdir)["global_step"] == stopped + 1

@@ -330,8 +330,9 @@ def test_the_right_input_passes(setting, monkeypatch):
     assert len(trained) == 5
 
 
-def test_exit_status_of_the_real_script(setting):
+@pytest.mark.parametrize("script", ["main.py", "main_val.py"])
+def test_exit_status_of_the_real_scripts(setting, script):
     """The error is all that stderr says, and no log directory is left."""
-    result = setting.cli.result(setting.cli.start("main.py", "--base", "nowhere.yaml", "-t"))
+    result = setting.cli.result(setting.cli.start(script, "--base", "nowhere.yaml", "-t"))
     assert result.status == 2 and result.err.startswith("error:") and len(result.err.splitlines()) == 1
     assert not (setting.folder / "logs").exists()

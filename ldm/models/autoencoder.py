@@ -212,10 +212,11 @@ class FirstStage(pl.LightningModule):
     def log_images(self, batch: Mapping[str, torch.Tensor], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
         """Inputs and reconstructions (b, c, h, w) in [-1, 1] of the first `N` images of a batch."""
         x = self.get_input(batch, self.image_key)[:N].to(self.device)
-        pictures = {"inputs": x, "reconstructions": self.reconstruct(x)[0]}
+        # Not by `reconstruct`, which marks the codes that training uses.
+        pictures = {"inputs": x, "reconstructions": self(x)[0]}
         if self.use_ema:
             with self.ema_scope():
-                pictures["reconstructions_ema"] = self.reconstruct(x)[0]
+                pictures["reconstructions_ema"] = self(x)[0]
         return pictures
 
 

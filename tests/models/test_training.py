@@ -202,6 +202,24 @@ def test_first_stage_stays_frozen_and_in_evaluation_mode():
     assert all(torch.equal(before[key], value) for key, value in model.first_stage_model.state_dict().items())
 
 
+def test_scale_factor_from_images_spread_over_the_set():
+    torch.manual_seed(0)
+    model = encdiff(scale_factor_images=3)
+    data = loader(3)
+    x = torch.stack([data.dataset[row]["image"] for row in (0, 5, 11)]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = 1 / model.first_stage_model.encode(x).std()
+    fit(model, data)
+    torch.testing.assert_close(model.scale_factor, expected)
+
+
+def test_pictures_mark_no_codes():
+    torch.manual_seed(0)
+    model = vq().eval()
+    model.log_images(next(iter(loader(1))))
+    assert not model.codes_used.any()
+
+
 def test_kept_latents_change_nothing():
     """Encoding the training set once gives the weights that encoding every batch gives."""
     models = []

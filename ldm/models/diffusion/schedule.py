@@ -103,22 +103,17 @@ def q_sample(
     return signal + extract(sqrt_one_minus_alphas_cumprod, t, x_start.ndim) * noise
 
 
-def ddim_timesteps(num_steps: int, num_timesteps: int, method: str = "uniform") -> np.ndarray:
-    """The timesteps that DDIM visits, rising, as in LDM: every ⌊T/S⌋-th, or quadratically spaced, plus one.
+def ddim_timesteps(num_steps: int, num_timesteps: int) -> np.ndarray:
+    """The timesteps that DDIM visits, rising, as in LDM: every ⌊T/S⌋-th, plus one.
 
-    Where T is not a multiple of S, `uniform` gives more than S steps, as in LDM. Where LDM's "plus one" would leave the
+    Where T is not a multiple of S, there are more than S steps, as in LDM. Where LDM's "plus one" would leave the
     range (S = T, or S = 3 for T = 1000), it is left out; LDM stops there with an error.
 
     Raises:
-        ValueError: S outside [1, T], or another method.
+        ValueError: S outside [1, T].
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"the number of DDIM steps must lie between 1 and {num_timesteps}, got {num_steps}")
-    if method == "quad":
-        roots = np.linspace(0, np.sqrt(num_timesteps * 0.8), num_steps)
-        return np.minimum((roots**2).astype(int) + 1, num_timesteps - 1)
-    if method != "uniform":
-        raise ValueError(f"unknown DDIM discretisation '{method}': choose uniform or quad")
     steps = np.arange(0, num_timesteps, num_timesteps // num_steps)
     return steps + 1 if steps[-1] + 1 < num_timesteps else steps
 
