@@ -17,21 +17,23 @@ class SignalAt(Callback):
     Args:
         batch: number of the batch, over all epochs. `validation`: in the first validation batch after it instead.
         name: of the signal.
+        rank: of the only process that gets it; every process does if left out.
     """
 
-    def __init__(self, batch: int, validation: bool = False, name: str = "SIGINT") -> None:
+    def __init__(self, batch: int, validation: bool = False, name: str = "SIGINT", rank: int | None = None) -> None:
         self.batch, self.validation, self.number = batch, validation, getattr(signal, name)
+        self.rank = rank
         self.seen = 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.seen += 1
-        if self.seen == self.batch and not self.validation:
+        if self.seen == self.batch and not self.validation and self.rank in (None, trainer.global_rank):
             signal.raise_signal(self.number)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.seen >= self.batch and self.validation:
+        if self.seen >= self.batch and self.validation and self.rank in (None, trainer.global_rank):
             self.validation = False
             signal.raise_signal(self.number)
 

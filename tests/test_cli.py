@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm.callbacks.images import ImageLogger
 from ldm.cli_arguments import TRAINER_FLAGS, apply_flags, devices, parse, trainer_options
 from ldm.cli_build import configure_manual_optimization, processes
+from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 
 
@@ -488,3 +489,8 @@ def test_two_processes(cli, first_stage, rooms):
         expected = model.eval().cond_stage_model.encoding(images.permute(0, 3, 1, 2)).numpy()
     np.testing.assert_allclose(codes[0], expected, atol=2e-6)
     assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-4, "another order would be seen"
+    (record,) = (json.loads(path.read_text()) for path in (result.logdir / "metrics").iterdir())
+    settings = {
+        name: values for name, values in node["params"]["settings"].items() if name in node["params"]["metrics"]
+    }
+    assert record["scores"] == evaluate(codes[0], data.grid, node["params"]["metrics"], settings)

@@ -1,10 +1,14 @@
-"""Two processes on the CPU train one first stage: manual optimisation and two optimisers under DDP."""
+"""Two processes on the CPU: manual optimisation and two optimisers under DDP, stopping and going on."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
+from command_line import CommandLine
 from pytorch_lightning.callbacks import Callback
+from test_resume import assert_same_end, config_of, last
 
 
 class SaveEachRank(Callback):
@@ -28,3 +32,27 @@ def test_two_processes_train_one_first_stage(cli):
     content = torch.load(result.logdir / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["global_step"] == 3
     assert [list(a) == list(content["state_dict"]), result.err.count("building the model")] == [True, 1]
+
+
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_two_processes_stop_together_and_go_on(tmp_path, rooms, first_stage, stage):
+    """A signal that one process gets stops both; two pieces end where a run in one piece ends, to the last bit."""
+    cli = CommandLine(tmp_path, rooms)
+    cli.write("run.yaml", config_of(stage, rooms, first_stage))
+    two = ("-t", "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp", "--max_steps", 3)
+    signalled = "lightning.callbacks.signal"
+
+    def run(*argv: object, status: int = 0) -> Path:
+        result = cli.result(cli.start("main_val.py" if stage == "encdiff" else "main.py", *argv, *two), timeout=240)
+        assert result.status == status, result.err
+        return result.logdir
+
+    whole = run("--base", "run.yaml", "-n", "whole")
+    pieces = run("--base", "run.yaml", "-n", "pieces", f"{signalled}.target=run_callbacks.SignalAt",
+                 f"{signalled}.params.batch=1", f"{signalled}.params.rank=1", status=130)  # fmt: skip
+    assert last(pieces)["global_step"] == 1
+    assert run("-r", pieces, f"{signalled}.params.batch=1000") == pieces
+    assert_same_end(whole, pieces, steps=3)
+    scores = [sorted((logdir / "metrics").glob("*.json")) for logdir in (whole, pieces)]
+    assert [path.read_text() for path in scores[0]] == [path.read_text() for path in scores[1]]
+    assert len(scores[0]) == (2 if stage == "encdiff" else 0)

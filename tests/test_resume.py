@@ -119,10 +119,10 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
     return [] if same else [where]
 
 
-def assert_same_end(whole: Path, resumed: Path) -> None:
+def assert_same_end(whole: Path, resumed: Path, steps: int = STEPS) -> None:
     """Weights, averages, buffers, optimisers, schedulers, random state and counters are the same."""
     a, b = last(whole), last(resumed)
-    assert a["global_step"] == b["global_step"] == STEPS
+    assert a["global_step"] == b["global_step"] == steps
     for key in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert differences(a[key], b[key], key)[:5] == []
     states = [c["callbacks"]["RandomStateCallback"]["processes"] for c in (a, b)]
