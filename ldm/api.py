@@ -48,9 +48,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
     if weights not in ("live", "ema"):
         raise UserError(f"weights: '{weights}' is neither live nor ema")
     config = load_config(path)
-    # The checkpoint holds the first stage too, whose own file may be gone, and needs no loss.
-    if OmegaConf.select(config, "model.params.first_stage_config.params.ckpt_path") is not None:
-        OmegaConf.update(config, "model.params.first_stage_config.params.ckpt_path", None)
+    # The checkpoint holds all weights, also those that came from files that may be gone, and needs no loss.
+    for key in ("model.params.ckpt_path", "model.params.first_stage_config.params.ckpt_path"):
+        if OmegaConf.select(config, key) is not None:
+            OmegaConf.update(config, key, None)
     if OmegaConf.select(config, "model.params.lossconfig") is not None:
         OmegaConf.update(config, "model.params.lossconfig", {"target": "torch.nn.Identity"}, merge=False)
     model = instantiate_from_config(config.model, "model")

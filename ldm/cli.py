@@ -16,7 +16,7 @@ from ldm.callbacks.disentanglement import DisentanglementCallback
 from ldm.callbacks.stop import Interrupted
 from ldm.cli_arguments import Run, apply_flags, locate_run, parse, set_token_num, trainer_options
 from ldm.cli_build import build_callbacks, configure_manual_optimization, lightning_nodes, set_learning_rate
-from ldm.cli_checks import check_model, check_resumable, check_writable
+from ldm.cli_checks import check_model, check_resumable, check_trainer, check_writable, warn_of_untrained
 from ldm.config import check_config, from_dotlist, merge
 from ldm.util import UserError, instantiate_from_config
 
@@ -65,27 +65,31 @@ def run_training(argv: Sequence[str], score: bool) -> int:
 
     callbacks = build_callbacks(config, nodes, run, seed)
     log.info("building the model")
-    model = instantiate_from_config(config.model, "model")
+    model = instantiate_from_config(_without_checkpoints(config) if run.checkpoint else config.model, "model")
     if not isinstance(model, pl.LightningModule):
         raise UserError(f"model.target: {config.model.target} is no LightningModule, so it cannot be trained")
     log.info("reading the data")
     data = instantiate_from_config(config.data, "data")
+    if not isinstance(data, pl.LightningDataModule):
+        raise UserError(f"data.target: {config.data.target} is no LightningDataModule")
     data.prepare_data()
-    data.setup()
+    data.setup("fit")
     datasets = getattr(data, "datasets", {})
     if opt.train and datasets and "train" not in datasets:
         raise UserError("data.params.train is missing: there is nothing to train on")
     for callback in callbacks:
         if isinstance(callback, DisentanglementCallback):
-            limit = options.get("limit_val_batches")
-            callback.check(datasets, model, limit if limit is not None else options.get("overfit_batches") or None)
+            callback.check(datasets, model, options.get("overfit_batches") or options.get("limit_val_batches"))
     check_model(model, datasets, OmegaConf.select(nodes, "modelcheckpoint.params.monitor"), callbacks)
     if run.checkpoint is not None:
         check_resumable(run.checkpoint, model)
+    elif opt.train:
+        warn_of_untrained(config)
 
     accumulate = options.get("accumulate_grad_batches") or 1
     configure_manual_optimization(model, options)
     trainer = build_trainer(options, callbacks, nodes, run)
+    check_trainer(options, model, config.data, datasets, trainer.world_size)
     set_learning_rate(model, config, accumulate, trainer.world_size, config.lightning.scale_lr)
     checkpoint = str(run.checkpoint) if run.checkpoint else None
     if opt.train:
@@ -99,6 +103,16 @@ def run_training(argv: Sequence[str], score: bool) -> int:
         )[0].items():
             log.info("%s %.5g", name, value)
     return 0
+
+
+def _without_checkpoints(config: DictConfig) -> DictConfig:
+    """The model's node for a run that goes on: its checkpoint holds all weights, also those that came from files."""
+    model = OmegaConf.create(OmegaConf.to_container(config.model))
+    assert isinstance(model, DictConfig)
+    for key in ("params.ckpt_path", "params.first_stage_config.params.ckpt_path"):
+        if OmegaConf.select(model, key) is not None:
+            OmegaConf.update(model, key, None)
+    return model
 
 
 def build_trainer(options: dict[str, Any], callbacks: list[pl.Callback], nodes: DictConfig, run: Run) -> pl.Trainer:
@@ -156,6 +170,11 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped before training started\n")
         return 130
+    except (MisconfigurationException, OSError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
     except Exception:
         if debug:
             import pdb

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import inspect
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Run:
     now: str
     checkpoint: Path | None
     bases: list[DictConfig]
+    fresh: bool = True  # logs into a new directory
 
 
 def locate_run(opt: argparse.Namespace) -> Run:
@@ -118,13 +120,28 @@ def locate_run(opt: argparse.Namespace) -> Run:
     if not bases:
         raise UserError("no configuration: give YAML files with --base, or a log directory to go on with by -r")
     name = opt.name or "+".join(path.stem for path in bases)
+    for flag, text in (("-n/--name", opt.name), ("-f/--postfix", opt.postfix)):
+        if Path(text).name != text:
+            raise UserError(f"{flag}: '{text}' must not name a folder: that is -l/--logdir")
     checkpoint = None
     if opt.resume_from_checkpoint:
         checkpoint = Path(opt.resume_from_checkpoint)
         if not checkpoint.is_file():
             raise UserError(f"--resume_from_checkpoint: there is no file '{checkpoint}'")
-    logdir = Path(opt.logdir) / f"{now}_{name}{opt.postfix}"
+    logdir = _unused(Path(opt.logdir) / f"{now}_{name}{opt.postfix}")
     return Run(logdir, now, checkpoint, [load_yaml(path) for path in bases])
+
+
+def _unused(logdir: Path) -> Path:
+    """The directory, or one with a number added where another run started in the same second.
+
+    The further processes of one run start later, and are told by Lightning's launcher who they are: they share it.
+    """
+    shared = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) > 0
+    found, number = logdir, 2
+    while found.exists() and not shared:
+        found, number = logdir.with_name(f"{logdir.name}-{number}"), number + 1
+    return found
 
 
 def _locate_resumed(path: Path, now: str, bases: list[Path]) -> Run:
@@ -143,7 +160,7 @@ def _locate_resumed(path: Path, now: str, bases: list[Path]) -> Run:
         saved += files[-1:]
     if not saved and not bases:
         raise UserError(f"-r: '{logdir / 'configs'}' holds no configuration: give it with --base")
-    return Run(logdir, now, checkpoint, [load_yaml(file) for file in [*saved, *bases]])
+    return Run(logdir, now, checkpoint, [load_yaml(file) for file in [*saved, *bases]], fresh=False)
 
 
 def devices(gpus: str | int | None, trainer: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +218,7 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
         if text is None:
             continue
         try:
-            flags[name] = yaml.safe_load(text) if name != "max_time" else text
+            flags[name] = _value(text) if name != "max_time" else text
         except yaml.YAMLError as error:
             raise UserError(f"--{name}: cannot read the value '{text}'") from error
         if name == "callbacks" or (name == "logger" and not isinstance(flags[name], bool)):
@@ -227,6 +244,17 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
         if value is None:
             value = OmegaConf.select(config, f"lightning.{name}", default=DEFAULTS[name])
         OmegaConf.update(config, f"lightning.{name}", value, force_add=True)
+    if not 0 <= config.lightning.seed < 2**32:
+        raise UserError(f"-s/--seed: expected a whole number from 0 to 2^32 - 1, got {config.lightning.seed}")
+
+
+def _value(text: str) -> Any:
+    """As YAML reads it; also numbers such as 1e-1, which YAML takes for a text."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def trainer_options(lightning: DictConfig) -> dict[str, Any]:
@@ -249,6 +277,13 @@ def trainer_options(lightning: DictConfig) -> dict[str, Any]:
 
 
 def _check_counts(options: dict[str, Any], prefix: str) -> None:
+    for name in ("check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"):
+        value = options.get(name)
+        if isinstance(value, int | float) and (value < 0 or (value == 0 and name != "log_every_n_steps")):
+            raise UserError(f"{prefix}{name}: expected a number above 0, got {value!r}")
+    algorithm = options.get("gradient_clip_algorithm")
+    if algorithm not in (None, "norm", "value"):
+        raise UserError(f"{prefix}gradient_clip_algorithm: expected norm or value, got {algorithm!r}")
     for name in ("accumulate_grad_batches", "max_epochs", "max_steps"):
         value = options.get(name)
         least = 1 if name == "accumulate_grad_batches" else -1

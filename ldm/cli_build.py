@@ -1,14 +1,17 @@
 """From the configuration to callbacks, logger, trainer options and learning rate."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, RandomStateCallback, StopCallback
 from ldm.cli_arguments import Run
+from ldm.cli_checks import check_writable
 from ldm.config import check_nodes, merge
 from ldm.util import UserError, instantiate_from_config
 
@@ -56,7 +59,7 @@ def lightning_nodes(config: DictConfig, run: Run, score: bool) -> DictConfig:
         "callbacks": {**CALLBACKS, **(SCORES if score else {})},
         "modelcheckpoint": {
             "target": "pytorch_lightning.callbacks.ModelCheckpoint",
-            "params": _checkpoint_params(OmegaConf.select(config, "model.params.monitor"), run),
+            "params": _checkpoint_params(_monitor(config), run),
         },
         "logger": {"target": "pytorch_lightning.loggers.TensorBoardLogger", "params": logger},
     }
@@ -74,11 +77,19 @@ def lightning_nodes(config: DictConfig, run: Run, score: bool) -> DictConfig:
     return nodes
 
 
+def _monitor(config: DictConfig) -> str | None:
+    """The model's monitor; the step where checkpoints are saved every so many steps, when nothing else is known."""
+    given = OmegaConf.select(config, "lightning.modelcheckpoint.params") or {}
+    if any(given.get(key) is not None for key in ("every_n_train_steps", "train_time_interval")):
+        return "step"
+    return OmegaConf.select(config, "model.params.monitor")
+
+
 def _checkpoint_params(monitor: str | None, run: Run) -> dict[str, Any]:
     """Keep the three best by the model's monitor, or else the newest."""
     params: dict[str, Any] = {
         "dirpath": str(run.logdir / "checkpoints"),
-        "filename": "epoch={epoch:06d}",
+        "filename": "step={step:09d}" if monitor == "step" else "epoch={epoch:06d}",
         "auto_insert_metric_name": False,
         "verbose": False,
         # A resumed run writes over what it does again.
@@ -101,12 +112,26 @@ def build_callbacks(config: DictConfig, nodes: DictConfig, run: Run, seed: int) 
     """
     project = OmegaConf.create({key: config[key] for key in config if key != "lightning"})
     lightning = config.get("lightning") or OmegaConf.create({})
-    callbacks: list[pl.Callback] = [SetupCallback(run.logdir, run.now, project, lightning), RandomStateCallback(seed)]
+    setup = SetupCallback(run.logdir, run.now, project, lightning, run.fresh)
+    callbacks: list[pl.Callback] = [setup, RandomStateCallback(seed)]
     for name, node in nodes.callbacks.items():
-        callbacks.append(instantiate_from_config(node, f"lightning.callbacks.{name}", **_logdir(node, run)))
+        callbacks.append(_build(node, f"lightning.callbacks.{name}", **_logdir(node, run)))
     callbacks.append(StopCallback(run.logdir / "checkpoints" / "last.ckpt"))
-    best = instantiate_from_config(nodes.modelcheckpoint, "lightning.modelcheckpoint")
-    return [*callbacks, best, _last_checkpoint(nodes.modelcheckpoint, run, config)]
+    best = _build(nodes.modelcheckpoint, "lightning.modelcheckpoint")
+    callbacks += [best, _last_checkpoint(nodes.modelcheckpoint, run, config)]
+    for callback in callbacks:
+        for key in ("logdir", "dirpath"):
+            folder = getattr(callback, key, None)
+            if folder is not None and Path(folder) != run.logdir:
+                check_writable(Path(folder), f"{type(callback).__name__}.{key}")
+    return callbacks
+
+
+def _build(node: DictConfig, where: str, **extra: Any) -> pl.Callback:
+    try:
+        return instantiate_from_config(node, where, **extra)
+    except MisconfigurationException as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _last_checkpoint(node: DictConfig, run: Run, config: DictConfig) -> LastCheckpoint:

@@ -1,5 +1,6 @@
 """What is tried out before training starts, so that a mistake leaves no log directory behind."""
 
+import logging
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -9,22 +10,27 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
 from ldm.callbacks.disentanglement import DisentanglementCallback
 from ldm.callbacks.images import ImageLogger
-from ldm.data.images import to_unit_range
+from ldm.data.images import to_unit_range_all
 from ldm.metrics.evaluate import METRICS
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.visuals import diffusion_images
-from ldm.util import UserError, check_keys, instantiate_from_config, nearest
+from ldm.util import FAILURES, UserError, check_keys, instantiate_from_config, nearest, require_at_least
 
-FAILURES = (ValueError, RuntimeError, TypeError, IndexError, AssertionError, ZeroDivisionError)
+log = logging.getLogger(__name__)
 
 
-def check_writable(logdir: Path) -> None:
-    """Refuse a log directory that cannot be made.
+def check_writable(logdir: Path, what: str = "-l/--logdir") -> None:
+    """Refuse a directory that cannot be made.
+
+    Args:
+        logdir: the directory.
+        what: the flag or key that names it, for the message.
 
     Raises:
         UserError: a parent that is no folder or not writable.
@@ -33,12 +39,12 @@ def check_writable(logdir: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UserError(f"-l/--logdir: '{parent}' is a file: give a folder to log into")
+        raise UserError(f"{what}: '{parent}' is a file: give a folder to log into")
     try:
         with tempfile.TemporaryDirectory(dir=parent):
             pass
     except OSError as error:
-        raise UserError(f"-l/--logdir: cannot write to '{parent}' ({error.strerror}): give another folder") from error
+        raise UserError(f"{what}: cannot write to '{parent}' ({error.strerror}): give another folder") from error
 
 
 def check_resumable(path: Path, model: pl.LightningModule) -> None:
@@ -70,6 +76,58 @@ def check_resumable(path: Path, model: pl.LightningModule) -> None:
             )
 
 
+def warn_of_untrained(config: Any) -> None:
+    """Say that a frozen first stage has no trained weights, if none were given."""
+    params = OmegaConf.select(config, "model.params")
+    node = OmegaConf.select(config, "model.params.first_stage_config")
+    if node is None or params.get("ckpt_path") or (node.get("params") or {}).get("ckpt_path"):
+        return
+    if "ddconfig" in (node.get("params") or {}):
+        log.warning(
+            "model.params.first_stage_config.params.ckpt_path is not given: the first stage keeps the random weights"
+            " that it was initialised with"
+        )
+
+
+def check_trainer(
+    options: Mapping[str, Any], model: pl.LightningModule, data: Any, datasets: Mapping[str, Any], processes: int
+) -> None:
+    """Compare the Trainer's options with the number of batches and with what the models can do.
+
+    Args:
+        options: of the Trainer.
+        model: to be trained.
+        data: the configuration's `data` node.
+        datasets: by split.
+        processes: how many share a data set.
+
+    Raises:
+        UserError: no batch in an epoch, a validation interval longer than an epoch, or a precision of whole models.
+    """
+    precision = str(options.get("precision"))
+    if isinstance(model, FirstStage | LatentDiffusion) and precision in ("bf16-true", "16-true", "64-true", "64"):
+        raise UserError(
+            f"lightning.trainer.precision: '{precision}' would change the schedules and codebooks; these models train"
+            " with 32-true, bf16-mixed or 16-mixed"
+        )
+    batch_size = OmegaConf.select(data, "params.batch_size")
+    if "train" not in datasets or not isinstance(batch_size, int):
+        return
+    batches = -(-len(datasets["train"]) // processes // batch_size)
+    limit = options.get("limit_train_batches")
+    if limit is not None:
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+        if batches < 1:
+            raise UserError(f"lightning.trainer.limit_train_batches: {limit} leaves no batch to train on")
+    interval = options.get("val_check_interval")
+    by_epoch = options.get("check_val_every_n_epoch", 1) is not None
+    if by_epoch and isinstance(interval, int) and interval > batches and "validation" in datasets:
+        raise UserError(
+            f"lightning.trainer.val_check_interval: {interval} batches are more than the {batches} of an epoch; to"
+            " count over epochs, set lightning.trainer.check_val_every_n_epoch=null"
+        )
+
+
 def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor: Any, callbacks: Iterable[Any]) -> None:
     """Pass one image of each data set through the model, and compare the monitor with what will be logged.
 
@@ -82,7 +140,13 @@ def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor:
     if not isinstance(model, FirstStage | LatentDiffusion):
         return
     if model.scheduler_config is not None:
-        instantiate_from_config(model.scheduler_config, "model.params.scheduler_config")
+        schedule = instantiate_from_config(model.scheduler_config, "model.params.scheduler_config")
+        try:
+            float(schedule.schedule(0))
+        except FAILURES as error:
+            raise UserError(
+                f"model.params.scheduler_config ({type(schedule).__name__}) gives no rate for step 0: {error}"
+            ) from error
     parts: set[str] = set()
     tried: list[Any] = []
     was_training = model.training
@@ -99,6 +163,11 @@ def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor:
         if isinstance(callback, ImageLogger) and isinstance(model, LatentDiffusion):
             where = "lightning.callbacks.image_logger.params.log_images_kwargs"
             check_keys(diffusion_images, callback.log_images_kwargs, where)
+            counts = {k: callback.log_images_kwargs.get(k) for k in ("N", "n_row", "ddim_steps", "swap_images")}
+            require_at_least(1, where, **counts)
+            if callback.log_images_kwargs.get("quantize_denoised") and not hasattr(model.first_stage_model, "quantize"):
+                kind = type(model.first_stage_model).__name__
+                raise UserError(f"{where}.quantize_denoised: {kind} has no codebook; set it to false")
         if isinstance(callback, DisentanglementCallback):
             scores += callback.metrics
     if monitor is not None and tried:
@@ -120,10 +189,7 @@ def _one_image(dataset: Any, split: str, keys: Iterable[str]) -> dict[str, torch
                 f" (h, w, c) as '{key}'"
             )
     batch = default_collate([dict(item)])
-    return {
-        key: to_unit_range(value) if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else value
-        for key, value in batch.items()
-    }
+    return to_unit_range_all(batch)
 
 
 def _try_image(model: FirstStage | LatentDiffusion, batch: dict[str, torch.Tensor], split: str) -> set[str]:
@@ -184,6 +250,7 @@ def _check_monitor(
     if own.training_step is not base.training_step or own._evaluate is not base._evaluate:  # type: ignore[attr-defined]
         return  # it may log more than is known here
     known = {f"train/{name}{suffix}" for name in parts for suffix in ("", "_step", "_epoch")} | {"train/epoch_num"}
+    known |= {"step", "epoch"}  # Lightning's own
     if validated:
         known |= {f"val/{name}" for name in parts} | {f"val/{name}" for name in scores}
         if isinstance(model, LatentDiffusion):

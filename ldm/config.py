@@ -196,11 +196,24 @@ def check_nodes(node: Any, where: str = "") -> None:
         if params is not None and not isinstance(params, DictConfig):
             raise UserError(f"{where}.params: expected a mapping, found {params!r}")
         check_keys(cls, params if params is not None else {}, f"{where}.params")
+        _check_node_keys(cls, node, where)
         if inspect.isclass(cls):
             _check_required(cls, params if params is not None else OmegaConf.create({}), where)
     for key in node:
         if not OmegaConf.is_missing(node, key):
             check_nodes(node[key], f"{where}.{key!s}".lstrip("."))
+
+
+def _check_node_keys(cls: Any, node: DictConfig, where: str) -> None:
+    """A node has a target and parameters: a parameter beside them is one that lacks its `params.`."""
+    for key in map(str, node):
+        if key in ("target", "params", *SECTIONS.get(where, ())):
+            continue
+        try:
+            check_keys(cls, [key], where)
+        except UserError:
+            raise UserError(f"unknown key '{where}.{key}'{nearest(key, ('target', 'params'))}") from None
+        raise UserError(f"unknown key '{where}.{key}'; did you mean '{where}.params.{key}'?")
 
 
 def _check_required(cls: type, params: DictConfig, where: str) -> None:

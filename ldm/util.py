@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -84,6 +84,9 @@ def get_obj_from_str(target: str, where: str = "target") -> Any:
 
 
 SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+LISTS = (Sequence, Iterable, list, tuple)
+# What constructors raise for values that they cannot use.
+FAILURES = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError, OSError, AttributeError)
 
 
 def _hints(function: Any) -> dict[str, Any]:
@@ -95,13 +98,16 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def check_value(hint: Any, value: Any, where: str) -> None:
-    """Refuse a value that is not of the kinds that a type hint allows; hints of other kinds than numbers, truth values
-    and texts allow everything.
+    """Refuse a value that is not of the kinds that a type hint allows: numbers, truth values, texts, or a list; other
+    hints allow everything.
 
     Raises:
         UserError: the value is of another kind.
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    listed = [get_origin(kind) in LISTS for kind in kinds if kind is not type(None)]
+    if listed and all(listed) and (isinstance(value, str | numbers.Number) or (value is None and len(kinds) == 1)):
+        raise UserError(f"{where}: expected a list, got {value!r}")
     if not all(kind in SIMPLE for kind in kinds):
         return
     if isinstance(value, bool):
@@ -180,8 +186,24 @@ def instantiate_from_config(config: Any, where: str = "config", **extra: Any) ->
         return cls(**params, **extra)
     except UserError:
         raise
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{where} ({cls.__name__}): {error or type(error).__name__}") from error
+    except FAILURES as error:
+        raise UserError(f"{where} ({cls.__name__}): {str(error) or type(error).__name__}") from error
+
+
+def require_at_least(least: float, where: str, **values: Any) -> None:
+    """Refuse values that are too small.
+
+    Args:
+        least: the smallest value allowed.
+        where: the node's name in the configuration, for the message.
+        values: by key; None is let through.
+
+    Raises:
+        UserError: the first value that is smaller.
+    """
+    for key, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"{where}.{key}: expected at least {least}, got {value!r}")
 
 
 def plain(config: Any) -> Any:

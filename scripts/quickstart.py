@@ -10,6 +10,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from ldm.api import encode, load, load_config, reconstruction_mse
 from ldm.cli import main as train
 from ldm.config import load_yaml

@@ -1,5 +1,6 @@
 """The command line: flags, log directory, learning rate, logged values, files."""
 
+import datetime
 import json
 import re
 
@@ -10,8 +11,11 @@ import torch
 from command_line import CHECKPOINT, encdiff_config, first_stage_config
 from omegaconf import OmegaConf
 from PIL import Image
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ldm
+from ldm.api import encode
 from ldm.callbacks.images import ImageLogger
 from ldm.cli_arguments import TRAINER_FLAGS, apply_flags, devices, parse, trainer_options
 from ldm.cli_build import configure_manual_optimization, processes
@@ -371,8 +375,52 @@ def test_name_postfix_and_folder(cli):
     result = cli.run("--base", cli.vq, *run, "-n", "mine", "-f", "_end", "-l", "elsewhere/deep")
     assert result.status == 0, result.err
     (logdir,) = (cli.folder / "elsewhere" / "deep").iterdir()
-    assert logdir.name.endswith("T" + logdir.name.split("T")[1]) and logdir.name.endswith("_mine_end")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_mine_end", logdir.name)
     assert not (cli.folder / "logs").exists()
+
+
+def test_runs_of_the_same_second_do_not_share_a_directory(cli, monkeypatch):
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("ldm.cli_arguments.datetime.datetime", Clock)
+    run = ["-t", "--gpus", 0, "--max_steps", 1, "--limit_val_batches", 0, "model.params.monitor=train/epoch_num"]
+    for _ in range(3):
+        result = cli.run("--base", cli.vq, *run)
+        assert result.status == 0, result.err
+    names = sorted(path.name for path in (cli.folder / "logs").iterdir())
+    assert names == [f"2026-01-02T03-04-05_vq{number}" for number in ("", "-2", "-3")]
+    # Both may look for a free name before either makes its directory; the later one is refused.
+    monkeypatch.setattr("ldm.cli_arguments._unused", lambda logdir: logdir)
+    before = (cli.folder / "logs" / names[0] / "checkpoints" / "last.ckpt").read_bytes()
+    result = cli.run("--base", cli.vq, *run)
+    assert result.status == 2 and len(result.errors) == 1 and "another run" in result.errors[0]
+    assert (cli.folder / "logs" / names[0] / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_a_first_stage_without_weights_is_told(cli, first_stage):
+    warning = "first_stage_config.params.ckpt_path is not given"
+    assert warning in cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_steps", 1, f"{CHECKPOINT}=null").log
+    given = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_steps", 1, f"{CHECKPOINT}={first_stage}")
+    assert given.status == 0 and warning not in given.log
+
+
+def test_a_number_that_yaml_takes_for_a_text(cli):
+    opt, _ = parse(["--base", "x.yaml", "--gradient_clip_val", "1e-1"])
+    config = OmegaConf.create({})
+    apply_flags(opt, config)
+    assert config.lightning.trainer.gradient_clip_val == 0.1
+
+
+def test_mistakes_that_lightning_finds_are_told_in_one_line(cli, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise MisconfigurationException("two things\n  do not fit")
+
+    monkeypatch.setattr(pl.Trainer, "fit", refuse)
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0)
+    assert result.status == 2 and result.err == "error: two things do not fit\n"
 
 
 def test_without_t_nothing_is_trained_or_written(cli, first_stage):
@@ -434,10 +482,18 @@ def test_fast_dev_run(cli, first_stage):
 def test_scores_in_every_second_validation(cli, first_stage):
     result = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_epochs", 3, "--limit_train_batches", 1,
                      f"{CHECKPOINT}={first_stage}", "lightning.callbacks.disentanglement.params.every_n_validations=2",
-                     "lightning.callbacks.disentanglement.params.weights=ema", score=True)  # fmt: skip
+                     "lightning.callbacks.disentanglement.target=run_callbacks.SavedCodes",
+                     "lightning.callbacks.disentanglement.params.weights=ema", "model.params.ema_parameters=all",
+                     "model.base_learning_rate=1e-3",
+                     score=True)  # fmt: skip
     assert result.status == 0, result.err
     assert sorted(path.name for path in (result.logdir / "metrics").iterdir()) == ["000001.json", "000003.json"]
     assert json.loads((result.logdir / "metrics" / "000001.json").read_text())["weights"] == "ema"
+    data = instantiate_from_config(encdiff_config(cli.data)["data"]["params"]["validation"])
+    averaged, live = (encode(ldm.load(result.logdir, weights=kind), data) for kind in ("ema", "live"))
+    scored = np.load(cli.folder / "codes_0.npy")
+    np.testing.assert_allclose(scored, averaged, atol=2e-6)
+    assert np.abs(averaged - live).max() > 1e-5
 
 
 # ---- the original's names, and two processes

@@ -1,5 +1,6 @@
 """Stopping and going on: a run in two pieces ends where a run in one piece ends, to the last bit."""
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from command_line import DDCONFIG, CommandLine, encdiff_config, first_stage_config
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ldm
 
 STAGES = ("vq", "kl", "encdiff")
 STEPS = 6
@@ -309,3 +312,31 @@ def test_interrupting_the_real_script(runs, script):
     resumed = r.cli.run("-r", result.logdir, "-t", "--max_steps", stopped + 1, "--gpus", 0, score=scored)
     assert resumed.status == 0, resumed.err
     assert last(result.logdir)["global_step"] == stopped + 1
+
+
+def test_resuming_and_loading_need_no_other_file(runs, whole, tmp_path, first_stage):
+    """The checkpoint holds the first stage and what training started from: their files may be gone."""
+    r = runs("encdiff")
+    stage, start = tmp_path / "stage.ckpt", tmp_path / "start.ckpt"
+    shutil.copy(first_stage, stage)
+    shutil.copy(whole("encdiff") / "checkpoints" / "last.ckpt", start)
+    logdir = r.run(f"model.params.first_stage_config.params.ckpt_path={stage}", f"model.params.ckpt_path={start}",
+                   steps=2)  # fmt: skip
+    stage.unlink()
+    start.unlink()
+    r.run("-r", logdir, steps=3)
+    assert last(logdir)["global_step"] == 3
+    model = ldm.load(logdir)
+    assert differences(dict(model.state_dict()), last(logdir)["state_dict"]) in ([], [": keys"])
+
+
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_checkpoints_every_so_many_steps(runs, whole, stage):
+    """The newest three are kept, `last.ckpt` holds the end of training, and going on from it loses nothing."""
+    r = runs(stage)
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=3"
+    logdir = r.run(every, steps=5)
+    assert {path.name for path in (logdir / "checkpoints").iterdir()} == {"last.ckpt", "step=000000003.ckpt"}
+    assert last(logdir)["global_step"] == 5
+    r.run("-r", logdir)
+    assert_same_end(whole(stage), logdir)

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ldm.factors import FactorGrid
 from ldm.metrics.evaluate import HEADLINES, check_settings, evaluate
-from ldm.util import UserError, plain
+from ldm.util import UserError, plain, require_at_least
 
 log = logging.getLogger(__name__)
 WHERE = "lightning.callbacks.disentanglement.params"
@@ -47,8 +47,9 @@ class DisentanglementCallback(Callback):
     ) -> None:
         if weights not in ("live", "ema"):
             raise UserError(f"{WHERE}.weights: '{weights}' is neither live nor ema")
-        if every_n_validations < 1:
-            raise UserError(f"{WHERE}.every_n_validations: expected at least 1, got {every_n_validations}")
+        require_at_least(1, WHERE, every_n_validations=every_n_validations)
+        if not 0 <= seed < 2**32:
+            raise UserError(f"{WHERE}.seed: expected a whole number from 0 to 2^32 - 1, got {seed}")
         self.metrics, self.settings = tuple(metrics), plain(settings) or {}
         self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
         self.logdir = logdir
@@ -80,13 +81,19 @@ class DisentanglementCallback(Callback):
             limit_val_batches: the trainer's setting.
 
         Raises:
-            UserError: no concept encoder, no validation set, no factor grid, or a limit on the validation batches.
+            UserError: no concept encoder, no averages of it, no validation set, no factor grid, or a limit on the
+                validation batches.
         """
         if not self.metrics:
             return
         off = f"set {WHERE}.metrics=[] to train without scores"
         if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
             raise UserError(f"{type(model).__name__} has no concept encoder to score: train it with main.py, or {off}")
+        if self.weights == "ema" and not (model.use_ema and model.ema_parameters == "all"):
+            raise UserError(
+                f"{WHERE}.weights: ema needs averages of the encoder, whose codes are scored: set"
+                " model.params.ema_parameters=all (and use_ema), or take the live weights"
+            )
         dataset = datasets.get("validation")
         if dataset is None:
             raise UserError(f"scores need a validation set: give data.params.validation, or {off}")
@@ -142,13 +149,20 @@ class DisentanglementCallback(Callback):
             return
         assert self.grid is not None
         codes = self._gather(pl_module, len(self.grid))
-        scores: dict[str, dict[str, float]] = {}
+        scores: dict[str, dict[str, float]] | str = {}
         if trainer.is_global_zero:
             log.info("scoring %d codes: %s", len(codes), ", ".join(self.metrics))
-            scores = evaluate(codes, self.grid, self.metrics, self.settings, self.seed)
-            self._write(trainer, scores)
-            log.info("scores at step %d\n%s", trainer.global_step, score_table(scores, self.grid, self.settings))
+            try:
+                scores = evaluate(codes, self.grid, self.metrics, self.settings, self.seed)
+            except ValueError as error:
+                scores = f"the codes of step {trainer.global_step} cannot be scored: {error}"
+            else:
+                self._write(trainer, scores)
+                log.info("scores at step %d\n%s", trainer.global_step, score_table(scores, self.grid, self.settings))
         scores = trainer.strategy.broadcast(scores)
+        if isinstance(scores, str):
+            # On all processes: otherwise the others would wait for the first one's scores.
+            raise UserError(scores)
         for metric, entries in scores.items():
             for entry, value in entries.items():
                 headline = HEADLINES.get(metric) == entry

@@ -11,7 +11,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torchvision.utils import make_grid
 
-from ldm.data.images import to_unit_range
+from ldm.data.images import to_unit_range_all
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,9 @@ class ImageLogger(Callback):
                 dataset = loader.dataset  # type: ignore[union-attr]
             count = min(self.max_images, len(dataset))
             items = [dataset[int(row)] for row in np.linspace(0, len(dataset) - 1, count).round()]
-            self._batch = {key: torch.stack([torch.as_tensor(i[key]) for i in items]) for key in items[0]}
-            if self._batch["image"].dtype == torch.uint8:
-                self._batch["image"] = to_unit_range(self._batch["image"])
+            arrays = [key for key, value in items[0].items() if hasattr(value, "shape")]
+            stacked = {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in arrays}
+            self._batch = to_unit_range_all(stacked)
         return self._batch
 
     def log_pictures(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str = "train") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class StopCallback(Callback):
     """Stops after the step on SIGINT or SIGTERM, saving `last.ckpt`; saves and goes on at SIGUSR1.
 
     A second SIGINT stops at once. Where `max_steps` ends training within an epoch, it is validated and saved there.
+    Several processes act together, one batch after the signal: they agree on the CPU while the next batch is computed,
+    so that no device waits for it.
 
     Args:
         checkpoint: the file to save.
@@ -42,9 +45,14 @@ class StopCallback(Callback):
         self._stop: int | None = None
         self._save = False
         self._old: dict[int, Any] = {}
+        self._group: Any = None
+        self._asked: tuple[torch.Tensor, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over; only the main thread may."""
+        self._asked = None
+        if trainer.world_size > 1 and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return
         for name in ("SIGINT", "SIGTERM"):
@@ -62,10 +70,19 @@ class StopCallback(Callback):
     def _on_save(self, signum: int, frame: Any) -> None:
         self._save = True
 
-    @staticmethod
-    def _agreed(trainer: pl.Trainer, wanted: bool) -> bool:
-        """Whether any process wants it: all of them must save together."""
-        return trainer.strategy.reduce_boolean_decision(wanted, all=False) if trainer.world_size > 1 else wanted
+    def _wanted(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save: all processes must do it together."""
+        own, self._save = (self._stop is not None, self._save), False
+        if self._group is None:
+            return own
+        before, wanted = self._asked, torch.tensor(own, dtype=torch.int32)
+        work = dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asked = wanted, work
+        if before is None:
+            return False, False
+        before[1].wait()
+        stop, save = before[0].tolist()
+        return bool(stop), bool(save)
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.checkpoint, weights_only=False)
@@ -84,10 +101,10 @@ class StopCallback(Callback):
         # Within a group of accumulated batches there are gradients, which no checkpoint holds.
         accumulate = max(trainer.accumulate_grad_batches, getattr(pl_module, "accumulate_grad_batches", 1))
         full = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
-        if full and self._agreed(trainer, self._stop is not None):
+        stop, save = self._wanted() if full else (False, False)
+        if stop:
             self._end(trainer)
-        if full and self._agreed(trainer, self._save):
-            self._save = False
+        if save:
             self._save_checkpoint(trainer)
             log.info("saved %s", self.checkpoint)
         if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
@@ -98,8 +115,10 @@ class StopCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop within validation too: no weights are changing."""
-        if self._agreed(trainer, self._stop is not None):
+        stop, save = self._wanted()
+        if stop:
             self._end(trainer)
+        self._save |= save  # after validation
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back; after an exception Lightning does not call `teardown`."""
@@ -122,6 +141,11 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: str | Path, **options: Any) -> None:
         super().__init__(folder, filename="last", enable_version_counter=False, **options)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end of training, where it falls between two intervals."""
+        if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
+            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
 
 class RandomStateCallback(Callback):

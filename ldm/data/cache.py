@@ -34,8 +34,8 @@ def converted(source: Path, state: str, shape: tuple[int, ...], fill: Fill, titl
     """The pixels of the conversion of `source`, made now if it is not there yet.
 
     Args:
-        source: the file or folder that is converted; the cache lies beside it, or in the folder ENCDIFF_CACHE where
-            that place cannot be written.
+        source: the file or folder that is converted; the cache lies in the folder that ENCDIFF_CACHE names, else
+            beside it.
         state: see `fingerprint`; a cache made from another state is replaced.
         shape: of the images, (n, h, w, c) or (n, h, w).
         fill: writes all images.
@@ -49,13 +49,13 @@ def converted(source: Path, state: str, shape: tuple[int, ...], fill: Fill, titl
     beside = source.parent / f"{prefix}{state}.npy"
     if beside.is_file():
         return _open(beside, shape)
-    if not os.access(source.parent, os.W_OK):
-        other = os.environ.get(CACHE_VARIABLE)
-        if not other:
-            raise UserError(
-                f"{title}: {source} has to be converted once, but its folder cannot be written; name another folder "
-                f"in the environment variable {CACHE_VARIABLE}"
-            )
+    other = os.environ.get(CACHE_VARIABLE)
+    if not other and not os.access(source.parent, os.W_OK):
+        raise UserError(
+            f"{title}: {source} has to be converted once, but its folder cannot be written; name another folder "
+            f"in the environment variable {CACHE_VARIABLE}"
+        )
+    if other:
         place = hashlib.sha256(str(source.parent).encode()).hexdigest()[:8]
         prefix = f"{place}-{prefix}"
         beside = Path(other).expanduser() / f"{prefix}{state}.npy"

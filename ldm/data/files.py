@@ -54,7 +54,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     if free < needed:
         raise UserError(
             f"{what} needs {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} GB are free; free some space, or "
-            f"name another folder for converted files in {CACHE_VARIABLE}"
+            f"name another folder (that of converted files: in the environment variable {CACHE_VARIABLE})"
         )
 
 

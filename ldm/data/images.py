@@ -1,7 +1,7 @@
 """Images in memory maps: the base of every data set here, and the one normalisation."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from ldm.util import UserError
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 images in 0..255 as float32 in [-1, 1], of the same shape and on the same device."""
     return images.to(torch.float32) / 127.5 - 1.0
+
+
+def to_unit_range_all(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with every uint8 image of it, whatever its key, in [-1, 1]; see `to_unit_range`."""
+    return {
+        key: to_unit_range(value) if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
+        for key, value in batch.items()
+    }
 
 
 @dataclass(frozen=True)

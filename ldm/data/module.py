@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ldm.data.images import to_unit_range
+from ldm.data.images import to_unit_range_all
 from ldm.data.sampler import ResumableLoader, ResumableSampler, identity, quiet_generator
 from ldm.util import UserError, instantiate_from_config, plain
 
@@ -164,7 +164,4 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Make uint8 images float32 in [-1, 1], on the device."""
-        if isinstance(batch, dict) and isinstance(batch.get("image"), torch.Tensor):
-            if batch["image"].dtype == torch.uint8:
-                batch = {**batch, "image": to_unit_range(batch["image"])}
-        return batch
+        return to_unit_range_all(batch) if isinstance(batch, dict) else batch

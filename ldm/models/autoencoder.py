@@ -17,7 +17,7 @@ from ldm.models.checkpoint import load_weights
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import check_keys, instantiate_from_config, plain
+from ldm.util import check_keys, instantiate_from_config, plain, require_at_least
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class FirstStage(pl.LightningModule):
         self.image_key, self.monitor = image_key, monitor
         self.scheduler_config, self.lr_g_factor = scheduler_config, lr_g_factor
         self.use_ema, self.val_loss_every = use_ema, val_loss_every
+        require_at_least(1, "model.params", val_loss_every=val_loss_every)
         options = plain(ddconfig)
         check_keys(Encoder, options, "model.params.ddconfig")
         self.encoder = Encoder(**options)
@@ -107,7 +108,6 @@ class FirstStage(pl.LightningModule):
 
         self.toggle_optimizer(optimizers[0])
         reconstruction, extra = self.reconstruct(x)
-        self.after_reconstruct(extra)
         loss, parts = self.loss.generator_loss(extra, x, reconstruction, step, self.get_last_layer())
         self.manual_backward(loss / self.accumulate_grad_batches)
         if full:
@@ -136,26 +136,22 @@ class FirstStage(pl.LightningModule):
         self.log("loss", parts["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
         self.log("train/epoch_num", float(self.current_epoch), on_step=False, on_epoch=True, batch_size=x.shape[0])
 
-    def after_reconstruct(self, extra: Any) -> None:
-        """Called with what `reconstruct` gave beside the image, in training."""
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip; Lightning calls this for both optimisers, with gradients that are no longer scaled for float16."""
+        if self.gradient_clip_val:
+            self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
     def _step(self, optimizer: Any, counted: bool) -> None:
-        """Clip, step and clear one optimiser.
+        """Step and clear one optimiser.
 
         Lightning's `global_step` counts the steps of wrapped optimisers. Only the autoencoder's is to count: a step is
         one group of batches, whatever the number of optimisers. The discriminator's goes to the strategy directly,
         where precision is handled as always.
         """
-        inner = optimizer.optimizer
-        if self.gradient_clip_val:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler is not None:
-                scaler.unscale_(inner)
-            self.clip_gradients(inner, self.gradient_clip_val, self.gradient_clip_algorithm)
         if counted:
             optimizer.step()
         else:
-            self.trainer.strategy.optimizer_step(inner, closure=lambda: None)
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
         optimizer.zero_grad()
 
     @contextmanager

@@ -135,3 +135,19 @@ def test_no_encoder_no_set_no_grid():
 def test_table():
     table = score_table({"mig": {"discrete_mig": 0.25}}, GRID, {"mig": {"num_train": 12}})
     assert "mig" in table and "0.2500" in table and "hue 3 × scale 4 = 12 images; samples: mig 12" in table
+
+
+def test_codes_that_cannot_be_scored_are_told(callback, tmp_path, monkeypatch):
+    """Every process raises, so that none waits for the first one's scores."""
+
+    def refuse(*args):
+        raise ValueError("codes hold NaN")
+
+    monkeypatch.setattr("ldm.callbacks.disentanglement.evaluate", refuse)
+    with pytest.raises(UserError, match="step 7 cannot be scored: codes hold NaN"):
+        validate(callback, Model(), trainer(tmp_path), np.arange(12))
+    other = trainer(tmp_path)
+    other.is_global_zero, other.strategy = False, SimpleNamespace(broadcast=lambda value: "refused by the first")
+    with pytest.raises(UserError, match="refused by the first"):
+        validate(callback, Model(), other, np.arange(12))
+    assert not (tmp_path / "metrics").exists()

@@ -110,3 +110,14 @@ def test_without_validation_the_training_set_is_drawn(tmp_path):
 def test_wrong_settings(options):
     with pytest.raises(UserError, match="at least 1"):
         ImageLogger(**options)
+
+
+def test_any_key_and_texts(tmp_path):
+    """uint8 images under another name are normalised too; what is no array is left out."""
+
+    class Named(Rows):
+        def __getitem__(self, row):
+            return {"jpg": torch.full((4, 4, 3), 255, dtype=torch.uint8), "caption": "a room", "idx": np.int64(row)}
+
+    batch = ImageLogger(batch_frequency=1)._fixed_batch(trainer(tmp_path, 1, validation=Named()))
+    assert set(batch) == {"jpg", "idx"} and torch.equal(batch["jpg"], torch.ones(8, 4, 4, 3))

@@ -244,3 +244,11 @@ def test_a_folder_of_images(tmp_path):
     assert dataset.files == ["A.PNG", "b/a.jpg", "z.png"] and dataset.grid is None
     wanted = np.asarray(Image.open(folder / "z.png"))[:, 10:30]
     np.testing.assert_array_equal(dataset.images[2], Image.fromarray(wanted).resize((8, 8), Image.Resampling.LANCZOS))
+
+
+def test_the_cache_lies_where_the_variable_says(tmp_path, monkeypatch):
+    path = write_shapes3d(tmp_path, SIZES, chunks=(10, 64, 64, 3))
+    monkeypatch.setenv("ENCDIFF_CACHE", str(tmp_path / "elsewhere"))
+    np.testing.assert_array_equal(Shapes3DTrain(tmp_path).images, noise(144))
+    assert len(list((tmp_path / "elsewhere").glob("*.npy"))) == 1
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

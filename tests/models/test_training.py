@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ldm.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel, VQModelInterface
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import UserError
@@ -162,6 +163,7 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
     parameters = [*plain.model.parameters(), *plain.cond_stage_model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     averaged = {name: p.detach().clone() for name, p in plain.model.named_parameters()}
+    averaged_encoder = {name: p.detach().clone() for name, p in plain.cond_stage_model.named_parameters()}
     scale = None
     for index, batch in enumerate(data):
         x = batch["image"].permute(0, 3, 1, 2)
@@ -180,6 +182,8 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
         decay = min(0.9999, (2 + index) / (11 + index))
         for name, p in plain.model.named_parameters():
             averaged[name] = averaged[name] - (1 - decay) * (averaged[name] - p.detach())
+        for name, p in plain.cond_stage_model.named_parameters():
+            averaged_encoder[name] = averaged_encoder[name] - (1 - decay) * (averaged_encoder[name] - p.detach())
 
     assert scale is not None
     torch.testing.assert_close(model.scale_factor, scale)
@@ -190,6 +194,10 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
     for name, expected in averaged.items():
         torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=5e-5)
     assert hasattr(model, "cond_stage_model_ema") == (ema_parameters == "all")
+    if ema_parameters == "all":
+        shadows = dict(model.cond_stage_model_ema.named_buffers())
+        for name, expected in averaged_encoder.items():
+            torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=5e-5)
 
 
 def test_first_stage_stays_frozen_and_in_evaluation_mode():
@@ -318,3 +326,45 @@ def test_vq_interface_decodes_through_the_codebook():
 def test_unet_without_condition():
     net = UNetModel(8, 3, 32, 3, 1, [1], channel_mult=[1], num_heads=4)
     assert net(torch.zeros(1, 3, 8, 8), torch.zeros(1)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("vq_interface", [False, True])
+def test_quantised_latents_of_first_stages_without_codebook(vq_interface):
+    """The identity gives latents back; a KL-regularised first stage has no codes to offer."""
+    model = encdiff(scale_by_std=False).eval()
+    model.first_stage_model = IdentityFirstStage(vq_interface)
+    z = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.quantize_latent(z), z)
+    model.first_stage_model = torch.nn.Identity()
+    with pytest.raises(UserError, match="Identity has no codebook"):
+        model.quantize_latent(z)
+
+
+class ScaledPrecision(MixedPrecision):
+    """Mixed precision with a gradient scaler, as for float16, on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("bf16-mixed", "cpu")
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_scaled_gradients_are_clipped_after_unscaling(clip):
+    """Both optimisers under a gradient scaler; clipping by value bounds what the optimisers see."""
+    seen: list[float] = []
+
+    class Watched(VQModel):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            seen.append(max(float(p.grad.abs().max()) for group in optimizer.param_groups for p in group["params"]))
+
+    torch.manual_seed(0)
+    loss = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": {**LOSS, "disc_start": 0}}
+    model = Watched(DDCONFIG, loss, n_embed=16, embed_dim=3)
+    model.learning_rate, model.gradient_clip_val, model.gradient_clip_algorithm = 1e-4, clip, "value"
+    trainer = fit(model, loader(2), plugins=[ScaledPrecision()])
+    assert trainer.global_step == 2 and len(seen) == 4
+    if clip is None:
+        assert 1e-3 < max(seen) < 100, "unscaled, and larger than the limit of the other case"
+    else:
+        assert max(seen) == pytest.approx(clip)

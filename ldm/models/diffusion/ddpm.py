@@ -18,7 +18,7 @@ from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sa
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, require_at_least
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,8 @@ class LatentDiffusion(pl.LightningModule):
         self.scale_by_std, self.scale_factor_images = scale_by_std, scale_factor_images
         self.scheduler_config, self.log_every_t = scheduler_config, log_every_t
         self.monitor, self.val_loss_every = monitor, val_loss_every
+        counts = {"val_loss_every": val_loss_every, "log_every_t": log_every_t}
+        require_at_least(1, "model.params", scale_factor_images=scale_factor_images, **counts)
         self.num_timesteps = timesteps
         self.cache_latents = cache_latents
         self._latents: torch.Tensor | None = None
@@ -199,9 +201,11 @@ class LatentDiffusion(pl.LightningModule):
         """Image (b, c, h, w) -> unscaled latent, or its posterior for the KL-regularised first stage."""
         return self.first_stage_model.encode(x)
 
-    def get_first_stage_encoding(self, encoded: torch.Tensor | DiagonalGaussianDistribution) -> torch.Tensor:
+    def get_first_stage_encoding(
+        self, encoded: torch.Tensor | DiagonalGaussianDistribution, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Result of `encode_first_stage` -> scaled latent (b, c, h, w)."""
-        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        latent = encoded.sample(generator) if isinstance(encoded, DiagonalGaussianDistribution) else encoded
         return self.scale_factor * latent
 
     @torch.no_grad()
@@ -210,8 +214,15 @@ class LatentDiffusion(pl.LightningModule):
         return self.first_stage_model.decode(z / self.scale_factor)
 
     def quantize_latent(self, z: torch.Tensor) -> torch.Tensor:
-        """Scaled latent (b, c, h, w) -> the nearest codes, scaled."""
-        return self.scale_factor * self.first_stage_model.quantize(z / self.scale_factor)[0]
+        """Scaled latent (b, c, h, w) -> the nearest codes, scaled.
+
+        Raises:
+            UserError: the first stage has no codebook.
+        """
+        if not hasattr(self.first_stage_model, "quantize"):
+            raise UserError(f"{type(self.first_stage_model).__name__} has no codebook to quantise latents with")
+        found = self.first_stage_model.quantize(z / self.scale_factor)
+        return self.scale_factor * (found[0] if isinstance(found, tuple) else found)
 
     def get_learned_conditioning(self, x: torch.Tensor) -> torch.Tensor:
         """Image (b, c, h, w) -> concept tokens (b, n, d)."""
@@ -280,7 +291,7 @@ class LatentDiffusion(pl.LightningModule):
         x = self.get_input(batch, self.first_stage_key)
         known = self._latents is not None and self.training
         encoded = self._latents[batch["idx"]] if known else self.encode_first_stage(x)  # type: ignore[index]
-        latent = self.get_first_stage_encoding(encoded)
+        latent = self.get_first_stage_encoding(encoded, generator)
         image = x if self.cond_stage_key == self.first_stage_key else self.get_input(batch, self.cond_stage_key)
         return self(latent, image, generator)
 

@@ -1,0 +1,85 @@
+"""The shipped configurations on small files in the real layouts: train, stop, go on, validate, draw, score."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import CHECKPOINT, DDCONFIG, ROOT, encdiff_config
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from data_files import write_cars3d, write_celeba, write_dsprites, write_mpi3d
+
+# How to write the files; configuration; what its data sets need besides; number of images.
+LAYOUTS = {
+    "mpi3d": (lambda root: write_mpi3d(root, 128), "mpi3d", {"factor_sizes": [2, 2, 2, 2, 2, 2, 2]}, 128),
+    "cars3d": (lambda root: write_cars3d(root, cars=2), "cars3d", {}, 192),
+    "celeba": (lambda root: write_celeba(root, 40), "celeba", {}, 40),
+    "dsprites": (lambda root: write_dsprites(root, 64), "mpi3d", {"factor_sizes": [2, 2, 2, 2, 4]}, 64),
+}
+STOP = "lightning.callbacks.stop_here"
+
+
+def small(layout: str, stage: str) -> dict:
+    """What makes a shipped configuration small enough for a test."""
+    split = {"params": {"image_size": 16, **LAYOUTS[layout][2]}}
+    if layout == "dsprites":
+        split["target"] = "ldm.data.dis.DSpritesTrain"
+    config = {
+        "data": {"params": {"batch_size": 8, "train": split, "validation": split}},
+        "lightning": {"trainer": {"benchmark": False, "accumulate_grad_batches": 1}},
+    }
+    if stage == "autoencoder":
+        loss = {"perceptual_weight": 0.0, "disc_num_layers": 1, "disc_ndf": 8}
+        config["model"] = {"params": {"n_embed": 32, "ddconfig": DDCONFIG, "lossconfig": {"params": loss}}}
+        return config
+    tiny = encdiff_config(Path())
+    params = tiny["model"]["params"]
+    unet = {**params["unet_config"]["params"], "resblock_updown": False}
+    first = {"params": {"n_embed": 32, "ddconfig": DDCONFIG}}
+    encoder = {"params": params["cond_stage_config"]["params"]}
+    config["model"] = {
+        "params": {"image_size": 8, "unet_config": {"params": unet}, "first_stage_config": first,
+                   "cond_stage_config": encoder}}  # fmt: skip
+    callbacks = {"image_logger": {"params": {"log_images_kwargs": {"ddim_steps": 2}}}}
+    if layout != "celeba":
+        settings = tiny["lightning"]["callbacks"]["disentanglement"]["params"]["settings"]
+        callbacks["disentanglement"] = {"params": {"settings": settings}}
+    config["lightning"]["callbacks"] = callbacks
+    return config
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_stages(layout, cli, tmp_path, monkeypatch):
+    write, name, _, count = LAYOUTS[layout]
+    write(tmp_path / "datasets")
+    monkeypatch.setenv("ENCDIFF_DATA", str(tmp_path / "datasets"))
+    checkpoint = None
+    for stage, file in (("autoencoder", f"{name}_vq_4_16.yaml"), ("latent-diffusion", f"{name}-vq-4-16.yaml")):
+        score = stage == "latent-diffusion"
+        overlay = cli.write(f"{stage}.yaml", small(layout, stage))
+        more = [f"{CHECKPOINT}={checkpoint}"] if score else []
+        signal = [f"{STOP}.target=run_callbacks.SignalAt", f"{STOP}.params.batch=2"]
+        stopped = cli.run("--base", ROOT / "configs" / stage / file, overlay, "-t", "--gpus", "0,", "-n", stage,
+                          *more, *signal, score=score)  # fmt: skip
+        assert stopped.status == 130 and not stopped.errors, (stopped.err, stopped.log)
+        assert ("TRAINING ON THE CPU" in stopped.log) != torch.cuda.is_available()
+        logdir = stopped.logdir
+        checkpoint = logdir / "checkpoints" / "last.ckpt"
+        assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+
+        result = cli.run("-r", logdir, "-t", "--max_steps", 4, f"{STOP}.params.batch=1000", score=score)
+        assert result.status == 0 and result.logdir == logdir, (result.err, result.log)
+        assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+        drawn = {path.name.split("_gs-")[0] for path in (logdir / "images" / "train").glob("*_gs-000004_*.png")}
+        assert {"samples", "swap"} <= drawn if score else {"inputs", "reconstructions"} <= drawn, drawn
+    if layout == "celeba":
+        assert not (logdir / "metrics").exists(), "there is no factor grid to score against"
+        return
+    record = json.loads((logdir / "metrics" / "000004.json").read_text())
+    assert set(record["scores"]) == {"beta_vae", "factor_vae", "dci", "mig"}
+    product = 1
+    for size in record["factors"].values():
+        product *= size
+    assert product == count
