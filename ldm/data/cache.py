@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.files import CACHE_VARIABLE, atomic_output, require_space
+from ldm.data.files import CACHE_VARIABLE, atomic_output, one_writer, require_space
 from ldm.data.images import Pixels
 from ldm.util import UserError
 
@@ -61,7 +61,10 @@ def converted(source: Path, state: str, shape: tuple[int, ...], fill: Fill, titl
         beside = Path(other).expanduser() / f"{prefix}{state}.npy"
         if beside.is_file():
             return _open(beside, shape)
-    _convert(beside, shape, fill, title)
+    with one_writer(beside):
+        if beside.is_file():
+            return _open(beside, shape)  # another process has made it meanwhile
+        _convert(beside, shape, fill, title)
     for old in beside.parent.glob(f"{glob_escape(prefix)}*.npy"):
         if old != beside:
             old.unlink(missing_ok=True)

@@ -1,10 +1,14 @@
 """Finding data files, and writing large ones atomically."""
 
+import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from ldm.util import UserError
 
@@ -56,6 +60,15 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} GB are free; free some space, or "
             f"name another folder (that of converted files: in the environment variable {CACHE_VARIABLE})"
         )
+
+
+def one_writer(path: Path) -> FileLock:
+    """A lock: of the processes of this machine that want to make `path`, one does, and the others wait for it.
+
+    The lock's file lies in the system's temporary folder, so that nothing is left beside the data.
+    """
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"encdiff-{name}.lock")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.files import atomic_output, data_root, require_space
+from ldm.data.files import atomic_output, data_root, one_writer, require_space
 from ldm.data.formats import h5_pixels
 from ldm.data.images import ImageDataset
 from ldm.data.rooms import SHAPES, geometry_buffer
@@ -186,7 +186,8 @@ class Rendered(ImageDataset):
         grid = rooms_grid(SIZES if sizes is None else sizes)
         name = f"rooms-{image_size}-{'x'.join(map(str, grid.sizes))}.h5"
         file = data_root(path) / "rendered" / name
-        write_shapes3d(file, grid.sizes, image_size)
+        with one_writer(file):
+            write_shapes3d(file, grid.sizes, image_size)
         super().__init__(h5_pixels(file, "images", None, grid, "Rendered"), grid, "Rendered")
 
 

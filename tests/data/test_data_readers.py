@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import h5py
@@ -252,3 +254,17 @@ def test_the_cache_lies_where_the_variable_says(tmp_path, monkeypatch):
     np.testing.assert_array_equal(Shapes3DTrain(tmp_path).images, noise(144))
     assert len(list((tmp_path / "elsewhere").glob("*.npy"))) == 1
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_of_several_processes_one_converts(tmp_path):
+    """Started at the same moment, as torchrun does, they share one conversion."""
+    write_shapes3d(tmp_path, SIZES, chunks=(10, 64, 64, 3))
+    code = (
+        "import logging, sys; logging.basicConfig(level=20); from ldm.data.dis import Shapes3DTrain;"
+        " print(int(Shapes3DTrain(sys.argv[1]).images.sum()))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert {out.strip() for out, _ in outputs} == {str(int(noise(144).sum()))}, outputs
+    assert sum("converted" in err for _, err in outputs) == 1
