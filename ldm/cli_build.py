@@ -27,7 +27,7 @@ CALLBACKS = {
         "target": "pytorch_lightning.callbacks.LearningRateMonitor",
         "params": {"logging_interval": "step"},
     },
-    "progress_bar": {"target": "pytorch_lightning.callbacks.TQDMProgressBar", "params": {"refresh_rate": 20}},
+    "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar", "params": {}},
 }
 SCORES = {"disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback", "params": {}}}
 # What decides when ModelCheckpoint saves; `last.ckpt` is saved in the same rhythm.

@@ -160,6 +160,7 @@ class Result:
     err: str
     log: str
     folder: Path
+    out: str = ""
 
     @property
     def logdirs(self) -> list[Path]:
@@ -212,7 +213,7 @@ class CommandLine:
             os.chdir(here)
             root.removeHandler(handler)
             root.setLevel(level)
-        return Result(status, err.getvalue(), log.getvalue(), self.folder)
+        return Result(status, err.getvalue(), log.getvalue(), self.folder, out.getvalue())
 
     def start(self, script: str, *argv: object) -> subprocess.Popen:
         """The real script in a process of its own; stderr goes to `stderr.txt`."""

@@ -1,0 +1,41 @@
+"""The progress bar."""
+
+import time
+from typing import Any
+
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, drawn once in a while rather than once in so many batches, and with the right number of them.
+
+    A batch takes milliseconds on a GPU, where reading the loss for the bar waits for the device, and may take a minute
+    on a CPU: an interval in seconds serves both. Where `max_steps` ends training, Lightning's bar counts steps, not
+    batches.
+
+    Args:
+        seconds: at least this long between two drawings.
+        options: of `TQDMProgressBar`; `refresh_rate` counts batches.
+    """
+
+    def __init__(self, seconds: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.seconds, self._drawn = seconds, 0.0
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Number of batches of this epoch, those before a resume included."""
+        trainer, model = self.trainer, self.trainer.lightning_module
+        if trainer.max_epochs != -1 or trainer.max_steps <= 0:
+            return trainer.num_training_batches
+        accumulate = max(trainer.accumulate_grad_batches, getattr(model, "accumulate_grad_batches", 1))
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        done = 0 if done >= trainer.num_training_batches else done
+        return min(trainer.num_training_batches, done + (trainer.max_steps - trainer.global_step) * accumulate)
+
+    def _should_update(self, current: int, total: int) -> bool:
+        now = time.monotonic()
+        due = current == total or (now - self._drawn >= self.seconds and super()._should_update(current, total))
+        if due:
+            self._drawn = now
+        return due

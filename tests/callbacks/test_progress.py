@@ -1,0 +1,40 @@
+"""The bar counts batches, also under accumulation and after a resume, and is drawn by the clock."""
+
+import re
+
+import pytest
+
+
+def shown(out: str) -> list[str]:
+    """Batches done and in all of the first epoch's bar, in the order of the drawings."""
+    return re.findall(r"Epoch 0:[^\r\n]*?\| (\d+/\d+) \[", out)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_batches_under_accumulation(cli, steps):
+    """Four batches in an epoch, in groups of two."""
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_steps", steps, "--accumulate_grad_batches", 2)
+    assert result.status == 0, result.err
+    assert shown(result.out)[-1] == f"{2 * steps}/{2 * steps}"
+
+
+def test_after_a_resume(cli):
+    signal = "lightning.callbacks.signal"
+    first = cli.run("--base", cli.vq, "-t", "--gpus", 0, f"{signal}.target=run_callbacks.SignalAt",
+                    f"{signal}.params.batch=1")  # fmt: skip
+    assert first.status == 130, first.err
+    second = cli.run("-r", first.logdir, "-t", "--max_steps", 3, f"{signal}.params.batch=1000")
+    assert second.status == 0, second.err
+    assert shown(second.out)[-1] == "3/3"
+
+
+@pytest.mark.parametrize(("seconds", "drawings"), [(0.0, 4), (3600.0, 2)])
+def test_the_clock_decides(cli, seconds, drawings):
+    """With an hour between two drawings, the first one and the last one are left."""
+    node = "lightning.callbacks.progress_bar.params.seconds"
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_epochs", 1, "--num_sanity_val_steps", 0,
+                     "--limit_val_batches", 0, "model.params.monitor=train/epoch_num",
+                     f"{node}={seconds}")  # fmt: skip
+    assert result.status == 0, result.err
+    done = {int(item.split("/")[0]) for item in shown(result.out)} - {0}
+    assert len(done) == drawings and 4 in done
