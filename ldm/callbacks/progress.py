@@ -33,6 +33,13 @@ class ProgressBar(TQDMProgressBar):
         done = 0 if done >= trainer.num_training_batches else done
         return min(trainer.num_training_batches, done + (trainer.max_steps - trainer.global_step) * accumulate)
 
+    def on_train_start(self, *args: Any) -> None:
+        """Name the epoch also where it goes on after a resume, of which Lightning's bar is not told."""
+        super().on_train_start(*args)
+        total = self.total_train_batches
+        self.train_progress_bar.total = total if isinstance(total, int) else None
+        self.train_progress_bar.set_description(f"Epoch {self.trainer.current_epoch}")
+
     def _should_update(self, current: int, total: int) -> bool:
         now = time.monotonic()
         due = current == total or (now - self._drawn >= self.seconds and super()._should_update(current, total))

@@ -25,7 +25,7 @@ def test_after_a_resume(cli):
     assert first.status == 130, first.err
     second = cli.run("-r", first.logdir, "-t", "--max_steps", 3, f"{signal}.params.batch=1000")
     assert second.status == 0, second.err
-    assert shown(second.out)[-1] == "3/3"
+    assert shown(second.out)[-1:] == ["3/3"], repr(second.out)
 
 
 @pytest.mark.parametrize(("seconds", "drawings"), [(0.0, 4), (3600.0, 2)])
