@@ -20,25 +20,33 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self, seconds: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.seconds, self._drawn = seconds, 0.0
+        self.seconds, self._drawn, self._first = seconds, 0.0, False
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """Number of batches of this epoch, those before a resume included."""
+    def _batches(self, done: int) -> int | float:
+        """Number of batches of this epoch, `done` of which are over."""
         trainer, model = self.trainer, self.trainer.lightning_module
         if trainer.max_epochs != -1 or trainer.max_steps <= 0:
             return trainer.num_training_batches
         accumulate = max(trainer.accumulate_grad_batches, getattr(model, "accumulate_grad_batches", 1))
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        done = 0 if done >= trainer.num_training_batches else done
         return min(trainer.num_training_batches, done + (trainer.max_steps - trainer.global_step) * accumulate)
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Number of batches of the epoch that starts."""
+        return self._batches(0)
+
     def on_train_start(self, *args: Any) -> None:
-        """Name the epoch also where it goes on after a resume, of which Lightning's bar is not told."""
+        """Show the bar."""
         super().on_train_start(*args)
-        total = self.total_train_batches
-        self.train_progress_bar.total = total if isinstance(total, int) else None
-        self.train_progress_bar.set_description(f"Epoch {self.trainer.current_epoch}")
+        self._first = True
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Name the epoch also where it goes on after a resume: Lightning's bar is told of an epoch's start only."""
+        if self._first and batch_idx > 0:
+            total = self._batches(batch_idx)
+            self.train_progress_bar.total = total if isinstance(total, int) else None
+            self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+        self._first = False
 
     def _should_update(self, current: int, total: int) -> bool:
         now = time.monotonic()
