@@ -10,13 +10,19 @@ from ldm.data.rendered import SIZES, write_shapes3d
 from ldm.util import UserError
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers separated by commas."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def main() -> int:
+    """Parse, render, report; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data"), help="the folder of data sets (default: data)")
     parser.add_argument("--image-size", type=int, default=64, help="width and height in pixels (default: 64)")
     parser.add_argument(
         "--sizes",
-        type=lambda text: tuple(int(size) for size in text.split(",")),
+        type=counts,
         default=SIZES,
         help="floor, wall and object hues, scales, shapes, orientations (default: 10,10,10,8,4,15)",
     )
