@@ -56,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-n", "--name", default="", help="name of the log directory, in place of the config's")
     parser.add_argument("-f", "--postfix", default="", help="added to the name of the log directory")
     parser.add_argument("-s", "--seed", type=int, default=None, help="of all random numbers; 23")
-    parser.add_argument("-l", "--logdir", default="logs", help="folder of the log directories")
+    parser.add_argument("-l", "--logdir", default="", help="folder of the log directories; logs")
     parser.add_argument("-d", "--debug", **flag, help="open a debugger at an error")
     parser.add_argument("--no-test", **flag, help="no test after training")
     parser.add_argument("--scale_lr", type=_truth, nargs="?", const=True, default=None, help="true")
@@ -114,6 +114,11 @@ def locate_run(opt: argparse.Namespace) -> Run:
                 "-n/--name and -r/--resume exclude each other: to go on in a new log directory, use"
                 " --resume_from_checkpoint"
             )
+        if opt.postfix or opt.logdir:
+            raise UserError(
+                "-r/--resume goes on in the directory that it names: leave out -f/--postfix and -l/--logdir, or use"
+                " --resume_from_checkpoint"
+            )
         if opt.resume_from_checkpoint:
             raise UserError("--resume_from_checkpoint and -r/--resume exclude each other: give one of them")
         return _locate_resumed(Path(opt.resume), now, bases)
@@ -128,7 +133,7 @@ def locate_run(opt: argparse.Namespace) -> Run:
         checkpoint = Path(opt.resume_from_checkpoint)
         if not checkpoint.is_file():
             raise UserError(f"--resume_from_checkpoint: there is no file '{checkpoint}'")
-    logdir = _unused(Path(opt.logdir) / f"{now}_{name}{opt.postfix}")
+    logdir = _unused(Path(opt.logdir or "logs") / f"{now}_{name}{opt.postfix}")
     return Run(logdir, now, checkpoint, [load_yaml(path) for path in bases])
 
 
@@ -232,6 +237,9 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, {}, force_add=True)
     if opt.gpus is not None:
+        given = next((name for name in ("accelerator", "devices") if name in flags), None)
+        if given:
+            raise UserError(f"--gpus and --{given} exclude each other: give one of them")
         flags["gpus"] = opt.gpus
     elif "accelerator" in flags or "devices" in flags:
         OmegaConf.update(config, "lightning.trainer.gpus", None, force_add=True)

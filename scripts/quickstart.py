@@ -76,7 +76,10 @@ def main() -> None:
     second = run_stage(opt.encdiff, opt.logdir, opt.seed, True, [checkpoint, *opt.overrides])
     marks.append(("EncDiff", time.perf_counter()))
 
-    record = json.loads(max((second / "metrics").glob("*.json"), key=lambda path: path.name).read_text())
+    scored = sorted((second / "metrics").glob("*.json"))
+    if not scored:
+        raise UserError(f"{second} holds no scores: the quickstart's configuration must have metrics")
+    record = json.loads(scored[-1].read_text())
     # The same points, settings and seed for the model before its training.
     codes = encode(untrained(load_config(second), opt.seed), dataset)
     before = evaluate(codes, dataset.grid, record["settings"], record["settings"], record["random_state"])

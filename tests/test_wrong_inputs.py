@@ -289,6 +289,8 @@ CASES: dict[str, tuple[Callable[[Setting], list], tuple[str, ...]]] = {
                                   ("-r", "last.ckpt")),
     "resume without config": (lambda s: ["-r", drop_lightning(s), "-t"], ("configs", "--base")),
     "resume with a name": (lambda s: ["-r", s.encdiff, "-n", "new", "-t"], ("-n", "-r")),
+    "resume with a folder": (lambda s: ["-r", s.encdiff, "-l", "there", "-t"], ("-r", "-l")),
+    "two accounts of devices": (lambda s: s.vq("--accelerator", "gpu"), ("--gpus", "--accelerator")),
     "resume twice": (lambda s: ["-r", s.encdiff, "--resume_from_checkpoint", s.stage, "-t"], ("-r", "--resume_from")),
     "resume from missing": (lambda s: s.vq("--resume_from_checkpoint", "x.ckpt"), ("--resume_from", "x.ckpt")),
     "resume from truncated": (lambda s: s.vq("--resume_from_checkpoint", half(s, s.stage)), ("half.ckpt",)),

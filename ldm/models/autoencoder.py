@@ -313,7 +313,7 @@ class VQModel(FirstStage):
         self.codes_used.zero_()
 
     def on_validation_epoch_end(self) -> None:
-        """Log how many codes the validation set used."""
+        """Log how many codes the validation batches used whose losses were computed; see `val_loss_every`."""
         self._log_codes("val/codes_in_use")
         self.codes_used.copy_(self._training_codes)
 

@@ -39,7 +39,8 @@ def encode_training_set(model: "LatentDiffusion", batch_size: int = 256) -> torc
         batch = model.trainer.strategy.batch_to_device(batch, model.device)
         if not isinstance(batch, Mapping) or "idx" not in batch:
             raise UserError(f"{KEY}: the training set's batches have no 'idx', by which latents are found: turn it off")
-        encoded = model.encode_first_stage(model.get_input(batch, model.first_stage_key))
+        with model.trainer.precision_plugin.forward_context():
+            encoded = model.encode_first_stage(model.get_input(batch, model.first_stage_key))
         if isinstance(encoded, DiagonalGaussianDistribution):
             raise UserError(f"{KEY}: this first stage draws a new latent every time: turn it off")
         if latents is None:
