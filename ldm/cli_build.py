@@ -1,19 +1,22 @@
 """From the configuration to callbacks, logger, trainer options and learning rate."""
 
 import logging
+from inspect import isclass, signature
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.tensorboard import SummaryWriter
 
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, RandomStateCallback, StopCallback
 from ldm.cli_arguments import Run
 from ldm.cli_checks import check_writable
 from ldm.config import check_nodes, merge
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +77,19 @@ def lightning_nodes(config: DictConfig, run: Run, score: bool) -> DictConfig:
             if name != "callbacks" and "target" not in entries[name]:
                 raise UserError(f"{where}.target is missing: give the name of a class")
     check_nodes(nodes, "lightning")
+    _check_logger(nodes.logger)
     return nodes
+
+
+def _check_logger(node: DictConfig) -> None:
+    """TensorBoard's logger hands any keyword on to the writer, which would refuse it in the middle of training."""
+    cls = get_obj_from_str(node.target, "lightning.logger.target")
+    if not (isclass(cls) and issubclass(cls, TensorBoardLogger)):
+        return
+    known = {*signature(TensorBoardLogger.__init__).parameters, *signature(SummaryWriter.__init__).parameters}
+    for key in map(str, node.get("params") or {}):
+        if key not in known - {"self", "kwargs"}:
+            raise UserError(f"lightning.logger.params: unknown key '{key}'{nearest(key, known - {'self', 'kwargs'})}")
 
 
 def _monitor(config: DictConfig) -> str | None:
