@@ -97,8 +97,8 @@ def test_the_first_stage_must_be_given(path):
 
 
 def test_every_file_is_built():
-    """What is not whole is an overlay, and overlays are in one folder."""
-    assert {path.parent.name for path in SHIPPED if path not in WHOLE} <= {"ablations"}
+    """What is not whole is an overlay, and overlays are in two folders."""
+    assert {path.parent.name for path in SHIPPED if path not in WHOLE} <= {"ablations", "longer"}
     assert {"quickstart/first_stage.yaml", "quickstart/encdiff.yaml"} <= {name(path) for path in WHOLE}
 
 
@@ -113,6 +113,18 @@ def test_the_stages_fit_together(first, second):
         assert stage[key] == first.model.params[key], key
     assert first.data.params.train.target == second.data.params.train.target
     assert "validation" in first.data.params and "validation" in second.data.params
+
+
+@pytest.mark.parametrize("overlay", [None, "longer"])
+def test_the_quickstarts_rate_falls_until_its_end(overlay):
+    folder = ROOT / "configs" / "quickstart"
+    paths = [folder / "encdiff.yaml"] + ([folder / overlay / "encdiff.yaml"] if overlay else [])
+    config = merge([load_yaml(path) for path in paths])
+    trainer, schedule = config.lightning.trainer, config.model.params.scheduler_config.params
+    assert list(schedule.cycle_lengths) == [trainer.max_steps] and trainer.max_steps % trainer.val_check_interval == 0
+    if overlay:
+        short, long = (load_yaml(path / "first_stage.yaml").lightning.trainer for path in (folder, folder / overlay))
+        assert long.max_steps > short.max_steps
 
 
 def test_the_quickstart_needs_no_network(tmp_path, monkeypatch):
