@@ -28,7 +28,7 @@ def load_config(path: str | Path) -> DictConfig:
     files = sorted((logdir / "configs").glob("*-project.yaml"))
     if not files:
         raise UserError(f"'{logdir / 'configs'}' holds no *-project.yaml: give a log directory, or a checkpoint in one")
-    return load_yaml(files[-1])
+    return load_yaml(files[-1], "load")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "live") -> Any:

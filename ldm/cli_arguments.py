@@ -165,7 +165,13 @@ def _locate_resumed(path: Path, now: str, bases: list[Path]) -> Run:
         saved += files[-1:]
     if not saved and not bases:
         raise UserError(f"-r: '{logdir / 'configs'}' holds no configuration: give it with --base")
-    return Run(logdir, now, checkpoint, [load_yaml(file) for file in [*saved, *bases]], fresh=False)
+    return Run(
+        logdir,
+        now,
+        checkpoint,
+        [*(load_yaml(file, "-r") for file in saved), *(load_yaml(file) for file in bases)],
+        fresh=False,
+    )
 
 
 def devices(gpus: str | int | None, trainer: dict[str, Any]) -> dict[str, Any]:

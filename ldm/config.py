@@ -52,8 +52,12 @@ def find_config(path: str | Path) -> Path:
     raise UserError(f"--base: there is no file '{path}'" + (f"; the nearest is '{close[0]}'" if close else ""))
 
 
-def load_yaml(path: str | Path) -> DictConfig:
+def load_yaml(path: str | Path, named_by: str = "--base") -> DictConfig:
     """One YAML file.
+
+    Args:
+        path: the file.
+        named_by: the flag or argument that led to it, for the message.
 
     Raises:
         UserError: not YAML, or no mapping at its top.
@@ -61,12 +65,12 @@ def load_yaml(path: str | Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"--base: '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{named_by}: '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
-        raise UserError(f"--base: '{path}' cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{named_by}: '{path}' cannot be read: {error.strerror or error}") from error
     if not isinstance(config, DictConfig) or not config:
         found = "nothing" if isinstance(config, DictConfig) else "a list"
-        raise UserError(f"--base: '{path}' must hold the sections model, data or lightning, found {found}")
+        raise UserError(f"{named_by}: '{path}' must hold the sections model, data or lightning, found {found}")
     return config
 
 
