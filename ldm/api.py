@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.config import load_yaml
+from ldm.config import load_yaml, without_checkpoints
 from ldm.data.images import to_unit_range
 from ldm.models.checkpoint import load_weights
 from ldm.util import UserError, instantiate_from_config
@@ -48,13 +48,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
     if weights not in ("live", "ema"):
         raise UserError(f"weights: '{weights}' is neither live nor ema")
     config = load_config(path)
-    # The checkpoint holds all weights, also those that came from files that may be gone, and needs no loss.
-    for key in ("model.params.ckpt_path", "model.params.first_stage_config.params.ckpt_path"):
-        if OmegaConf.select(config, key) is not None:
-            OmegaConf.update(config, key, None)
-    if OmegaConf.select(config, "model.params.lossconfig") is not None:
-        OmegaConf.update(config, "model.params.lossconfig", {"target": "torch.nn.Identity"}, merge=False)
-    model = instantiate_from_config(config.model, "model")
+    node = without_checkpoints(config.model)
+    if OmegaConf.select(node, "params.lossconfig") is not None:  # using a model needs no loss
+        OmegaConf.update(node, "params.lossconfig", {"target": "torch.nn.Identity"}, merge=False)
+    model = instantiate_from_config(node, "model")
     checkpoint = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     load_weights(model, checkpoint)
     if weights == "ema":

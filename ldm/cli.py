@@ -17,7 +17,7 @@ from ldm.callbacks.stop import Interrupted
 from ldm.cli_arguments import Run, apply_flags, locate_run, parse, set_token_num, trainer_options
 from ldm.cli_build import build_callbacks, configure_manual_optimization, lightning_nodes, set_learning_rate
 from ldm.cli_checks import check_model, check_resumable, check_trainer, check_writable, warn_of_untrained
-from ldm.config import check_config, from_dotlist, merge
+from ldm.config import check_config, from_dotlist, merge, without_checkpoints
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def run_training(argv: Sequence[str], score: bool) -> int:
 
     callbacks = build_callbacks(config, nodes, run, seed)
     log.info("building the model")
-    model = instantiate_from_config(_without_checkpoints(config) if run.checkpoint else config.model, "model")
+    model = instantiate_from_config(without_checkpoints(config.model) if run.checkpoint else config.model, "model")
     if not isinstance(model, pl.LightningModule):
         raise UserError(f"model.target: {config.model.target} is no LightningModule, so it cannot be trained")
     log.info("reading the data")
@@ -103,16 +103,6 @@ def run_training(argv: Sequence[str], score: bool) -> int:
         )[0].items():
             log.info("%s %.5g", name, value)
     return 0
-
-
-def _without_checkpoints(config: DictConfig) -> DictConfig:
-    """The model's node for a run that goes on: its checkpoint holds all weights, also those that came from files."""
-    model = OmegaConf.create(OmegaConf.to_container(config.model))
-    assert isinstance(model, DictConfig)
-    for key in ("params.ckpt_path", "params.first_stage_config.params.ckpt_path"):
-        if OmegaConf.select(model, key) is not None:
-            OmegaConf.update(model, key, None)
-    return model
 
 
 def build_trainer(options: dict[str, Any], callbacks: list[pl.Callback], nodes: DictConfig, run: Run) -> pl.Trainer:

@@ -137,6 +137,17 @@ def from_dotlist(items: Sequence[str]) -> DictConfig:
         raise UserError(f"cannot read {' '.join(items)}: {' '.join(str(error).split())}") from error
 
 
+def without_checkpoints(model: DictConfig) -> DictConfig:
+    """A copy of the model's node for weights that come from a checkpoint of its own, which holds all of them: also
+    those that once came from other files, which may be gone."""
+    copy = OmegaConf.create(OmegaConf.to_container(model))
+    assert isinstance(copy, DictConfig)
+    for key in ("params.ckpt_path", "params.first_stage_config.params.ckpt_path"):
+        if OmegaConf.select(copy, key) is not None:
+            OmegaConf.update(copy, key, None)
+    return copy
+
+
 def check_config(config: DictConfig) -> None:
     """Check sections, targets, keys and kinds of values, and that nothing is left as `???`, without building anything.
 
