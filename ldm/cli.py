@@ -14,9 +14,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.disentanglement import DisentanglementCallback
 from ldm.callbacks.stop import Interrupted
-from ldm.cli_arguments import Run, apply_flags, locate_run, parse, set_token_num, trainer_options
+from ldm.cli_arguments import Run, apply_flags, locate_run, parse, set_token_num
 from ldm.cli_build import build_callbacks, configure_manual_optimization, lightning_nodes, set_learning_rate
 from ldm.cli_checks import check_model, check_resumable, check_trainer, check_writable, warn_of_untrained
+from ldm.cli_trainer import trainer_options
 from ldm.config import check_config, from_dotlist, merge, without_checkpoints
 from ldm.util import UserError, instantiate_from_config
 

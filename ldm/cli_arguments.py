@@ -1,9 +1,8 @@
-"""Arguments of the command line: parsing them, and what they say about run, devices and trainer."""
+"""Arguments of the command line: parsing them, and what they say about the run."""
 
 import argparse
 import datetime
 import inspect
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -12,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.cli_trainer import check_counts
 from ldm.config import find_config, load_yaml
 from ldm.util import UserError, check_keys, nearest, plain
-
-log = logging.getLogger(__name__)
 
 TRAINER_FLAGS = tuple(n for n in inspect.signature(pl.Trainer.__init__).parameters if n not in ("self", "plugins"))
 
@@ -174,49 +171,6 @@ def _locate_resumed(path: Path, now: str, bases: list[Path]) -> Run:
     )
 
 
-def devices(gpus: str | int | None, trainer: dict[str, Any]) -> dict[str, Any]:
-    """Lightning's `accelerator` and `devices` for LDM's `--gpus`.
-
-    Without `--gpus`, what `trainer` says, else one device of the best kind that there is.
-
-    Raises:
-        UserError: a value of another form, or more devices than there are.
-    """
-    if gpus is None:
-        given = {key: trainer[key] for key in ("accelerator", "devices") if key in trainer}
-        return {"accelerator": "auto", "devices": 1} | given
-    wanted = _parse_gpus(str(gpus).strip())
-    if wanted in (0, []):
-        return {"accelerator": "cpu", "devices": 1}
-    if not torch.cuda.is_available():
-        log.warning("=" * 78)
-        log.warning("--gpus %s asks for a GPU, but PyTorch sees no CUDA device: TRAINING ON THE CPU, slowly", gpus)
-        log.warning("=" * 78)
-        return {"accelerator": "cpu", "devices": 1}
-    found = torch.cuda.device_count()
-    if (max(wanted) >= found) if isinstance(wanted, list) else wanted > found:
-        raise UserError(f"--gpus {gpus}: there are {found} CUDA devices, numbered from 0")
-    return {"accelerator": "gpu", "devices": wanted}
-
-
-def _parse_gpus(text: str) -> int | list[int]:
-    """A number of devices (-1: all), or a list of device numbers."""
-    try:
-        if "," not in text:
-            count = int(text)
-            if count < -1:
-                raise ValueError
-            return count
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-        if any(number < 0 for number in numbers) or len(set(numbers)) != len(numbers):
-            raise ValueError
-        return numbers
-    except ValueError as error:
-        raise UserError(
-            f"--gpus: expected device numbers such as 0, or 0,1 (with a comma), a count such as 2, or -1, got '{text}'"
-        ) from error
-
-
 def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
     """Put seed, `--scale_lr` and the Trainer's arguments into the configuration, so that a resumed run finds them.
 
@@ -238,7 +192,7 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
             check_keys(pl.Trainer, {name: flags[name]}, "")
         except UserError as error:
             raise UserError(f"--{str(error).lstrip('.')}") from error
-    _check_counts(flags, "--")
+    check_counts(flags, "--")
     for key in ("lightning", "lightning.trainer"):
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, {}, force_add=True)
@@ -250,7 +204,7 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
     elif "accelerator" in flags or "devices" in flags:
         OmegaConf.update(config, "lightning.trainer.gpus", None, force_add=True)
     # A mistake in the file is told even where a flag takes its place.
-    _check_counts(plain(config.lightning.trainer), "lightning.trainer.")
+    check_counts(plain(config.lightning.trainer), "lightning.trainer.")
     for name, value in flags.items():
         OmegaConf.update(config, f"lightning.trainer.{name}", value, force_add=True)
     for name in ("seed", "scale_lr"):
@@ -269,40 +223,6 @@ def _value(text: str) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
-
-
-def trainer_options(lightning: DictConfig) -> dict[str, Any]:
-    """The Trainer's arguments from `lightning.trainer`.
-
-    Raises:
-        UserError: an unknown one, or a value of a wrong kind.
-    """
-    options: dict[str, Any] = dict(plain(lightning.trainer))
-    gpus = options.pop("gpus", None)
-    for name in ("callbacks", "plugins"):
-        if name in options:
-            raise UserError(f"lightning.trainer.{name}: give it as lightning.{name}, beside lightning.trainer")
-    check_keys(pl.Trainer, options, "lightning.trainer")
-    _check_counts(options, "lightning.trainer.")
-    options |= devices(gpus, options)
-    if "max_epochs" not in options and "max_steps" not in options and "max_time" not in options:
-        options["max_epochs"] = 1000  # Lightning's own default, without its warning
-    return options
-
-
-def _check_counts(options: dict[str, Any], prefix: str) -> None:
-    for name in ("check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"):
-        value = options.get(name)
-        if isinstance(value, int | float) and (value < 0 or (value == 0 and name != "log_every_n_steps")):
-            raise UserError(f"{prefix}{name}: expected a number above 0, got {value!r}")
-    algorithm = options.get("gradient_clip_algorithm")
-    if algorithm not in (None, "norm", "value"):
-        raise UserError(f"{prefix}gradient_clip_algorithm: expected norm or value, got {algorithm!r}")
-    for name in ("accumulate_grad_batches", "max_epochs", "max_steps"):
-        value = options.get(name)
-        least = 1 if name == "accumulate_grad_batches" else -1
-        if value is not None and (not isinstance(value, int) or value < least or value == 0):
-            raise UserError(f"{prefix}{name}: expected a whole number of at least 1, got {value!r}")
 
 
 def set_token_num(config: DictConfig, count: int | None) -> None:

@@ -14,7 +14,6 @@ class _Cycles:
         f_max: Sequence[float],
         f_start: Sequence[float],
         cycle_lengths: Sequence[int],
-        verbosity_interval: int = 0,
     ) -> None:
         lengths = [len(x) for x in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)]
         if len(set(lengths)) != 1 or not lengths[0]:
@@ -24,7 +23,6 @@ class _Cycles:
             )
         self.warm_up_steps, self.f_min, self.f_max = list(warm_up_steps), list(f_min), list(f_max)
         self.f_start, self.cycle_lengths = list(f_start), list(cycle_lengths)
-        self.verbosity_interval = verbosity_interval  # the log already shows the rate; kept for LDM's YAML files
 
     def locate(self, step: int) -> tuple[int, int]:
         """(cycle, step within the cycle); past the last cycle, its last step."""
@@ -90,11 +88,8 @@ class LambdaWarmUpCosineScheduler:
         lr_max: float,
         lr_start: float,
         max_decay_steps: int,
-        verbosity_interval: int = 0,
     ) -> None:
-        self._cycle = LambdaWarmUpCosineScheduler2(
-            [warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval
-        )
+        self._cycle = LambdaWarmUpCosineScheduler2([warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps])
 
     def schedule(self, step: int) -> float:
         """The multiplier at a step."""

@@ -1,14 +1,18 @@
-"""From configuration to objects, and the names of the original release's classes."""
+"""From configuration to objects, and what the original release's YAML files say: names of classes, and keys."""
 
 import difflib
 import importlib
 import inspect
+import logging
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+log = logging.getLogger(__name__)
 
 
 class UserError(ValueError):
@@ -33,8 +37,94 @@ RENAMED = {
     "main_val.ImageLogger": "ldm.callbacks.images.ImageLogger",
     "main.SetupCallback": "ldm.callbacks.setup.SetupCallback",
     "main_val.SetupCallback": "ldm.callbacks.setup.SetupCallback",
+    "ldm.tools.Record": "ldm.callbacks.record.Record",
+    "ldm.data.disdata.Celebarain": "ldm.data.dis.CelebATrain",
 }
 RENAMED_MODULES = {"ldm.data.disdata": "ldm.data.dis"}
+
+
+class Unused(NamedTuple):
+    """A key of LDM's or the release's YAML files that does nothing here.
+
+    Attributes:
+        reason: why, for the warning.
+        allowed: the values for which that is true; others are refused. None: all.
+    """
+
+    reason: str
+    allowed: tuple[Any, ...] | None = None
+
+
+_CONDITION = "concept tokens condition by cross attention"
+_LEVELS = {
+    "resamp_with_conv": Unused("the first stage resamples by convolutions", (True,)),
+    "attn_type": Unused("the first stage's attention is the plain one", ("vanilla",)),
+    "use_linear_attn": Unused("the first stage's attention is the plain one", (False,)),
+    "give_pre_end": Unused("the decoder gives images", (False,)),
+    "tanh_out": Unused("the decoder gives images as they are", (False,)),
+}
+_COLORS = {"colorize_nlabels": Unused("there are no segmentation maps to colour", (None,))}
+# By the class or function here that the keys are given to; those derived from a class know its keys too.
+UNUSED: dict[str, dict[str, Unused]] = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": {
+        "eval_name": Unused("the validation set brings the factor grid that scores need"),
+        "num_timesteps_cond": Unused("the condition is not noised", (None, 1)),
+        "concat_mode": Unused(_CONDITION, (False,)),
+        "cond_stage_forward": Unused("the concept encoder is called itself", (None,)),
+        "clip_denoised": Unused("latents are never clipped, as in the original"),
+        "use_positional_encodings": Unused("the original reads it nowhere"),
+        "given_betas": Unused("the schedule is computed from beta_schedule", (None,)),
+        "load_only_unet": Unused("ckpt_path holds the whole model", (False,)),
+    },
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel": {
+        "dims": Unused("latents are maps of two dimensions", (2,)),
+        "num_classes": Unused(_CONDITION, (None,)),
+        "n_embed": Unused("the U-Net predicts noise, not codes", (None,)),
+        "use_fp16": Unused("precision is lightning.trainer.precision", (False,)),
+        "use_checkpoint": Unused("activations are kept, not computed again"),
+        "use_new_attention_order": Unused("it is of attention blocks that the tokens do not reach"),
+        "num_heads_upsample": Unused("it is of attention blocks that the tokens do not reach"),
+        "legacy": Unused("both of its values mean the same heads"),
+    },
+    "ldm.modules.diffusionmodules.model.Encoder": _LEVELS,
+    "ldm.models.autoencoder.VQModel": {
+        **_COLORS,
+        "batch_resize_range": Unused("images keep their size", (None,)),
+    },
+    "ldm.models.autoencoder.AutoencoderKL": _COLORS,
+    "ldm.modules.losses.adversarial.AdversarialLoss": {
+        "pixelloss_weight": Unused("the original reads it nowhere: the pixel term's weight is 1"),
+        "perceptual_loss": Unused("the perceptual loss is LPIPS", ("lpips",)),
+        "n_classes": Unused("it was for counting used codes, which is logged as codes_in_use"),
+    },
+    "ldm.data.module.DataModuleFromConfig": {
+        "wrap": Unused("data sets need no wrapping"),
+        "use_worker_init_fn": Unused("PyTorch and Lightning seed the workers"),
+    },
+    "ldm.callbacks.images.ImageLogger": {"log_on_batch_idx": Unused("pictures are made by step", (False,))},
+    "ldm.callbacks.record.Record": {"plot_image": Unused("pictures are in images/, and there is none of the record")},
+    "ldm.models.diffusion.visuals.diffusion_images": {
+        "return_keys": Unused("all pictures that were asked for are made", (None,))
+    },
+    "pytorch_lightning.trainer.trainer.Trainer": {
+        "replace_sampler_ddp": Unused("the loaders share the data among processes"),
+        "prepare_data_per_node": Unused("one process of each machine converts files"),
+        "flush_logs_every_n_steps": Unused("TensorBoard's writer flushes by the clock"),
+        "terminate_on_nan": Unused("codes that are not finite end a run when they are scored"),
+        "log_gpu_memory": Unused("Lightning 2 has it no more"),
+        "process_position": Unused("there is one progress bar"),
+        "move_metrics_to_cpu": Unused("Lightning 2 has it no more"),
+        "amp_backend": Unused("Lightning 2 has one kind of mixed precision", ("native",)),
+        "track_grad_norm": Unused("Lightning 2 has it no more", (-1,)),
+        "auto_lr_find": Unused("the rate is model.base_learning_rate", (False,)),
+        "auto_scale_batch_size": Unused("the size is data.params.batch_size", (False, None)),
+        "resume_from_checkpoint": Unused("it is the argument --resume_from_checkpoint", (None,)),
+    },
+    **{
+        f"ldm.lr_scheduler.{name}": {"verbosity_interval": Unused("the rate is in the log anyway")}
+        for name in ("_Cycles", "LambdaWarmUpCosineScheduler")
+    },
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -123,6 +213,34 @@ def check_value(hint: Any, value: Any, where: str) -> None:
         raise UserError(f"{where}: expected {' or '.join(SIMPLE[kind] for kind in kinds)}, got {shown!r}")
 
 
+def unused_keys(callable_: Any) -> dict[str, Unused]:
+    """The keys that a class (with those of its bases) or a function takes by name without using them."""
+    found: dict[str, Unused] = {}
+    for owner in reversed(getattr(callable_, "__mro__", (callable_,))):
+        found |= UNUSED.get(f"{owner.__module__}.{owner.__qualname__}", {})
+    return found
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def used(callable_: Any, params: Mapping[str, Any] | DictConfig, where: str) -> dict[str, Any]:
+    """Parameters without those that do nothing here, each of which is warned of, once.
+
+    Args:
+        callable_: a class or a function.
+        params: names and values, checked by `check_keys`.
+        where: the node's name in the configuration, for the warning.
+    """
+    unused = unused_keys(callable_)
+    for key in params:
+        if key in unused:
+            _warn_once(f"{where}.{key} has no effect: {unused[str(key)].reason}")
+    return {str(key): value for key, value in params.items() if key not in unused}
+
+
 def check_keys(callable_: Any, keys: Iterable[str] | Mapping[str, Any], where: str) -> None:
     """Refuse keys that are no parameter of `callable_`, naming the nearest that is, and values of a wrong kind.
 
@@ -151,7 +269,17 @@ def check_keys(callable_: Any, keys: Iterable[str] | Mapping[str, Any], where: s
             accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inherited.values())
             if not accepts_any:
                 break
+    unused = unused_keys(callable_)
     for key in keys:
+        if key in unused:
+            allowed, value = unused[key].allowed, keys[key] if isinstance(keys, Mapping | DictConfig) else None
+            if allowed is not None and isinstance(keys, Mapping | DictConfig) and value not in allowed:
+                expected = " or ".join(repr(choice) for choice in allowed)
+                raise UserError(
+                    f"{where}.{key}: {plain(value)!r} is not supported: {unused[key].reason}; leave it out (the"
+                    f" original's {expected})"
+                )
+            continue
         if key not in known and not accepts_any:
             raise UserError(f"{where}: unknown key '{key}' for {callable_.__name__}{nearest(str(key), known)}")
         if isinstance(keys, Mapping | DictConfig) and key in hints and key in parameters:
@@ -180,8 +308,8 @@ def instantiate_from_config(config: Any, where: str = "config", **extra: Any) ->
             raise UserError(f"{where}.{key} is left as ???: give it a value in the YAML file or as {where}.{key}=VALUE")
     cls = get_obj_from_str(config["target"], f"{where}.target")
     params = config.get("params") or {}
-    params = {str(key): params[key] for key in params}
     check_keys(cls, params, f"{where}.params")
+    params = used(cls, params, f"{where}.params")
     try:
         return cls(**params, **extra)
     except UserError:

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ldm
 from ldm.api import encode
 from ldm.callbacks.images import ImageLogger
-from ldm.cli_arguments import TRAINER_FLAGS, apply_flags, devices, parse, trainer_options
+from ldm.cli_arguments import TRAINER_FLAGS, apply_flags, parse
 from ldm.cli_build import configure_manual_optimization, processes
+from ldm.cli_trainer import devices, trainer_options
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 

@@ -11,8 +11,9 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torchvision.utils import make_grid
 
+from ldm.callbacks.record import Record
 from ldm.data.images import to_unit_range_all
-from ldm.util import UserError
+from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class ImageLogger(Callback):
         log_first_step: also before the first step. log_last_step: also at the end of training.
         disabled: no pictures.
         log_images_kwargs: handed to the model's `log_images`.
+        log_config: node of a `Record`, which writes the losses into a table besides, as in the release.
         logdir: directory under which `images/` is made; the trainer's `default_root_dir` if left out.
         seed: of the random numbers.
     """
@@ -46,6 +48,7 @@ class ImageLogger(Callback):
         log_first_step: bool = False,
         log_last_step: bool = True,
         log_images_kwargs: dict[str, Any] | None = None,
+        log_config: Any = None,
         logdir: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -58,10 +61,16 @@ class ImageLogger(Callback):
         self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
         self.log_first_step, self.log_last_step = log_first_step, log_last_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
+        self.record: Record | None = None
+        if log_config is not None:
+            self.record = instantiate_from_config(log_config, "lightning.callbacks.image_logger.params.log_config")
         self.logdir, self.seed = logdir, seed
         self.early = {2**n for n in range(int(np.log2(batch_frequency)) + 1)} if increase_log_steps else set()
         self._logged: int | None = None
         self._batch: dict[str, torch.Tensor] | None = None
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.logdir or trainer.default_root_dir)
 
     def _fixed_batch(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         """The images (b, h, w, c) in [-1, 1], chosen once."""
@@ -107,13 +116,15 @@ class ImageLogger(Callback):
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_image"):
                 experiment.add_image(f"{split}/{name}", grid, global_step=step)
-        folder = Path(self.logdir or trainer.default_root_dir) / "images" / split
+        folder = self._folder(trainer) / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
         pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{name}_gs-{step:06}_e-{trainer.current_epoch:06}.png")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Pictures before the first step, if asked for."""
+        if self.record is not None and trainer.is_global_zero:
+            self.record.start(self._folder(trainer), trainer.global_step)
         if self.log_first_step and trainer.global_step == 0:
             self.log_pictures(trainer, pl_module)
 
@@ -124,6 +135,13 @@ class ImageLogger(Callback):
         step = trainer.global_step
         if step > 0 and (step % self.batch_frequency == 0 or step in self.early):
             self.log_pictures(trainer, pl_module)
+        if self.record is not None and trainer.is_global_zero and step > 0:
+            suffix = "_step"
+            found = trainer.callback_metrics
+            losses = {
+                k.removesuffix(suffix): v for k, v in found.items() if k.startswith("train/") and k.endswith(suffix)
+            }
+            self.record.log(self._folder(trainer), losses, step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Pictures of the trained model."""

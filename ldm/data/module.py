@@ -25,11 +25,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
     Args:
         batch_size: per process.
         train, validation, test, predict: nodes; equal ones share one data set object.
-        wrap: accepted for LDM's configs; nothing here needs it.
         num_workers: processes that load batches; 0 if left out, as fetching a batch from a memory map takes less than
             handing it over from another process. Data sets that decode files one by one gain from more.
         shuffle_test_loader, shuffle_val_dataloader: shuffle those, always in the same order.
-        use_worker_init_fn: accepted for LDM's configs; PyTorch and Lightning seed the workers.
         val_batch_size: of validation, test and prediction; `batch_size` if left out.
         pin_memory: True where there is a GPU, if left out.
         seed: of the training order; that of `seed_everything` if left out, else 0.
@@ -45,11 +43,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         validation: Any = None,
         test: Any = None,
         predict: Any = None,
-        wrap: bool = False,
         num_workers: int | None = None,
         shuffle_test_loader: bool = False,
         shuffle_val_dataloader: bool = False,
-        use_worker_init_fn: bool = False,
         val_batch_size: int | None = None,
         pin_memory: bool | None = None,
         seed: int | None = None,

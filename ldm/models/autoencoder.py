@@ -17,7 +17,7 @@ from ldm.models.checkpoint import load_weights
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import check_keys, instantiate_from_config, plain, require_at_least
+from ldm.util import check_keys, instantiate_from_config, plain, require_at_least, used
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class FirstStage(pl.LightningModule):
         require_at_least(1, "model.params", val_loss_every=val_loss_every)
         options = plain(ddconfig)
         check_keys(Encoder, options, "model.params.ddconfig")
+        options = used(Encoder, options, "model.params.ddconfig")
         self.encoder = Encoder(**options)
         self.decoder = Decoder(**options)
         self.loss: Any = instantiate_from_config(lossconfig, "model.params.lossconfig")

@@ -18,7 +18,7 @@ from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sa
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, instantiate_from_config, require_at_least
+from ldm.util import UserError, instantiate_from_config, require_at_least, used
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class LatentDiffusion(pl.LightningModule):
 
     Args:
         unet_config, first_stage_config, cond_stage_config: nodes with `target` and `params`; the first stage is
-            frozen. `cond_stage_config` is left out for a model without conditioning.
+            frozen. `cond_stage_config` is left out, or LDM's `__is_unconditional__`, for a model without conditioning.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, v_posterior: see `schedule.py`.
         loss_type: l1 or l2. parameterization: eps (predict the noise) or x0.
         original_elbo_weight, l_simple_weight: weights of the variational bound and of the simple loss.
@@ -78,7 +78,7 @@ class LatentDiffusion(pl.LightningModule):
         self,
         unet_config: Mapping[str, Any],
         first_stage_config: Mapping[str, Any],
-        cond_stage_config: Mapping[str, Any] | None = None,
+        cond_stage_config: Mapping[str, Any] | str | None = None,
         timesteps: int = 1000,
         beta_schedule: str = "linear",
         linear_start: float = 1e-4,
@@ -116,7 +116,8 @@ class LatentDiffusion(pl.LightningModule):
         _check_choice("parameterization", parameterization, ("eps", "x0"))
         _check_choice("conditioning_key", conditioning_key, ("crossattn", "none", None))
         _check_choice("ema_parameters", ema_parameters, ("unet", "all"))
-        self.conditioned = conditioning_key == "crossattn"
+        unconditional = cond_stage_config == "__is_unconditional__"
+        self.conditioned = conditioning_key == "crossattn" and not unconditional
         if self.conditioned and cond_stage_config is None:
             raise UserError("model.params.cond_stage_config is missing: conditioning_key crossattn needs an encoder")
         self.loss_type, self.parameterization = loss_type, parameterization
@@ -410,7 +411,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def log_images(self, batch: Mapping[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
         """Pictures of what the model does: see `ldm.models.diffusion.visuals.diffusion_images`."""
-        return diffusion_images(self, batch, **options)
+        return diffusion_images(self, batch, **used(diffusion_images, options, "log_images_kwargs"))
 
 
 def _noise_like(x: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,6 @@ class AdversarialLoss(nn.Module):
 
     Args:
         disc_start: step from which the discriminator counts.
-        pixelloss_weight: kept for LDM's YAML files: the pixel term's weight is 1, as in LDM.
         disc_num_layers, disc_in_channels, disc_ndf, use_actnorm: the discriminator's shape.
         disc_factor: 0 trains without a discriminator, which then is not built.
         disc_weight: factor on the adaptive weight.
@@ -39,7 +38,6 @@ class AdversarialLoss(nn.Module):
     def __init__(
         self,
         disc_start: int,
-        pixelloss_weight: float = 1.0,
         disc_num_layers: int = 3,
         disc_in_channels: int = 3,
         disc_factor: float = 1.0,
@@ -62,7 +60,7 @@ class AdversarialLoss(nn.Module):
         if perceptual_weight < 0 or disc_factor < 0:
             found = f"{perceptual_weight} and {disc_factor}"
             raise ValueError(f"perceptual_weight and disc_factor must not be negative, got {found}")
-        self.pixel_weight, self.pixel_loss = pixelloss_weight, pixel_loss
+        self.pixel_loss = pixel_loss
         self.perceptual_weight = perceptual_weight
         self.perceptual_loss = LPIPS(perceptual_weights) if perceptual_weight > 0 else None
         self.discriminator_iter_start = disc_start

@@ -1,0 +1,57 @@
+"""Losses as a table, for the release's `log_config: {target: ldm.tools.Record}`."""
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.util import require_at_least
+
+NAME = "record.csv"
+
+
+class Record:
+    """Writes training losses into `record.csv` in the log directory: a column `step`, and one per loss.
+
+    Args:
+        every_step_num: steps between rows.
+    """
+
+    def __init__(self, every_step_num: int = 200) -> None:
+        require_at_least(1, "lightning.callbacks.image_logger.params.log_config.params", every_step_num=every_step_num)
+        self.every_step_num = every_step_num
+        self._step: int | None = None
+
+    def start(self, folder: str | Path, step: int) -> None:
+        """Begin a run, or go on at a step: rows of later steps, which will be done again, are dropped."""
+        self._step = step
+        path = Path(folder) / NAME
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
+        part = path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *kept] if kept else [])
+        os.replace(part, path)
+
+    def log(self, folder: str | Path, values: Mapping[str, Any], step: int) -> None:
+        """Add the row of a step, if one is due.
+
+        Args:
+            folder: the log directory.
+            values: losses by name; numbers or tensors of one.
+            step: the trainer's.
+        """
+        if step % self.every_step_num or step == self._step:
+            return
+        self._step = step
+        path = Path(folder) / NAME
+        empty = not path.is_file() or not path.stat().st_size
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if empty:
+                writer.writerow(["step", *values])
+            writer.writerow([step, *(float(value) for value in values.values())])

@@ -1,0 +1,228 @@
+"""YAML files in the first release's own vocabulary: they run unchanged, and say what has no effect."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from command_line import CommandLine, encdiff_config, first_stage_config
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ldm import util
+from ldm.callbacks.record import Record
+from ldm.cli_trainer import trainer_options
+from ldm.config import check_config, load_yaml, merge
+from ldm.data.rendered import write_shapes3d
+from ldm.util import UNUSED, Unused, UserError, check_keys, get_obj_from_str, used
+
+RELEASE = Path(__file__).parent / "reference" / "release"
+ENCDIFF, FIRST_STAGE = RELEASE / "shapes3d-vq-4-16-encdiff.yaml", RELEASE / "shapes3d_vq_4_16.yaml"
+
+
+@pytest.fixture(autouse=True)
+def warn_again():
+    util._warn_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def large_rooms(tmp_path_factory) -> Path:
+    """Rooms of the real size, where the release expects them under the folder of data sets."""
+    folder = tmp_path_factory.mktemp("datasets")
+    write_shapes3d(folder / "shapes3d" / "3dshapes.h5", (2, 2, 2, 2, 2, 2), 64)
+    return folder
+
+
+def has_no_effect(log: str) -> set[str]:
+    """The keys that a log warns of."""
+    return {line.split(" has no effect: ")[0] for line in log.splitlines() if " has no effect: " in line}
+
+
+def test_both_stages_train_and_resume(tmp_path, large_rooms, monkeypatch):
+    """What a small machine needs is given besides: batches of 4, few losses and pictures, one quick metric."""
+    monkeypatch.setenv("ENCDIFF_DATA", str(large_rooms))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    weights = torchvision.models.vgg16(weights=None).features.state_dict(prefix="features.")
+    torch.save(weights, tmp_path / "checkpoints" / "vgg16-397923af.pth")
+    cli = CommandLine(tmp_path, large_rooms)
+    quick = ("data.params.batch_size=4", "lightning.trainer.log_every_n_steps=1")
+
+    first = cli.run("--base", FIRST_STAGE, "-t", "--gpus", "0,", "--max_steps", 2, *quick)
+    assert first.status == 0, first.err
+    assert has_no_effect(first.log) == {"data.params.wrap"}
+    (tmp_path / "pretrained_models").mkdir()
+    shutil.copy(first.logdir / "checkpoints" / "last.ckpt", tmp_path / "pretrained_models" / "autoencoder.ckpt")
+
+    util._warn_once.cache_clear()
+    few = (
+        "model.params.val_loss_every=100",
+        "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2",
+        "lightning.callbacks.image_logger.params.log_images_kwargs.swap_images=1",
+        "lightning.callbacks.image_logger.params.log_config.params.every_step_num=1",
+        "lightning.callbacks.disentanglement.params.metrics=[mig]",
+    )
+    run = cli.run("--base", ENCDIFF, "-t", "--gpus", "0,", "--max_steps", 2, *quick, *few, score=True)
+    assert run.status == 0, run.err
+    assert has_no_effect(run.log) == {
+        "data.params.wrap",
+        "lightning.callbacks.image_logger.params.log_config.params.plot_image",
+        "model.params.eval_name",
+        "model.params.num_timesteps_cond",
+        "model.params.concat_mode",
+        "model.params.scheduler_config.params.verbosity_interval",
+        "model.params.unet_config.params.use_checkpoint",
+    }
+    assert len(list((run.logdir / "metrics").glob("*.json"))) == 1
+    assert len(list((run.logdir / "images" / "train").glob("swap_*.png"))) == 1
+    checkpoint = run.logdir / "checkpoints" / "last.ckpt"
+    before = torch.load(checkpoint, weights_only=True)
+    assert before["global_step"] == 2
+
+    resumed = cli.run("-r", run.logdir, "-t", "--max_steps", 3, score=True)
+    assert resumed.status == 0, resumed.err
+    after = torch.load(checkpoint, weights_only=True)
+    assert after["global_step"] == 3
+    assert torch.equal(after["state_dict"]["scale_factor"], before["state_dict"]["scale_factor"])
+    name = "model.diffusion_model.out.2.weight"
+    assert not torch.equal(after["state_dict"][name], before["state_dict"][name])
+
+    events = EventAccumulator(str(run.logdir / "tensorboard")).Reload()
+    with (run.logdir / "record.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    logged = [event.value for event in events.Scalars("train/loss_simple_step")]
+    assert [float(row["train/loss_simple"]) for row in rows] == pytest.approx(logged)
+
+
+def test_every_name_of_the_release_means_something():
+    for target in (*util.RENAMED, "ldm.data.disdata.MPI3DTrain", "ldm.data.disdata.Cars3DTrain"):
+        assert callable(get_obj_from_str(target))
+    for path in (ENCDIFF, FIRST_STAGE):
+        config = load_yaml(path)
+        check_config(config)
+
+
+def test_every_unused_key_belongs_to_something_here():
+    """The table names real classes, and no key that they use."""
+    for target, keys in UNUSED.items():
+        owner = get_obj_from_str(target)
+        taken = (owner.__init__ if isinstance(owner, type) else owner).__code__.co_varnames  # type: ignore[misc]
+        for key in keys:
+            assert key not in taken, f"{target}.{key}"
+
+
+def test_a_value_that_would_mean_something_is_refused(cli):
+    """The key is known, but what it asks for is not built."""
+    cases = [
+        ("model.params.num_timesteps_cond=5", "num_timesteps_cond: 5 is not supported: the condition is not noised"),
+        ("model.params.concat_mode=true", "concat_mode: True is not supported: concept tokens"),
+        ("model.params.unet_config.params.dims=3", "dims: 3 is not supported"),
+        ("data.params.rap=true", "unknown key 'rap'"),
+    ]
+    for argument, message in cases:
+        result = cli.run("--base", cli.enc, "-t", "--gpus", 0, argument)
+        assert result.status == 2 and message in result.err, (argument, result.err)
+        assert not result.logdirs
+    bad = "lightning.callbacks.image_logger.params.log_config={target: ldm.tools.Record, params: {every_step_num: 0}}"
+    result = cli.run("--base", cli.enc, "-t", "--gpus", 0, bad, "model.params.first_stage_config.params.ckpt_path=x")
+    assert result.status == 2 and "every_step_num: expected at least 1" in result.err
+
+
+def test_keys_of_the_networks_and_losses(caplog):
+    """LDM's keys of nodes inside nodes, which are built elsewhere."""
+    config = first_stage_config(Path())["model"]
+    config["params"]["ddconfig"] = {**config["params"]["ddconfig"], "resamp_with_conv": True, "tanh_out": False}
+    config["params"]["lossconfig"]["params"] |= {"pixelloss_weight": 1.0, "n_classes": None}
+    config["params"] |= {"colorize_nlabels": None, "batch_resize_range": None}
+    with caplog.at_level("WARNING"):
+        util.instantiate_from_config(config, "model")
+    assert has_no_effect("\n".join(caplog.messages)) == {
+        "model.params.ddconfig.resamp_with_conv",
+        "model.params.ddconfig.tanh_out",
+        "model.params.lossconfig.params.pixelloss_weight",
+        "model.params.lossconfig.params.n_classes",
+        "model.params.colorize_nlabels",
+        "model.params.batch_resize_range",
+    }
+    config["params"]["ddconfig"]["tanh_out"] = True
+    with pytest.raises(UserError, match=r"ddconfig\.tanh_out: True is not supported"):
+        util.instantiate_from_config(config, "model")
+
+
+def test_unconditional_in_ldms_words():
+    config = OmegaConf.create(encdiff_config(Path())["model"])
+    config.params.cond_stage_config = "__is_unconditional__"
+    config.params.unet_config.params.context_dim = None
+    config.params.first_stage_config.params.ckpt_path = None
+    model = util.instantiate_from_config(config, "model")
+    assert model.cond_stage_model is None
+    model.apply_model(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.long), None)
+
+
+def test_arguments_of_lightning_1(caplog):
+    trainer = {
+        "gpus": "0",
+        "accelerator": "ddp",
+        "checkpoint_callback": False,
+        "progress_bar_refresh_rate": 0,
+        "weights_summary": None,
+        "terminate_on_nan": True,
+        "precision": 32,
+    }
+    with caplog.at_level("WARNING"):
+        options = trainer_options(OmegaConf.create({"trainer": trainer}))
+    assert options == {
+        "accelerator": "cpu",
+        "devices": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "precision": 32,
+        "max_epochs": 1000,
+    }
+    assert "accelerator: ddp has no effect" in caplog.text and "terminate_on_nan has no effect" in caplog.text
+    with pytest.raises(UserError, match="track_grad_norm: 2 is not supported"):
+        trainer_options(OmegaConf.create({"trainer": {"track_grad_norm": 2}}))
+
+
+def test_unused_keys_are_inherited_and_warned_of_once(monkeypatch, caplog):
+    class Base:
+        def __init__(self, a: int = 0) -> None:
+            self.a = a
+
+    class Derived(Base):
+        pass
+
+    monkeypatch.setitem(util.UNUSED, f"{__name__}.{Base.__qualname__}", {"b": Unused("it is gone", (1, None))})
+    check_keys(Derived, {"a": 1, "b": 1}, "node")
+    assert used(Derived, {"a": 1, "b": 1}, "node") == used(Derived, {"a": 1, "b": 1}, "node") == {"a": 1}
+    assert caplog.messages == ["node.b has no effect: it is gone"]
+    with pytest.raises(UserError, match=r"node\.b: 2 is not supported: it is gone; leave it out \(.*1 or None"):
+        check_keys(Derived, {"b": 2}, "node")
+    with pytest.raises(UserError, match="unknown key 'c'"):
+        check_keys(Derived, {"c": 2}, "node")
+
+
+def test_record_goes_on_where_a_run_stopped(tmp_path):
+    record = Record(every_step_num=2)
+    record.start(tmp_path, 0)
+    for step in (1, 2, 2, 4, 6):  # accumulated batches share a step
+        record.log(tmp_path, {"train/loss": torch.tensor(step / 2)}, step)
+    record.start(tmp_path, 4)
+    record.log(tmp_path, {"train/loss": torch.tensor(9.0)}, 4)
+    record.log(tmp_path, {"train/loss": torch.tensor(9.0)}, 6)
+    assert (tmp_path / "record.csv").read_text().split() == ["step,train/loss", "2,1.0", "4,2.0", "6,9.0"]
+    record.start(tmp_path, 0)
+    assert (tmp_path / "record.csv").read_text() == ""
+
+
+def test_overlays_fit_over_the_releases_files():
+    """A node under the original's name is the same node."""
+    merged = merge(
+        [load_yaml(ENCDIFF), load_yaml(RELEASE.parents[2] / "configs/latent-diffusion/shapes3d-vq-4-16.yaml")]
+    )
+    assert merged.model.params.eval_name == "shapes3d" and merged.model.params.unet_config.params.use_checkpoint
