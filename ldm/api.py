@@ -16,12 +16,17 @@ from ldm.util import UserError, instantiate_from_config
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """The configuration that a log directory, or the log directory of a checkpoint, holds.
+    """The configuration that a log directory, or the log directory of a checkpoint, holds, or that lies beside a
+    safetensors file (`model.yaml` beside `model.safetensors`).
 
     Raises:
         UserError: no such path, or no configuration there.
     """
     path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        if not path.with_suffix(".yaml").is_file():
+            raise UserError(f"there is no configuration '{path.with_suffix('.yaml')}' beside '{path}'")
+        return load_yaml(path.with_suffix(".yaml"), "load")
     logdir = path if path.is_dir() else path.parent.parent
     if not path.exists():
         raise UserError(f"there is no log directory or checkpoint '{path}'")
@@ -35,7 +40,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
     """A trained model, in evaluation mode.
 
     Args:
-        path: log directory (its `checkpoints/last.ckpt` is taken) or checkpoint.
+        path: log directory (its `checkpoints/last.ckpt` is taken), checkpoint in one, or safetensors file with its
+            configuration beside it.
         device: to put the model on.
         weights: `live`, or `ema` for the averaged ones, which then replace the others.
 
@@ -53,9 +59,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
         OmegaConf.update(node, "params.lossconfig", {"target": "torch.nn.Identity"}, merge=False)
     model = instantiate_from_config(node, "model")
     checkpoint = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
-    load_weights(model, checkpoint)
+    absent = load_weights(model, checkpoint)
     if weights == "ema":
-        if not model.use_ema:
+        if not model.use_ema or any(prefix.endswith("_ema.") for prefix in absent):
             raise UserError(f"'{path}' has no averaged weights: it was trained with use_ema: false")
         model.model_ema.copy_to(model.model if hasattr(model, "model") else model)
         if getattr(model, "ema_parameters", "") == "all":

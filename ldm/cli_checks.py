@@ -2,10 +2,8 @@
 
 import logging
 import tempfile
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +16,7 @@ from ldm.callbacks.images import ImageLogger
 from ldm.data.images import to_unit_range_all
 from ldm.metrics.evaluate import METRICS
 from ldm.models.autoencoder import FirstStage
+from ldm.models.checkpoint import read_checkpoint
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.util import FAILURES, UserError, check_keys, instantiate_from_config, nearest, require_at_least
@@ -53,15 +52,16 @@ def check_resumable(path: Path, model: pl.LightningModule) -> None:
     Raises:
         UserError: not readable, weights without a training run's state, or another model's.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    convert = f"python scripts/convert_checkpoint.py {path} NEW.ckpt"
+    content, left_out = read_checkpoint(path, "-r")
+    if left_out:
         raise UserError(
-            f"'{path}' cannot be read as a checkpoint: it is cut off, is no checkpoint, or holds pickled objects"
-        ) from error
+            f"-r: '{path}' holds pickled objects ({', '.join(sorted(left_out))}), as checkpoints of Lightning 1 do:"
+            f" convert it by {convert}, and go on by --resume_from_checkpoint NEW.ckpt"
+        )
     if not isinstance(content, dict) or not {"state_dict", "loops", "optimizer_states"} <= set(content):
         raise UserError(
-            f"'{path}' holds no state of a training run to go on from: to start from its weights, give it as"
+            f"-r: '{path}' holds no state of a training run to go on from: to start from its weights, give it as"
             " model.params.ckpt_path"
         )
     own, saved = model.state_dict(), content["state_dict"]

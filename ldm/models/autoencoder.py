@@ -76,8 +76,8 @@ class FirstStage(pl.LightningModule):
         """Last step of building: averages and weights, which need all networks to be there."""
         if self.use_ema:
             self.model_ema = LitEma(self)
-        if ckpt_path is not None:
-            load_weights(self, ckpt_path, ignore_keys)
+        if ckpt_path is not None and "model_ema." in load_weights(self, ckpt_path, ignore_keys):
+            self.model_ema.reset(self)
 
     # ---- what a first stage must say
 

@@ -51,6 +51,13 @@ class LitEma(nn.Module):
         torch._foreach_sub_(shadows, step)
 
     @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Begin anew from the parameters of `model`."""
+        shadows, parameters = self._pairs(model)
+        torch._foreach_copy_(shadows, parameters)
+        self.num_updates.zero_()
+
+    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the parameters of `model` with the shadows."""
         shadows, parameters = self._pairs(model)

@@ -163,8 +163,20 @@ class LatentDiffusion(pl.LightningModule):
         # Whether the scale factor stands: given by a checkpoint, or computed on the first batch.
         self.scale_factor_known = not scale_by_std
         if ckpt_path is not None:
-            load_weights(self, ckpt_path, ignore_keys)
-            self.scale_factor_known = True
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
+        """Take the weights of a checkpoint; averages that it lacks begin at them.
+
+        Raises:
+            UserError: see `load_weights`.
+        """
+        absent = load_weights(self, path, ignore_keys)
+        if "model_ema." in absent:
+            self.model_ema.reset(self.model)
+        if "cond_stage_model_ema." in absent:
+            self.cond_stage_model_ema.reset(self.cond_stage_model)
+        self.scale_factor_known = not self.scale_by_std or "scale_factor" not in absent
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
         """Set training mode; the first stage always stays in evaluation mode."""

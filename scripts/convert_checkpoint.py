@@ -1,0 +1,168 @@
+"""Convert a checkpoint: one of LDM's or the first release's into ours, or any into safetensors and its configuration.
+
+    python scripts/convert_checkpoint.py OLD.ckpt NEW.ckpt
+    python scripts/convert_checkpoint.py logs/<run> model.safetensors
+
+A `.ckpt` holds tensors and plain values alone: the weights, and, where the source has it, the state of training, so
+that `--resume_from_checkpoint NEW.ckpt` goes on from it. A `.safetensors` holds the weights; the configuration, from
+the source's log directory or from --config, is written beside it, and `ldm.load("model.safetensors")` reads both.
+"""
+
+import argparse
+import os
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.migration import migrate_checkpoint
+from safetensors.torch import save_file
+
+from ldm.api import load_config
+from ldm.config import load_yaml
+from ldm.models.checkpoint import Inert, read_checkpoint, read_state_dict, state_dict_of
+from ldm.util import UserError
+
+TRAINING = ("optimizer_states", "lr_schedulers", "epoch", "global_step")
+# Weights of VGG16, which LPIPS reads from its own file here.
+FIXED = "loss.perceptual_loss."
+
+
+class TrustingUnpickler(pickle.Unpickler):
+    """Imports and calls what a pickle names, as Python does; what is not installed is left out."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            return Inert
+
+
+def read_trusted(path: Path) -> Any:
+    """The content of a checkpoint, running whatever it holds.
+
+    Raises:
+        UserError: it cannot be read even so.
+    """
+    lenient = ModuleType("lenient_pickle")
+    vars(lenient).update(
+        vars(pickle) | {"Unpickler": TrustingUnpickler, "load": lambda f, **k: TrustingUnpickler(f, **k).load()}
+    )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=lenient)
+    except Exception as error:  # whatever the pickle raises
+        raise UserError(f"'{path}' cannot be read as a checkpoint ({error})") from error
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of tensors, numbers, texts, lists, tuples and dicts alone."""
+    if isinstance(value, dict):
+        return all(is_plain(key) and is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(is_plain, value))
+    return value is None or type(value) in (int, float, bool, str) or isinstance(value, torch.Tensor)
+
+
+def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[dict[str, Any], str]:
+    """A checkpoint of ours from the content of another, and a line on its training state."""
+    new: dict[str, Any] = {"state_dict": {k: v for k, v in state.items() if not k.startswith(FIXED)}}
+    lacking = [key for key in TRAINING if key not in content]
+    if lacking:
+        return new, f"weights alone: the source has no {', '.join(lacking)}"
+    for key in TRAINING:
+        if not is_plain(content[key]):
+            return new, f"weights alone: {key} of the source holds objects"
+        new[key] = content[key]
+    new["pytorch-lightning_version"] = str(content.get("pytorch-lightning_version", "1.4.0"))
+    for key in ("loops", "callbacks"):
+        if content.get(key) and is_plain(content[key]):
+            new[key] = content[key]
+    # Lightning brings the counters of its version 1 into the places where version 2 looks for them.
+    new, _ = migrate_checkpoint(new)
+    return new, f"with the state of training at step {new['global_step']}"
+
+
+def write(path: Path, save: Any) -> None:
+    """Call `save` with a name beside `path`, and rename the result, so that nothing half written is left."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def convert(source: Path, target: Path, config: Path | None, trust: bool, force: bool) -> list[str]:
+    """Convert a checkpoint; returns what was done, line by line.
+
+    Raises:
+        UserError: a file that is not there, cannot be read, or would be overwritten; no configuration.
+    """
+    if target.suffix not in (".ckpt", ".safetensors"):
+        raise UserError(f"'{target}': expected a name that ends in .ckpt or .safetensors")
+    beside = target.with_suffix(".yaml") if target.suffix == ".safetensors" else None
+    for path in (target, beside):
+        if path is not None and path.exists() and not force:
+            raise UserError(f"'{path}' is there already: give another name, or --force to overwrite it")
+    if not source.exists():
+        raise UserError(f"there is no log directory or checkpoint '{source}'")
+    file = source / "checkpoints" / "last.ckpt" if source.is_dir() else source
+    if not file.is_file():
+        raise UserError(f"'{source}' has no checkpoint: there is no '{file}'")
+    if target.exists() and file.samefile(target):
+        raise UserError(f"'{target}' is the checkpoint itself: give another name")
+    project: DictConfig | None = None
+    if beside is not None:
+        project = load_yaml(config, "--config") if config is not None else load_config(source)
+
+    said = []
+    if file.suffix == ".safetensors":
+        content: Any = {"state_dict": read_state_dict(file)}
+    elif trust:
+        content = read_trusted(file)
+    else:
+        content, left_out = read_checkpoint(file, "SOURCE")
+        if left_out:
+            said.append(f"left out, not run: {', '.join(sorted(left_out))}")
+    state = state_dict_of(content, file, "SOURCE")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if beside is None:
+        new, training = converted(content, state)
+        write(target, lambda path: torch.save(new, path))
+        said.append(f"{target}: {len(new['state_dict'])} weights, {training}")
+    else:
+        assert project is not None
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        about = {key: str(content[key]) for key in ("global_step", "epoch") if key in content}
+        write(target, lambda path: save_file(tensors, path, metadata={"format": "pt", **about}))
+        write(beside, lambda path: OmegaConf.save(project, path))
+        said.append(f"{target}: {len(tensors)} weights; {beside}: the configuration")
+    return said
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a checkpoint, or a log directory: its last.ckpt")
+    parser.add_argument("target", type=Path, help="a name that ends in .ckpt or .safetensors")
+    parser.add_argument("--config", type=Path, help="the configuration, where the source's log directory has none")
+    parser.add_argument(
+        "--trust", action="store_true", help="run what is pickled in the source: only for files whose maker you trust"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the target")
+    options = parser.parse_args(argv)
+    try:
+        print("\n".join(convert(options.source, options.target, options.config, options.trust, options.force)))
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

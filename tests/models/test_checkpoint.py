@@ -1,0 +1,232 @@
+"""Checkpoint files: old ones, hostile ones, damaged ones, and ones that lack a part."""
+
+import contextlib
+import os
+import pickletools
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from old_checkpoints import old_layout
+from torch import nn
+
+from ldm.models.autoencoder import VQModel
+from ldm.models.checkpoint import load_weights, read_checkpoint, read_state_dict
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import UserError, instantiate_from_config
+
+# Classes and functions that PyTorch 1.7 has, and that its checkpoints name.
+KNOWN_TO_PYTORCH_1_7 = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "Long", "Int", "Short", "Char", "Byte", "Bool")),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+def test_old_layout_loads(tmp_path, first_stage, zipped, caplog):
+    """Nothing of it is imported, and its tensors are there to the last bit."""
+    plain = old_layout(tmp_path / "old.ckpt", first_stage, zipped)
+    content, left_out = read_checkpoint(tmp_path / "old.ckpt")
+    assert {"main_val_of_then.Callback", "omegaconf.dictconfig.DictConfig"} <= left_out
+    assert "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint" in left_out
+    assert content["global_step"] == plain["global_step"]
+    expected = torch.load(first_stage, weights_only=True)["state_dict"]
+    with caplog.at_level("INFO"):
+        state = read_state_dict(tmp_path / "old.ckpt")
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert len(caplog.messages) == 1 and "left out pickled objects" in caplog.messages[0]
+
+
+class Runs:
+    """Pickles as a call."""
+
+    def __init__(self, function, *args) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+HOSTILE = {
+    "os.system": lambda marker: Runs(os.system, f"touch {marker}"),
+    "subprocess": lambda marker: Runs(subprocess.call, ["touch", str(marker)]),
+    "exec": lambda marker: Runs(exec, f"open({str(marker)!r}, 'w').close()"),
+    "open": lambda marker: Runs(open, str(marker), "w"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("place", ["beside", "in the state dict"])
+def test_a_malicious_pickle_does_not_run(tmp_path, first_stage, kind, zipped, place):
+    """Whether it can be left out or the file is refused: nothing of it is called."""
+    marker, path = tmp_path / "marker", tmp_path / "hostile.ckpt"
+    hostile = HOSTILE[kind](marker)
+    if place == "beside":
+        old_layout(path, first_stage, zipped, hostile=hostile)
+    else:
+        torch.save({"state_dict": {"w": hostile}}, path, _use_new_zipfile_serialization=zipped)
+    try:
+        state = read_state_dict(path)
+    except UserError as error:
+        assert "--trust" in str(error) or "no state dict" in str(error)
+    else:
+        assert place == "beside" and set(state) == set(torch.load(first_stage, weights_only=True)["state_dict"])
+    assert not marker.exists()
+    with contextlib.suppress(ModuleNotFoundError):  # raised after the harm is done
+        torch.load(path, weights_only=False)
+    assert marker.exists(), "the pickle is one that does its harm where it is run"
+
+
+def test_nested_torch_load_does_not_run(tmp_path):
+    """A storage that is unpickled by a second, unrestricted load."""
+    marker = tmp_path / "marker"
+    torch.save(Runs(os.system, f"touch {marker}"), tmp_path / "inner.pt")
+    inner = Runs(torch.storage._load_from_bytes, (tmp_path / "inner.pt").read_bytes())
+    torch.save({"hostile": inner, "state_dict": {"w": torch.ones(2)}}, tmp_path / "outer.pt")
+    assert torch.equal(read_state_dict(tmp_path / "outer.pt")["w"], torch.ones(2))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("which", ["first_stage", "encdiff"])
+def test_ours_can_be_read_by_the_original(which, first_stage, trained_encdiff):
+    """Nothing is named in the pickle that PyTorch 1.7 lacks or that is more than a tensor."""
+    path = first_stage if which == "first_stage" else trained_encdiff.logdir / "checkpoints" / "last.ckpt"
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
+        operations = list(pickletools.genops(archive.read(name)))
+    assert {str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"} <= (
+        KNOWN_TO_PYTORCH_1_7
+    )
+    assert not any(operation.name in ("STACK_GLOBAL", "INST", "OBJ") for operation, _, _ in operations)
+    assert {argument for operation, argument, _ in operations if operation.name == "PROTO"} == {2}
+
+
+def small(**options) -> LatentDiffusion:
+    from test_training import encdiff
+
+    return encdiff(**options)
+
+
+def save(path: Path, model: nn.Module, *without: str, **more: torch.Tensor) -> Path:
+    state = (
+        {k: v for k, v in model.state_dict().items() if not k.startswith(without)} if without else model.state_dict()
+    )
+    torch.save({"state_dict": {**state, **more}}, path)
+    return path
+
+
+def test_absent_averages_begin_at_the_weights(tmp_path, caplog):
+    """The averages of a model that is built anew are those of random weights."""
+    torch.manual_seed(0)
+    path = save(tmp_path / "a.ckpt", small(), "model_ema.")
+    torch.manual_seed(1)
+    with caplog.at_level("INFO"):
+        model = small(ckpt_path=str(path), ema_parameters="all")
+    shadows = dict(model.model_ema.named_buffers())
+    assert all(torch.equal(shadows[n.replace(".", "")], p) for n, p in model.model.named_parameters())
+    encoder = dict(model.cond_stage_model_ema.named_buffers())
+    assert all(torch.equal(encoder[n.replace(".", "")], p) for n, p in model.cond_stage_model.named_parameters())
+    assert len(caplog.messages) == 1
+    assert "not in the file, left as they were: cond_stage_model_ema.* (" in caplog.text
+    assert "model_ema.* (" in caplog.text
+
+
+def test_averages_of_a_first_stage(tmp_path):
+    from test_training import DDCONFIG, LOSS
+
+    def build(**options) -> VQModel:
+        loss = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": LOSS}
+        return VQModel(DDCONFIG, loss, n_embed=16, embed_dim=3, **options)
+
+    torch.manual_seed(0)
+    path = save(tmp_path / "a.ckpt", build(), "loss.")
+    model = build(use_ema=True, ckpt_path=str(path))
+    shadows = dict(model.model_ema.named_buffers())
+    for name, parameter in model.named_parameters():
+        if not name.startswith("loss."):
+            assert torch.equal(shadows[name.replace(".", "")], parameter), name
+
+
+def test_present_averages_are_kept(tmp_path):
+    torch.manual_seed(0)
+    first = small()
+    first.model_ema.num_updates.fill_(7)
+    for shadow in first.model_ema.buffers():
+        shadow += 1 if shadow.is_floating_point() and shadow.ndim else 0
+    model = small(ckpt_path=str(save(tmp_path / "a.ckpt", first)))
+    assert model.model_ema.num_updates == 7
+    found, expected = dict(model.model_ema.named_buffers()), dict(first.model_ema.named_buffers())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_scale_factor_of_a_checkpoint(tmp_path):
+    """LDM saves it only where it was computed; where it is missing, the first batch gives it."""
+    model = small()
+    model.scale_factor.fill_(0.25)
+    whole, without = save(tmp_path / "a.ckpt", model), save(tmp_path / "b.ckpt", model, "scale_factor")
+    loaded = small(ckpt_path=str(whole))
+    assert loaded.scale_factor == 0.25 and loaded.scale_factor_known
+    assert not small(ckpt_path=str(without)).scale_factor_known
+    constant = small(ckpt_path=str(without), scale_by_std=False, scale_factor=0.5)
+    assert constant.scale_factor == 0.5 and constant.scale_factor_known
+
+
+def test_logvar_and_losses_present_or_absent(tmp_path, caplog):
+    plain, learned = small(), small(learn_logvar=True, logvar_init=0.3)
+    with caplog.at_level("INFO"):
+        assert load_weights(plain, save(tmp_path / "a.ckpt", learned)) == set()
+        assert load_weights(learned, save(tmp_path / "b.ckpt", plain)) == {"logvar"}
+        more = {"loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
+        load_weights(plain, save(tmp_path / "c.ckpt", plain, **more))
+    assert learned.logvar[0].item() == pytest.approx(0.3)
+    count = len(plain.state_dict())
+    assert caplog.messages == [
+        f"loaded {count} weights from {tmp_path / 'a.ckpt'}; not used: logvar",
+        f"loaded {count} weights from {tmp_path / 'b.ckpt'}; not in the file, left as they were: logvar",
+        f"loaded {count} weights from {tmp_path / 'c.ckpt'}; not used: loss.* (2)",
+    ]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+def test_damaged_files(tmp_path, first_stage, zipped):
+    old_layout(tmp_path / "whole.ckpt", first_stage, zipped)
+    content = (tmp_path / "whole.ckpt").read_bytes()
+    broken = {
+        "empty": b"",
+        "text": b"This is no checkpoint at all, but a text of some length.",
+        "zip": b"PK\x03\x04" + bytes(100),
+        **{f"cut at {part}": content[: len(content) * part // 10] for part in (1, 5, 9)},
+        "cut in the head": content[:60],
+        "wrong in the middle": content[:2000] + b"\x00" * 3000 + content[5000:],
+    }
+    for name, damaged in broken.items():
+        path = tmp_path / "damaged.ckpt"
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged\.ckpt") as error:
+            read_state_dict(path)
+        assert len(str(error.value)) < 500, name
+
+
+def test_files_without_weights(tmp_path):
+    for content in ([1, 2], {"state_dict": {}}, {"state_dict": {"a": 1}}, {"epoch": 3}):
+        torch.save(content, tmp_path / "a.ckpt")
+        with pytest.raises(UserError, match="holds no state dict"):
+            read_state_dict(tmp_path / "a.ckpt")
+
+
+def test_a_first_stage_from_an_old_checkpoint(tmp_path, first_stage, trained_encdiff):
+    """`first_stage_config.params.ckpt_path` may be one."""
+    from ldm.config import load_yaml
+
+    config = load_yaml(next(trained_encdiff.logdir.glob("configs/*-project.yaml"))).model
+    old_layout(tmp_path / "old.ckpt", first_stage)
+    config.params.first_stage_config.params.ckpt_path = str(tmp_path / "old.ckpt")
+    model = instantiate_from_config(config, "model")
+    expected = torch.load(first_stage, weights_only=True)["state_dict"]
+    for name, value in model.first_stage_model.state_dict().items():
+        assert torch.equal(value, expected[name])
