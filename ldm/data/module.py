@@ -140,6 +140,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         loop = self.trainer.fit_loop
         current, total = loop.epoch_loop.batch_progress.current, loop.epoch_loop.batch_progress.total
         per_epoch = int(loop.max_batches)
+        if total.completed == 0:
+            # A checkpoint of Lightning 1 counts epochs alone.
+            return self.trainer.current_epoch, 0
         if current.completed >= per_epoch:
             # Resumed at the end of an epoch, Lightning may ask for one batch more before it begins the next one.
             return self.trainer.current_epoch, len(self.datasets["train"])  # type: ignore[arg-type]
