@@ -140,7 +140,8 @@ def from_dotlist(items: Sequence[str]) -> DictConfig:
 def without_checkpoints(model: DictConfig) -> DictConfig:
     """A copy of the model's node for weights that come from a checkpoint of its own, which holds all of them: also
     those that once came from other files, which may be gone."""
-    copy = OmegaConf.create(OmegaConf.to_container(model))
+    # References to other values are resolved, as the copy has no other values around it.
+    copy = OmegaConf.create(OmegaConf.to_container(model, resolve=True))
     assert isinstance(copy, DictConfig)
     for key in ("params.ckpt_path", "params.first_stage_config.params.ckpt_path"):
         if OmegaConf.select(copy, key) is not None:

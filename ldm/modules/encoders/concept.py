@@ -30,45 +30,33 @@ def token_mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(1, 64), nn.ELU(), nn.Linear(64, 128), nn.ELU(), nn.Linear(128, width))
 
 
-class Encoder4(nn.Module):
-    """The release's encoder: a strided convolutional network to scalars, and one MLP per scalar to a token.
+def check_image_size(name: str, image_size: int) -> None:
+    """Refuse sizes that cannot be halved four times.
+
+    Raises:
+        ValueError: not a positive multiple of 16.
+    """
+    if image_size < 16 or image_size % 16:
+        raise ValueError(f"{name} halves images four times: image_size must be a multiple of 16, got {image_size}")
+
+
+class ConceptEncoder(nn.Module):
+    """Image to scalars by one network, and each scalar to its token by an MLP of its own.
 
     Args:
-        d: width of the convolutions.
+        encoder: image (b, num_channels, image_size, image_size) -> scalars (b, latent_unit).
         context_dim: width of a token.
         latent_unit: number of scalars, and of tokens.
-        num_channels: channels of the image.
-        image_size: size of the image in pixels, a multiple of 16.
+        num_channels, image_size: of the image.
     """
 
-    def __init__(self, d: int, context_dim: int, latent_unit: int, num_channels: int = 3, image_size: int = 64) -> None:
+    def __init__(
+        self, encoder: nn.Module, context_dim: int, latent_unit: int, num_channels: int, image_size: int
+    ) -> None:
         super().__init__()
-        if image_size < 16 or image_size % 16:
-            raise ValueError(
-                f"Encoder4 halves images four times: image_size must be a multiple of 16, got {image_size}"
-            )
         self.latent_unit, self.context_dim = latent_unit, context_dim
         self.num_channels, self.image_size = num_channels, image_size
-        self.encoder = nn.Sequential(
-            nn.Conv2d(num_channels, d, 4, stride=2, padding=1),
-            nn.BatchNorm2d(d),
-            nn.ReLU(),
-            nn.Conv2d(d, d, 4, stride=2, padding=1),
-            nn.BatchNorm2d(d),
-            nn.ReLU(),
-            nn.Conv2d(d, d, 4, stride=2, padding=1),
-            nn.BatchNorm2d(d),
-            # No ReLU here: as released.
-            nn.Conv2d(d, d, 4, stride=2, padding=1),
-            nn.BatchNorm2d(d),
-            nn.ReLU(),
-            ResBlock(d),
-            nn.BatchNorm2d(d),
-            nn.ReLU(),
-            ResBlock(d),
-            nn.Flatten(),
-            nn.Linear(d * (image_size // 16) ** 2, latent_unit),
-        )
+        self.encoder = encoder
         self.net = nn.ModuleList(token_mlp(context_dim) for _ in range(latent_unit))
 
     def encoding(self, image: torch.Tensor) -> torch.Tensor:
@@ -100,3 +88,39 @@ class Encoder4(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image (b, c, s, s) in [-1, 1] -> tokens (b, n, d)."""
         return self.warp(self.encoding(image))
+
+
+class Encoder4(ConceptEncoder):
+    """The release's encoder: a strided convolutional network to scalars, and one MLP per scalar to a token.
+
+    Args:
+        d: width of the convolutions.
+        context_dim: width of a token.
+        latent_unit: number of scalars, and of tokens.
+        num_channels: channels of the image.
+        image_size: size of the image in pixels, a multiple of 16.
+    """
+
+    def __init__(self, d: int, context_dim: int, latent_unit: int, num_channels: int = 3, image_size: int = 64) -> None:
+        check_image_size(type(self).__name__, image_size)
+        encoder = nn.Sequential(
+            nn.Conv2d(num_channels, d, 4, stride=2, padding=1),
+            nn.BatchNorm2d(d),
+            nn.ReLU(),
+            nn.Conv2d(d, d, 4, stride=2, padding=1),
+            nn.BatchNorm2d(d),
+            nn.ReLU(),
+            nn.Conv2d(d, d, 4, stride=2, padding=1),
+            nn.BatchNorm2d(d),
+            # No ReLU here: as released.
+            nn.Conv2d(d, d, 4, stride=2, padding=1),
+            nn.BatchNorm2d(d),
+            nn.ReLU(),
+            ResBlock(d),
+            nn.BatchNorm2d(d),
+            nn.ReLU(),
+            ResBlock(d),
+            nn.Flatten(),
+            nn.Linear(d * (image_size // 16) ** 2, latent_unit),
+        )
+        super().__init__(encoder, context_dim, latent_unit, num_channels, image_size)
