@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm.modules.attention import CrossAttention, SpatialTransformer
+from ldm.modules.diffusionmodules import model, openaimodel
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
@@ -123,30 +124,39 @@ def test_unet_refuses_what_does_not_fit():
             net(x, t, tokens)
 
 
-def test_unet_gradient_equals_finite_differences():
+@pytest.mark.parametrize("updown", [True, False])
+def test_unet_gradient_equals_finite_differences(updown):
+    """Along a random direction of every parameter, of the latent and of the tokens, and of all of them together."""
     torch.manual_seed(0)
-    net = randomised(UNetModel(**UNET, resblock_updown=True, use_scale_shift_norm=True)).double()
-    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    tokens = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
-    t = torch.tensor([40])
+    options = {"resblock_updown": updown, "use_scale_shift_norm": updown, "attention_resolutions": [1, 2]}
+    net = randomised(UNetModel(**{**UNET, **options})).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    t, noise = torch.tensor([40, 700]), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    leaves = {**dict(net.named_parameters()), "x": x, "tokens": tokens}
 
     def loss() -> torch.Tensor:
-        return net(x, t, tokens).square().mean()
+        return (net(x, t, tokens) - noise).square().mean()
 
-    loss().backward()
+    gradients = dict(zip(leaves, torch.autograd.grad(loss(), list(leaves.values())), strict=True))
+    steps = {name: torch.randn_like(leaf) for name, leaf in leaves.items()}
     step = 1e-5
-    chosen = [net.input_blocks[0][0].weight, net.middle_block[1].transformer_blocks[0].attn2.to_k.weight, tokens]
-    for tensor in chosen:
-        flat = tensor.detach().view(-1)
-        for index in (0, flat.numel() // 2):
-            value = flat[index].item()
-            flat[index] = value + step
-            above = loss().item()
-            flat[index] = value - step
-            below = loss().item()
-            flat[index] = value
-            assert tensor.grad is not None
-            assert tensor.grad.view(-1)[index].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-9)
+
+    @torch.no_grad()
+    def slope(names: list[str]) -> float:
+        values = []
+        for sign in (1, -1):
+            for name in names:
+                leaves[name].add_(steps[name], alpha=sign * step)
+            values.append(loss().item())
+            for name in names:
+                leaves[name].sub_(steps[name], alpha=sign * step)
+        return (values[0] - values[1]) / (2 * step)
+
+    for names in [[name] for name in leaves] + [list(leaves)]:
+        expected = sum((gradients[name] * steps[name]).sum().item() for name in names)
+        # Biases before a norm do nothing: their gradient is 0 but for rounding.
+        assert slope(names) == pytest.approx(expected, rel=1e-5, abs=1e-8), names
 
 
 def test_timestep_embedding_by_hand():
@@ -187,10 +197,57 @@ def test_gaussian_kl_against_torch():
     assert ((draws.mean(0) - posterior.mean).abs() < 6 * posterior.std / math.sqrt(4000)).all()
 
 
-def test_resampling_against_interpolation():
-    x = torch.randn(1, 32, 4, 4)
-    net = UNetModel(**{**UNET, "conv_resample": False})
-    down, up = net.input_blocks[2][0], net.output_blocks[1][-1]
-    torch.testing.assert_close(down(x), F.avg_pool2d(x, 2))
-    expected = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    torch.testing.assert_close(up(x), expected)
+def plain_convolution(x: torch.Tensor, layer: torch.nn.Conv2d, stride: int) -> torch.Tensor:
+    """A 3×3 convolution of an image (b, c, h, w) that is padded already, position by position."""
+    b, _, height, width = x.shape
+    rows, columns = (height - 3) // stride + 1, (width - 3) // stride + 1
+    out = x.new_zeros(b, layer.out_channels, rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            patch = x[:, :, i * stride : i * stride + 3, j * stride : j * stride + 3]
+            out[:, :, i, j] = patch.flatten(1) @ layer.weight.flatten(1).t() + layer.bias
+    return out
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Every position twice in both directions."""
+    return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+def test_resampling_of_the_unet():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6).double()
+    halves = (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+    torch.testing.assert_close(openaimodel.Downsample(4, False)(x), halves)
+    torch.testing.assert_close(openaimodel.Upsample(4, False)(x), doubled(x))
+    down, up = openaimodel.Downsample(4, True).double(), openaimodel.Upsample(4, True).double()
+    torch.testing.assert_close(down(x), plain_convolution(F.pad(x, (1, 1, 1, 1)), down.op, 2))
+    torch.testing.assert_close(up(x), plain_convolution(F.pad(doubled(x), (1, 1, 1, 1)), up.conv, 1))
+
+
+def test_resampling_of_the_first_stage():
+    """Halving pads at the right and the bottom only."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6).double()
+    down, up = model.Downsample(4).double(), model.Upsample(4).double()
+    torch.testing.assert_close(down(x), plain_convolution(F.pad(x, (0, 1, 0, 1)), down.conv, 2))
+    torch.testing.assert_close(up(x), plain_convolution(F.pad(doubled(x), (1, 1, 1, 1)), up.conv, 1))
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_resampling_inside_a_residual_block(direction):
+    """The map is resampled after the first activation, on both ways through the block (guided-diffusion)."""
+    torch.manual_seed(0)
+    block = randomised(openaimodel.ResBlock(32, 8, 0.0, 32, True, direction)).double()
+    x, emb = torch.randn(2, 32, 4, 4).double(), torch.randn(2, 8).double()
+
+    def resample(h: torch.Tensor) -> torch.Tensor:
+        return doubled(h) if direction == "up" else F.avg_pool2d(h, 2)
+
+    first, last, out = block.in_layers[2], block.out_layers[3], block.out_layers[0]
+    h = resample(F.silu(F.group_norm(x, 32, block.in_layers[0].weight, block.in_layers[0].bias)))
+    h = plain_convolution(F.pad(h, (1, 1, 1, 1)), first, 1)
+    scale, shift = block.emb_layers[1](F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+    h = F.silu(F.group_norm(h, 32, out.weight, out.bias) * (1 + scale) + shift)
+    h = plain_convolution(F.pad(h, (1, 1, 1, 1)), last, 1)
+    torch.testing.assert_close(block(x, emb), resample(x) + h)
