@@ -30,7 +30,7 @@ class AdversarialLoss(nn.Module):
         disc_factor: 0 trains without a discriminator, which then is not built.
         disc_weight: factor on the adaptive weight.
         perceptual_weight: weight of LPIPS, which is built only where it is above 0.
-        perceptual_weights: file with VGG16's weights; see `ldm.modules.losses.lpips`.
+        perceptual_weights: file with VGG16's weights; perceptual_dropout: see `ldm.modules.losses.lpips`.
         disc_conditional: must be false: this first stage has no condition.
         disc_loss: hinge or vanilla. pixel_loss: l1 or l2.
     """
@@ -44,6 +44,7 @@ class AdversarialLoss(nn.Module):
         disc_weight: float = 1.0,
         perceptual_weight: float = 1.0,
         perceptual_weights: str | None = None,
+        perceptual_dropout: bool = False,
         use_actnorm: bool = False,
         disc_conditional: bool = False,
         disc_ndf: int = 64,
@@ -62,7 +63,7 @@ class AdversarialLoss(nn.Module):
             raise ValueError(f"perceptual_weight and disc_factor must not be negative, got {found}")
         self.pixel_loss = pixel_loss
         self.perceptual_weight = perceptual_weight
-        self.perceptual_loss = LPIPS(perceptual_weights) if perceptual_weight > 0 else None
+        self.perceptual_loss = LPIPS(perceptual_weights, perceptual_dropout) if perceptual_weight > 0 else None
         self.discriminator_iter_start = disc_start
         self.disc_factor, self.discriminator_weight = disc_factor, disc_weight
         self.d_loss = D_LOSSES[disc_loss]

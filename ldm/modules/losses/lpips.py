@@ -45,13 +45,16 @@ class LPIPS(nn.Module):
 
     Args:
         weights: path of VGG16's state dict; see `vgg16_state_dict`.
+        dropout: drop half of the squared differences while training. LPIPS as published does not, but taming and LDM
+            train so, since Lightning puts the loss into training mode with the rest of the model.
     """
 
     shift: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, weights: str | Path | None = None) -> None:
+    def __init__(self, weights: str | Path | None = None, dropout: bool = False) -> None:
         super().__init__()
+        self.dropout = dropout
         import torchmetrics.functional.image as torchmetrics_image
 
         backbone = vgg16_state_dict(weights)
@@ -83,6 +86,10 @@ class LPIPS(nn.Module):
         """Two batches of images (b, 3, h, w) in [-1, 1] -> distances (b, 1, 1, 1)."""
         total = torch.zeros(())
         for stage, (u, v) in enumerate(zip(self.features(a), self.features(b), strict=True)):
-            weighted = F.conv2d((u - v).square(), getattr(self, f"head_{stage}"))
+            differences = (u - v).square()
+            if self.dropout and self.training:
+                # In (b, c, h, w) order whatever the memory layout, so that a seed drops what it drops in taming.
+                differences = F.dropout(differences.contiguous(), 0.5)
+            weighted = F.conv2d(differences, getattr(self, f"head_{stage}"))
             total = total.to(weighted) + weighted.mean(dim=(2, 3), keepdim=True)
         return total
