@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
@@ -198,6 +199,86 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
         shadows = dict(model.cond_stage_model_ema.named_buffers())
         for name, expected in averaged_encoder.items():
             torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=5e-5)
+
+
+class Steps(Callback):
+    """Keeps weights, random state, gradients, rate and loss of every step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append({"before": copy.deepcopy(pl_module.state_dict()), "random": torch.get_rng_state()})
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        named = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+        self.rows[-1] |= {"gradients": named, "rate": optimizer.param_groups[0]["lr"]}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        loss = float(trainer.callback_metrics["train/loss_step"])
+        self.rows[-1] |= {"loss": loss, "after": copy.deepcopy(pl_module.state_dict())}
+
+
+def test_every_step_of_encdiff():
+    """Loss, gradients, learning rate, AdamW, averages and scale factor of each step, by formulas written here."""
+    torch.manual_seed(0)
+    warm_up = {"warm_up_steps": [3], "cycle_lengths": [100], "f_start": [0.01], "f_max": [1.0], "f_min": [1.0]}
+    schedule = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": warm_up}
+    model = encdiff(scheduler_config=schedule)
+    randomise(model.model)
+    model.learning_rate = 1e-3
+    model.model_ema.reset(model.model)
+    data, steps = loader(5), Steps()
+    plain = copy.deepcopy(model).train()
+    fit(model, data, callbacks=[steps])
+
+    betas = torch.linspace(0.0015**0.5, 0.0155**0.5, 100, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0).float()
+    first = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    second = copy.deepcopy(first)
+    for index, (row, batch) in enumerate(zip(steps.rows, data, strict=True)):
+        plain.load_state_dict(row["before"])
+        torch.set_rng_state(row["random"])
+        x = batch["image"].permute(0, 3, 1, 2)
+        with torch.no_grad():
+            latent = plain.first_stage_model.encode(x)
+        if index == 0:
+            scale = 1 / latent.std()
+        torch.testing.assert_close(row["after"]["scale_factor"], scale)
+        t, noise = torch.randint(0, 100, (4,)), torch.randn(latent.shape)
+        a = alphas[t].reshape(-1, 1, 1, 1)
+        predicted = plain.model.diffusion_model(
+            a.sqrt() * scale * latent + (1 - a).sqrt() * noise, t, plain.cond_stage_model(x)
+        )
+        loss = (predicted - noise).abs().mean()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+        rate = 1e-3 * min(1.0, 0.01 + 0.99 * index / 3)
+        assert row["rate"] == pytest.approx(rate)
+        trained = {n: p for n, p in plain.named_parameters() if n.startswith(("model.", "cond_stage_model."))}
+        assert set(row["gradients"]) == set(trained)
+        expected = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+        decay = min(0.9999, (2 + index) / (11 + index))
+        for name, gradient in row["gradients"].items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+            # AdamW (Loshchilov and Hutter, 2019), from the gradient that Lightning's run had.
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            size = (second[name] / (1 - 0.999 ** (index + 1))).sqrt() + 1e-8
+            before = row["before"][name]
+            weight = before - rate * 0.01 * before - rate * first[name] / (1 - 0.9 ** (index + 1)) / size
+            torch.testing.assert_close(row["after"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+            if name.startswith("model."):
+                shadow = f"model_ema.{name.removeprefix('model.').replace('.', '')}"
+                average = row["before"][shadow] - (1 - decay) * (row["before"][shadow] - row["after"][name])
+                torch.testing.assert_close(row["after"][shadow], average, rtol=1e-5, atol=1e-6, msg=shadow)
+
+
+def randomise(module: nn.Module) -> None:
+    """Fill what starts as zero, so that every weight has a gradient."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
 def test_first_stage_stays_frozen_and_in_evaluation_mode():
