@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         UserError: an unknown flag, with the nearest known one.
     """
     parser = get_parser()
-    # Taken out first: after `-t` or in the list of `--base`, argparse would take them for those flags' values.
-    overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]
-    opt, rest = parser.parse_known_args([item for item in argv if item not in overrides])
+    # Taken out first: after `-t` or in the list of `--base`, argparse would take them for those flags' values. What
+    # follows a flag that needs a value is its value, whatever it looks like.
+    takes_value = {option for action in parser._actions if action.nargs is None for option in action.option_strings}
+    overrides, others = [], []
+    for before, item in pairwise(["", *argv]):
+        given = before not in takes_value and re.match(r"[A-Za-z_][\w.]*=", item)
+        (overrides if given else others).append(item)
+    opt, rest = parser.parse_known_args(others)
     dotlist = [item for item in opt.base if "=" in item] + overrides + rest
     opt.base = [item for item in opt.base if "=" not in item]
     for item in dotlist:

@@ -147,6 +147,11 @@ def test_overrides_may_stand_anywhere():
     assert opt.base == ["a.yaml"] and dotlist == ["x.y=1", "z=2"] and opt.train is True
 
 
+def test_the_value_of_a_flag_may_hold_a_sign():
+    opt, dotlist = parse(["-n", "lr=1", "--postfix", "a=b", "-s", "3", "x=2", "-t"])
+    assert (opt.name, opt.postfix, opt.seed, opt.train, dotlist) == ("lr=1", "a=b", 3, True, ["x=2"])
+
+
 # ---- several processes, as far as they can be seen without starting any
 
 

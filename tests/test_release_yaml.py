@@ -226,3 +226,23 @@ def test_overlays_fit_over_the_releases_files():
         [load_yaml(ENCDIFF), load_yaml(RELEASE.parents[2] / "configs/latent-diffusion/shapes3d-vq-4-16.yaml")]
     )
     assert merged.model.params.eval_name == "shapes3d" and merged.model.params.unet_config.params.use_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("stage", "switches"),
+    [
+        ("vq", ["data.params.validation=null", "model.params.monitor=train/epoch_num"]),
+        ("vq", ["model.params.lossconfig.params.perceptual_dropout=true", "data.params.num_workers=1"]),
+        ("vq", ["model.params.val_loss_every=1", "--scale_lr", "false"]),
+        ("enc", ["model.params.scale_factor_images=8", "model.params.ema_parameters=all"]),
+    ],
+)
+def test_ways_back_of_the_readme(cli, first_stage, stage, switches):
+    """The switches in the last column of the README's table exist and train."""
+    text = (RELEASE.parents[2] / "README.md").read_text()
+    for switch in switches:
+        assert switch.split("=")[0].removeprefix("model.params.") in text or switch == "false"
+    base = getattr(cli, stage)
+    more = [] if stage == "vq" else [f"model.params.first_stage_config.params.ckpt_path={first_stage}"]
+    run = cli.run("--base", base, "-t", "--gpus", 0, "--max_steps", 1, *switches, *more)
+    assert run.status == 0, run.err

@@ -99,6 +99,7 @@ def test_ours_can_be_read_by_the_original(which, first_stage, trained_encdiff):
     with zipfile.ZipFile(path) as archive:
         (name,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
         operations = list(pickletools.genops(archive.read(name)))
+        assert int(archive.read(name.replace("data.pkl", "version"))) <= 3, "the format's version of PyTorch 1.7"
     assert {str(argument) for operation, argument, _ in operations if operation.name == "GLOBAL"} <= (
         KNOWN_TO_PYTORCH_1_7
     )
