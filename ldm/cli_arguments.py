@@ -78,7 +78,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     # Taken out first: after `-t` or in the list of `--base`, argparse would take them for those flags' values. What
     # follows a flag that needs a value is its value, whatever it looks like.
     takes_value = {option for action in parser._actions if action.nargs is None for option in action.option_strings}
-    overrides, others = [], []
+    overrides: list[str] = []
+    others: list[str] = []
     for before, item in pairwise(["", *argv]):
         given = before not in takes_value and re.match(r"[A-Za-z_][\w.]*=", item)
         (overrides if given else others).append(item)
