@@ -17,6 +17,7 @@ from ldm.models.checkpoint import load_weights, read_checkpoint, read_state_dict
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError, instantiate_from_config
 
+REFERENCE = Path(__file__).parents[1] / "reference"
 # Classes and functions that PyTorch 1.7 has, and that its checkpoints name.
 KNOWN_TO_PYTORCH_1_7 = {
     "collections OrderedDict",
@@ -39,6 +40,22 @@ def test_old_layout_loads(tmp_path, first_stage, zipped, caplog):
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], value) for name, value in expected.items())
     assert len(caplog.messages) == 1 and "left out pickled objects" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("file", ["lightning_1_4_2.ckpt", "lightning_1_4_2_before_1_6.ckpt"])
+def test_a_genuine_file_of_that_time(file):
+    """Written by PyTorch 1.7.1, Lightning 1.4.2 and OmegaConf 2.1.1 in either format of PyTorch's.
+
+    A linear layer of weights .5 and biases -1 took six steps of AdamW at a rate of .25 along a constant gradient, each
+    of which moves every entry by the rate.
+    """
+    content, left_out = read_checkpoint(REFERENCE / file)
+    assert content["pytorch-lightning_version"] == "1.4.2" and content["global_step"] == 6
+    assert {"__main__.SetupCallback", "omegaconf.listconfig.ListConfig"} <= left_out
+    torch.testing.assert_close(content["state_dict"]["encoder.weight"], torch.full((3, 2), -1.0))
+    torch.testing.assert_close(content["state_dict"]["encoder.bias"], torch.full((3,), -2.5))
+    assert content["state_dict"]["scale_factor"] == 0.25
+    assert content["optimizer_states"][0]["state"][0]["step"] == 6
 
 
 class Runs:
