@@ -182,7 +182,7 @@ def configure_manual_optimization(model: pl.LightningModule, options: dict[str, 
         if value is not None:
             setattr(model, name, value)
     strategy = options.get("strategy", "auto")
-    if processes(options) != 1 and strategy in UNUSED_PARAMETERS:
+    if strategy in UNUSED_PARAMETERS and (processes(options) != 1 or strategy != "auto"):
         options["strategy"] = UNUSED_PARAMETERS[strategy]
 
 

@@ -74,6 +74,25 @@ def check_resumable(path: Path, model: pl.LightningModule) -> None:
                 f"'{path}' is a checkpoint of another model: {name} has the shape {tuple(saved[name].shape)} there,"
                 f" and {tuple(own[name].shape)} in this configuration"
             )
+    optimizers = _optimizers(model)
+    trained = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
+    held = [sum(len(group["params"]) for group in state["param_groups"]) for state in content["optimizer_states"]]
+    if trained != held:
+        raise UserError(
+            f"-r: '{path}' holds the state of optimisers of {held} parameters, and this configuration trains {trained}:"
+            " is there another cond_stage_trainable, learn_logvar or lossconfig? To start from the weights alone, give"
+            " the file as model.params.ckpt_path"
+        )
+
+
+def _optimizers(model: pl.LightningModule) -> list[Any]:
+    """The optimisers that a model will be trained with."""
+    found: Any = model.configure_optimizers()
+    if isinstance(found, dict):
+        found = found["optimizer"]
+    elif isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list):
+        found = found[0]
+    return list(found) if isinstance(found, list | tuple) else [found]
 
 
 def warn_of_untrained(config: Any) -> None:

@@ -176,15 +176,27 @@ def get_obj_from_str(target: str, where: str = "target") -> Any:
 SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 LISTS = (Sequence, Iterable, list, tuple)
 # What constructors raise for values that they cannot use.
-FAILURES = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError, OSError, AttributeError)
+FAILURES = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    OSError,
+    AttributeError,
+    ImportError,  # a logger whose package is not installed
+)
 
 
 def _hints(function: Any) -> dict[str, Any]:
-    """Type hints of a function's parameters; none where they cannot be resolved."""
+    """Type hints of a function's parameters, without those that cannot be resolved."""
     try:
         return get_type_hints(function)
     except (NameError, TypeError, AttributeError):
-        return {}
+        # A name that is known to type checkers alone; the other annotations stand.
+        found = getattr(function, "__annotations__", {})
+        return {name: hint for name, hint in found.items() if not isinstance(hint, str)}
 
 
 def check_value(hint: Any, value: Any, where: str) -> None:

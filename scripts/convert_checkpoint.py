@@ -12,12 +12,14 @@ import argparse
 import os
 import pickle
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.migration import migrate_checkpoint
@@ -59,13 +61,33 @@ def read_trusted(path: Path) -> Any:
         raise UserError(f"'{path}' cannot be read as a checkpoint ({error})") from error
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value is made of tensors, numbers, texts, lists, tuples and dicts alone."""
+def plainly(value: Any) -> Any:
+    """A value as tensors, numbers, texts, lists, tuples and dicts.
+
+    Raises:
+        TypeError: it is made of anything else.
+    """
     if isinstance(value, dict):
-        return all(is_plain(key) and is_plain(entry) for key, entry in value.items())
+        return {plainly(key): plainly(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value) in (list, tuple) and all(map(is_plain, value))
-    return value is None or type(value) in (int, float, bool, str) or isinstance(value, torch.Tensor)
+        return (list if isinstance(value, list) else tuple)(map(plainly, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or type(value) in (int, float, bool, str) or isinstance(value, torch.Tensor):
+        return value
+    raise TypeError(type(value).__name__)
+
+
+def counted(value: Any) -> int:
+    """A number of epochs or steps.
+
+    Raises:
+        TypeError: it is none.
+    """
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else plainly(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r} is no count")
+    return value
 
 
 def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[dict[str, Any], str]:
@@ -74,14 +96,18 @@ def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[
     lacking = [key for key in TRAINING if key not in content]
     if lacking:
         return new, f"weights alone: the source has no {', '.join(lacking)}"
+    training: dict[str, Any] = {}
     for key in TRAINING:
-        if not is_plain(content[key]):
-            return new, f"weights alone: {key} of the source holds objects"
-        new[key] = content[key]
+        try:
+            training[key] = (counted if key in ("epoch", "global_step") else plainly)(content[key])
+        except TypeError as error:
+            return new, f"weights alone: {key} of the source holds objects ({error})"
+    new |= training
     new["pytorch-lightning_version"] = str(content.get("pytorch-lightning_version", "1.4.0"))
     for key in ("loops", "callbacks"):
-        if content.get(key) and is_plain(content[key]):
-            new[key] = content[key]
+        with suppress(TypeError):  # callbacks of Lightning 1 are left out
+            if content.get(key):
+                new[key] = plainly(content[key])
     # Lightning brings the counters of its version 1 into the places where version 2 looks for them.
     new, _ = migrate_checkpoint(new)
     return new, f"with the state of training at step {new['global_step']}"

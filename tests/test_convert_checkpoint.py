@@ -5,6 +5,7 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import CHECKPOINT, ROOT
@@ -157,4 +158,39 @@ def test_resuming_an_old_file_says_to_convert_it(cli, first_stage, tmp_path):
     old_layout(tmp_path / "old.ckpt", first_stage)
     run = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--resume_from_checkpoint", tmp_path / "old.ckpt")
     assert run.status == 2 and "convert_checkpoint.py" in run.err and "--resume_from_checkpoint" in run.err
+    assert not run.logdirs
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "trusted"),
+    [
+        ("global_step", torch.tensor(8), True),
+        ("global_step", np.int64(8), True),
+        ("epoch", None, False),
+        ("epoch", "two", False),
+        ("global_step", -1, False),
+        ("optimizer_states", [{"state": Path("x")}], False),
+    ],
+    ids=str,
+)
+def test_counters_of_other_kinds(tmp_path, first_stage, key, value, trusted, cli, capsys):
+    """They become whole numbers, or the weights alone are taken and it is said why."""
+    content = {**old_layout(tmp_path / "old.ckpt", first_stage), key: value}
+    torch.save(content, tmp_path / "old.ckpt")
+    assert script.main([str(tmp_path / "old.ckpt"), str(tmp_path / "new.ckpt"), "--trust"]) == 0
+    out, found = capsys.readouterr().out, torch.load(tmp_path / "new.ckpt", weights_only=True)
+    if trusted:
+        assert "at step 8" in out and type(found["global_step"]) is int
+        run = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_steps", 9, "--resume_from_checkpoint",
+                      tmp_path / "new.ckpt")  # fmt: skip
+        assert run.status == 0, run.err
+    else:
+        assert f"weights alone: {key} of the source" in out and set(found) == {"state_dict"}
+
+
+def test_a_resume_with_other_trained_parameters(cli, first_stage, trained_encdiff):
+    """The optimiser's state does not fit, which Lightning would tell by a traceback."""
+    run = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--resume_from_checkpoint", last(trained_encdiff.logdir),
+                  f"{CHECKPOINT}={first_stage}", "model.params.cond_stage_trainable=false")  # fmt: skip
+    assert run.status == 2 and "cond_stage_trainable" in run.err and "model.params.ckpt_path" in run.err
     assert not run.logdirs

@@ -1,13 +1,14 @@
 """YAML files in the first release's own vocabulary: they run unchanged, and say what has no effect."""
 
 import csv
+import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from command_line import CommandLine, encdiff_config, first_stage_config
+from command_line import CHECKPOINT, CommandLine, encdiff_config, first_stage_config
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -246,3 +247,38 @@ def test_ways_back_of_the_readme(cli, first_stage, stage, switches):
     more = [] if stage == "vq" else [f"model.params.first_stage_config.params.ckpt_path={first_stage}"]
     run = cli.run("--base", base, "-t", "--gpus", 0, "--max_steps", 1, *switches, *more)
     assert run.status == 0, run.err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("ddim_steps=two", "ddim_steps: expected a whole number"),
+        ("ddim_eta=null", "ddim_eta: expected a number"),
+        ("N=0", "N: expected at least 1"),
+        ("return_keys=[samples]", "return_keys: ['samples'] is not supported"),
+        ("samples=true", "unknown key 'samples'"),
+    ],
+)
+def test_kinds_of_the_pictures_options(cli, first_stage, argument, message):
+    key = f"lightning.callbacks.image_logger.params.log_images_kwargs.{argument}"
+    run = cli.run("--base", cli.enc, "-t", "--gpus", 0, key, f"{CHECKPOINT}={first_stage}")
+    assert run.status == 2 and message in run.err, run.err
+    assert not run.logdirs
+
+
+def test_pictures_without_ddim_and_a_strategy_by_name(cli, first_stage):
+    """LDM's `ddim_steps: null`; and `strategy: ddp` of one process, whose two optimisers leave weights unused."""
+    where = "lightning.callbacks.image_logger.params.log_images_kwargs"
+    run = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_steps", 1, f"{where}.ddim_steps=null",
+                  f"{where}.swap_images=1", "model.params.timesteps=10", f"{CHECKPOINT}={first_stage}")  # fmt: skip
+    assert run.status == 0, run.err
+    process = cli.start("main.py", "--base", cli.vq, "-t", "--gpus", 0, "--max_steps", 1, "--strategy", "ddp")
+    assert (result := cli.result(process)).status == 0, result.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_logger_that_is_not_installed(cli):
+    node = "lightning.logger={target: pytorch_lightning.loggers.WandbLogger}"
+    run = cli.run("--base", cli.vq, "-t", "--gpus", 0, node)
+    assert run.status == 2 and "error: lightning.logger (WandbLogger): " in run.err and "install" in run.err
+    assert not run.logdirs

@@ -41,7 +41,7 @@ def diffusion_images(
     N: int = 8,
     n_row: int = 4,
     sample: bool = True,
-    ddim_steps: int = 200,
+    ddim_steps: int | None = 200,
     ddim_eta: float = 1.0,
     plot_denoise_rows: bool = True,
     plot_progressive_rows: bool = False,
@@ -57,7 +57,8 @@ def diffusion_images(
 
     Args:
         batch: images (b, h, w, c) in [-1, 1]; the first `N` are used.
-        sample: sample from each image's tokens. ddim_steps, ddim_eta: of the sampler.
+        sample: sample from each image's tokens. ddim_steps, ddim_eta: of the sampler; no number, as LDM has it for
+            sampling without DDIM, means a step per timestep.
         n_row: number of images shown in rows over time.
         plot_denoise_rows: x_t on its way from noise to the sample. plot_progressive_rows: the predicted x_0 beside it.
         plot_diffusion_rows: the forward process.
@@ -77,18 +78,19 @@ def diffusion_images(
     z = model.get_first_stage_encoding(model.encode_first_stage(x))
     pictures = {"inputs": x, "reconstruction": model.decode_first_stage(z)}
     sampler = DDIMSampler(model)
+    steps = min(ddim_steps or model.num_timesteps, model.num_timesteps)
 
     def noise(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=model.device, dtype=z.dtype)
 
     def draw(tokens: torch.Tensor | None, size: int, **options):
         options = {"eta": ddim_eta, "generator": generator, "log_every_t": model.log_every_t} | options
-        return sampler.sample(min(ddim_steps, model.num_timesteps), size, shape, tokens, **options)
+        return sampler.sample(steps, size, shape, tokens, **options)
 
     if plot_diffusion_rows:
         times = torch.linspace(0, model.num_timesteps - 1, 6).long().to(model.device)
-        steps = [model.q_sample(z[:n_row], t.expand(n_row), noise(n_row, *shape)) for t in times]
-        rows = [model.decode_first_stage(step) for step in steps]
+        noised = [model.q_sample(z[:n_row], t.expand(n_row), noise(n_row, *shape)) for t in times]
+        rows = [model.decode_first_stage(step) for step in noised]
         pictures["diffusion_row"] = _grid(torch.stack(rows, dim=1))
 
     was_training = model.training
