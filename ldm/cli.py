@@ -83,7 +83,7 @@ def run_training(argv: Sequence[str], score: bool) -> int:
             callback.check(datasets, model, options.get("overfit_batches") or options.get("limit_val_batches"))
     check_model(model, datasets, OmegaConf.select(nodes, "modelcheckpoint.params.monitor"), callbacks)
     if run.checkpoint is not None:
-        check_resumable(run.checkpoint, model)
+        check_resumable(run.checkpoint, model, "--resume_from_checkpoint" if run.fresh else "-r")
     elif opt.train:
         warn_of_untrained(config)
 

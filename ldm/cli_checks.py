@@ -46,29 +46,40 @@ def check_writable(logdir: Path, what: str = "-l/--logdir") -> None:
         raise UserError(f"{what}: cannot write to '{parent}' ({error.strerror}): give another folder") from error
 
 
-def check_resumable(path: Path, model: pl.LightningModule) -> None:
+def check_resumable(path: Path, model: pl.LightningModule, named_by: str = "-r") -> None:
     """Refuse a checkpoint that a run of this model cannot go on from.
+
+    Args:
+        path: the checkpoint.
+        model: of the configuration.
+        named_by: the flag that led to it, for the messages.
 
     Raises:
         UserError: not readable, weights without a training run's state, or another model's.
     """
-    convert = f"python scripts/convert_checkpoint.py {path} NEW.ckpt"
-    content, left_out = read_checkpoint(path, "-r")
+    alone = f"{named_by}: '{path}' holds no state of a training run to go on from: to start from its weights, give it"
+    alone += " as model.params.ckpt_path"
+    if path.suffix == ".safetensors":
+        raise UserError(alone)
+    content, left_out = read_checkpoint(path, named_by)
     if left_out:
         raise UserError(
-            f"-r: '{path}' holds pickled objects ({', '.join(sorted(left_out))}), as checkpoints of Lightning 1 do:"
-            f" convert it by {convert}, and go on by --resume_from_checkpoint NEW.ckpt"
+            f"{named_by}: '{path}' holds pickled objects ({', '.join(sorted(left_out))}), as checkpoints of Lightning 1"
+            f" do: convert it by python scripts/convert_checkpoint.py {path} NEW.ckpt, and go on by"
+            " --resume_from_checkpoint NEW.ckpt"
         )
     if not isinstance(content, dict) or not {"state_dict", "loops", "optimizer_states"} <= set(content):
-        raise UserError(
-            f"-r: '{path}' holds no state of a training run to go on from: to start from its weights, give it as"
-            " model.params.ckpt_path"
-        )
+        raise UserError(alone)
     own, saved = model.state_dict(), content["state_dict"]
+    if isinstance(model, LatentDiffusion):
+        # What the original may lack or hold besides; see `LatentDiffusion.on_load_checkpoint`.
+        constant = {"scale_factor"} | (set() if model.learn_logvar else {"logvar"})
+        own, saved = ({k: v for k, v in state.items() if k not in constant} for state in (own, saved))
     for name in [*own, *saved]:
         if name not in saved or name not in own:
             lacks = "lacks" if name not in saved else "has"
-            raise UserError(f"'{path}' is a checkpoint of another model: it {lacks} the weight {name}")
+            hint = ": compare use_ema and ema_parameters" if "model_ema." in name else ""
+            raise UserError(f"'{path}' is a checkpoint of another model: it {lacks} the weight {name}{hint}")
         if own[name].shape != saved[name].shape:
             raise UserError(
                 f"'{path}' is a checkpoint of another model: {name} has the shape {tuple(saved[name].shape)} there,"
@@ -79,9 +90,9 @@ def check_resumable(path: Path, model: pl.LightningModule) -> None:
     held = [sum(len(group["params"]) for group in state["param_groups"]) for state in content["optimizer_states"]]
     if trained != held:
         raise UserError(
-            f"-r: '{path}' holds the state of optimisers of {held} parameters, and this configuration trains {trained}:"
-            " is there another cond_stage_trainable, learn_logvar or lossconfig? To start from the weights alone, give"
-            " the file as model.params.ckpt_path"
+            f"{named_by}: '{path}' holds the state of optimisers of {held} parameters, and this configuration trains"
+            f" {trained}: is there another cond_stage_trainable, learn_logvar or lossconfig? To start from the weights"
+            " alone, give the file as model.params.ckpt_path"
         )
 
 

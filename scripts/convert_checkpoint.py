@@ -12,6 +12,7 @@ import argparse
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -21,18 +22,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.utilities.migration import migrate_checkpoint
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 
 from ldm.api import load_config
 from ldm.config import load_yaml
-from ldm.models.checkpoint import Inert, read_checkpoint, read_state_dict, state_dict_of
+from ldm.models.checkpoint import read_checkpoint, read_state_dict, state_dict_of
+from ldm.models.pickles import Inert
 from ldm.util import UserError
 
 TRAINING = ("optimizer_states", "lr_schedulers", "epoch", "global_step")
 # Weights of VGG16, which LPIPS reads from its own file here.
 FIXED = "loss.perceptual_loss."
+FAILED = (OSError, RuntimeError, ValueError, SafetensorError)
 
 
 class TrustingUnpickler(pickle.Unpickler):
@@ -67,6 +71,8 @@ def plainly(value: Any) -> Any:
     Raises:
         TypeError: it is made of anything else.
     """
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, dict):
         return {plainly(key): plainly(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -92,7 +98,7 @@ def counted(value: Any) -> int:
 
 def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[dict[str, Any], str]:
     """A checkpoint of ours from the content of another, and a line on its training state."""
-    new: dict[str, Any] = {"state_dict": {k: v for k, v in state.items() if not k.startswith(FIXED)}}
+    new: dict[str, Any] = {"state_dict": {k: v.detach() for k, v in state.items() if FIXED not in k}}
     lacking = [key for key in TRAINING if key not in content]
     if lacking:
         return new, f"weights alone: the source has no {', '.join(lacking)}"
@@ -108,19 +114,37 @@ def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[
         with suppress(TypeError):  # callbacks of Lightning 1 are left out
             if content.get(key):
                 new[key] = plainly(content[key])
-    # Lightning brings the counters of its version 1 into the places where version 2 looks for them.
-    new, _ = migrate_checkpoint(new)
+    if not new["optimizer_states"]:
+        return {"state_dict": new["state_dict"]}, "weights alone: the source has no state of an optimiser"
+    try:
+        # Lightning brings the counters of its version 1 into the places where version 2 looks for them.
+        new, _ = migrate_checkpoint(new)
+    except Exception as error:  # it takes the layout for granted
+        return {"state_dict": new["state_dict"]}, f"weights alone: Lightning cannot migrate the source ({error!r})"
     return new, f"with the state of training at step {new['global_step']}"
 
 
-def write(path: Path, save: Any) -> None:
-    """Call `save` with a name beside `path`, and rename the result, so that nothing half written is left."""
-    part = path.with_name(path.name + ".part")
+def write(files: dict[Path, Callable[[Path], Any]]) -> None:
+    """Write all of some files or none: each under another name first.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    path = Path()
     try:
-        save(part)
-        os.replace(part, path)
+        for path, save in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            save(parts[path])
+        for path, part in parts.items():
+            os.replace(part, path)
+    except FAILED as error:
+        raise UserError(f"cannot write '{path}': {str(error).splitlines()[0]}") from error
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def convert(source: Path, target: Path, config: Path | None, trust: bool, force: bool) -> list[str]:
@@ -145,6 +169,10 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
     project: DictConfig | None = None
     if beside is not None:
         project = load_yaml(config, "--config") if config is not None else load_config(source)
+        if OmegaConf.select(project, "model.target") is None:
+            raise UserError(f"'{config or source}': the configuration has no model.target")
+    elif config is not None:
+        raise UserError("--config goes with a target that ends in .safetensors")
 
     said = []
     if file.suffix == ".safetensors":
@@ -156,17 +184,20 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         if left_out:
             said.append(f"left out, not run: {', '.join(sorted(left_out))}")
     state = state_dict_of(content, file, "SOURCE")
-    target.parent.mkdir(parents=True, exist_ok=True)
     if beside is None:
         new, training = converted(content, state)
-        write(target, lambda path: torch.save(new, path))
+        write({target: lambda path: torch.save(new, path)})
         said.append(f"{target}: {len(new['state_dict'])} weights, {training}")
     else:
-        assert project is not None
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
         about = {key: str(content[key]) for key in ("global_step", "epoch") if key in content}
-        write(target, lambda path: save_file(tensors, path, metadata={"format": "pt", **about}))
-        write(beside, lambda path: OmegaConf.save(project, path))
+        write(
+            {
+                # Not `save_file`, which makes files that others may not read.
+                target: lambda path: path.write_bytes(save(tensors, {"format": "pt", **about})),
+                beside: lambda path: OmegaConf.save(project, path),
+            }
+        )
         said.append(f"{target}: {len(tensors)} weights; {beside}: the configuration")
     return said
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -29,7 +30,11 @@ def old_layout(path: Path, source: Path, zipped: bool = True, **more: Any) -> di
         # Steps were whole numbers, and groups had fewer keys.
         state = {i: {k: int(v) if k == "step" else v for k, v in s.items()} for i, s in optimizer["state"].items()}
         known = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params", "initial_lr")
-        groups = [{k: v for k, v in g.items() if k in known} for g in optimizer["param_groups"]]
+        # LDM's schedules compute with NumPy, so that rates are its numbers.
+        groups = [
+            {k: np.float64(v) if k == "lr" else v for k, v in g.items() if k in known}
+            for g in optimizer["param_groups"]
+        ]
         optimizers.append({"state": state, "param_groups": groups})
     plain = {
         "epoch": new["epoch"] + 1,
@@ -37,7 +42,7 @@ def old_layout(path: Path, source: Path, zipped: bool = True, **more: Any) -> di
         "pytorch-lightning_version": "1.4.2",
         "state_dict": OrderedDict(new["state_dict"]),
         "optimizer_states": optimizers,
-        "lr_schedulers": new["lr_schedulers"],
+        "lr_schedulers": [{**s, "_last_lr": [np.float64(v) for v in s["_last_lr"]]} for s in new["lr_schedulers"]],
     }
     gone = ModuleType("main_val_of_then")  # a script whose classes cannot be imported any more
     gone.Callback = type("Callback", (), {"__module__": gone.__name__})  # type: ignore[attr-defined]

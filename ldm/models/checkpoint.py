@@ -1,8 +1,7 @@
 """Reading checkpoint files, ours and those of LDM's time, without running anything that they hold."""
 
-import _compat_pickle
 import logging
-import pickletools
+import struct
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.models.pickles import DECODED, named_objects, stand_ins
 from ldm.util import FAILURES, UserError
 
 log = logging.getLogger(__name__)
@@ -19,42 +19,7 @@ log = logging.getLogger(__name__)
 # What a checkpoint may lack, or hold for nothing: losses, averages, what is a constant unless it was learned.
 OPTIONAL = ("loss.", "model_ema.", "cond_stage_model_ema.", "logvar", "scale_factor")
 # What reading a damaged file may raise.
-BROKEN = (*FAILURES, EOFError, zipfile.BadZipFile)
-
-
-class Inert:
-    """Takes the place of any class or function that a pickle names, and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _plain_dict(*_: Any) -> dict[Any, Any]:
-    """Takes the place of `defaultdict`, which gets items after it was made."""
-    return {}
-
-
-def _named_objects(path: Path) -> set[str]:
-    """Dotted names of the classes and functions in a file that tensors alone do not need; nothing is imported."""
-    if zipfile.is_zipfile(path):
-        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    found = set()
-    with path.open("rb") as file:
-        for _ in range(4):  # before PyTorch 1.6: four pickles (magic number, protocol, system, content), then tensors
-            for operation, argument, _position in pickletools.genops(file):
-                if operation.name == "GLOBAL":
-                    module, name = str(argument).split(" ", 1)
-                    # Names of Python 2, which pickles of protocol 2 use.
-                    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-                    module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-                    found.add(f"{module}.{name}")
-    return {name for name in found if not name.startswith(("torch.", "_codecs.", "collections.OrderedDict"))}
+BROKEN = (*FAILURES, EOFError, zipfile.BadZipFile, struct.error, MemoryError)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -87,9 +52,10 @@ def read_checkpoint(path: str | Path, named_by: str = "ckpt_path") -> tuple[Any,
             return _load(path)
         reason = "it does not begin as one"
     except UnpicklingError as error:
-        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:150]
+        _, found, reason = str(error).partition("WeightsUnpickler error:")
+        reason = f" ({' '.join(reason.split())[:100]})" if found else ""
         raise UserError(
-            f"{named_by}: '{path}' holds pickled objects that cannot be left out ({reason}). If you trust whoever made"
+            f"{named_by}: '{path}' holds pickled objects that cannot be left out{reason}. If you trust whoever made"
             f" it, convert it: python scripts/convert_checkpoint.py {path} NEW.ckpt --trust"
         ) from error
     except BROKEN as error:
@@ -98,25 +64,42 @@ def read_checkpoint(path: str | Path, named_by: str = "ckpt_path") -> tuple[Any,
 
 
 def _load(path: Path) -> tuple[Any, set[str]]:
-    mapped = zipfile.is_zipfile(path)  # into memory; older files cannot be
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": _mappable(path)}
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), set()
+        return torch.load(path, **options), set()
     except UnpicklingError:
-        names = _named_objects(path)
-        stand_ins: list[Any] = [(_plain_dict if name == "collections.defaultdict" else Inert, name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), names
+        names = named_objects(path)
+        with torch.serialization.safe_globals(stand_ins(names)):
+            return torch.load(path, **options), names - set(DECODED)
+
+
+def _mappable(path: Path) -> bool:
+    """Whether the tensors lie in the file as they are, so that it can be mapped into memory."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def state_dict_of(content: Any, path: str | Path, named_by: str = "ckpt_path") -> dict[str, torch.Tensor]:
     """The state dict in the content of a checkpoint, which may be one itself.
 
+    Entries of a checkpoint's state dict that are no tensors are left out, and the prefix `module.` of models saved
+    within DataParallel, both with a line in the log.
+
     Raises:
         UserError: there is none.
     """
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    others = [k for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else []
+    if not isinstance(state, dict) or len(others) == len(state) or (others and state is content):
         raise UserError(f"{named_by}: '{path}' holds no state dict: expected a checkpoint of this project or of LDM")
+    if others:
+        log.info("%s: left out what is no tensor: %s", path, ", ".join(map(str, others)))
+        state = {k: v for k, v in state.items() if k not in others}
+    if all(str(name).startswith("module.") for name in state):
+        log.info("%s: its names begin with 'module.', which is taken off", path)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     return state
 
 
@@ -160,6 +143,9 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     """
     state = {k: v for k, v in read_state_dict(path).items() if not k.startswith(tuple(ignore_keys))}
     own = module.state_dict()
+    if "scale_factor" in own and "scale_factor" in state and state["scale_factor"].numel() == 1:
+        # With an identity as first stage the original makes a list of it.
+        state["scale_factor"] = state["scale_factor"].reshape(own["scale_factor"].shape)
     wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
     if wrong:
         name = wrong[0]
@@ -178,7 +164,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         )
     module.load_state_dict(state, strict=False)
     said = [f"loaded {len(state) - len(unexpected)} weights from {path}"]
-    for what, names in (("not in the file, left as they were", absent), ("not used", unexpected)):
+    for what, names in (("not in the file", absent), ("not used", unexpected)):
         if names:
             said.append(f"{what}: {_groups(names)}")
     log.info("%s", "; ".join(said))

@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from old_checkpoints import old_layout
@@ -150,7 +151,7 @@ def test_absent_averages_begin_at_the_weights(tmp_path, caplog):
     encoder = dict(model.cond_stage_model_ema.named_buffers())
     assert all(torch.equal(encoder[n.replace(".", "")], p) for n, p in model.cond_stage_model.named_parameters())
     assert len(caplog.messages) == 1
-    assert "not in the file, left as they were: cond_stage_model_ema.* (" in caplog.text
+    assert "not in the file: cond_stage_model_ema.* (" in caplog.text
     assert "model_ema.* (" in caplog.text
 
 
@@ -205,7 +206,7 @@ def test_logvar_and_losses_present_or_absent(tmp_path, caplog):
     count = len(plain.state_dict())
     assert caplog.messages == [
         f"loaded {count} weights from {tmp_path / 'a.ckpt'}; not used: logvar",
-        f"loaded {count} weights from {tmp_path / 'b.ckpt'}; not in the file, left as they were: logvar",
+        f"loaded {count} weights from {tmp_path / 'b.ckpt'}; not in the file: logvar",
         f"loaded {count} weights from {tmp_path / 'c.ckpt'}; not used: loss.* (2)",
     ]
 
@@ -248,3 +249,62 @@ def test_a_first_stage_from_an_old_checkpoint(tmp_path, first_stage, trained_enc
     expected = torch.load(first_stage, weights_only=True)["state_dict"]
     for name, value in model.first_stage_model.state_dict().items():
         assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+def test_numbers_of_numpy_are_read(tmp_path, zipped):
+    """As LDM's schedules leave them in optimisers, without importing what makes them."""
+    numbers = [np.float64(2.56e-4), np.float32(0.1), np.int64(-7), np.uint8(200), np.bool_(True)]
+    content = {
+        "state_dict": {"w": torch.ones(2)},
+        "numbers": numbers,
+        "text": np.str_("abc"),
+        "date": np.datetime64(0, "s"),
+    }
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    found, left_out = read_checkpoint(tmp_path / "a.ckpt")
+    assert found["numbers"] == [number.item() for number in numbers]
+    assert [type(number) for number in found["numbers"]] == [float, float, int, int, bool]
+    assert not left_out & {"numpy.dtype", "numpy._core.multiarray.scalar"}
+
+
+def test_a_compressed_archive(tmp_path, first_stage):
+    """Its tensors do not lie in the file as they are."""
+    with (
+        zipfile.ZipFile(first_stage) as source,
+        zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    found, expected = read_state_dict(tmp_path / "a.ckpt"), read_state_dict(first_stage)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_names_of_data_parallel_and_entries_that_are_no_tensors(tmp_path, caplog):
+    state = {"module.a.w": torch.ones(2), "module.b": torch.zeros(1)}
+    torch.save({"state_dict": {**state, "version": 3, "none": None}}, tmp_path / "a.ckpt")
+    with caplog.at_level("INFO"):
+        assert set(read_state_dict(tmp_path / "a.ckpt")) == {"a.w", "b"}
+    assert "no tensor: version, none" in caplog.text and "'module.', which is taken off" in caplog.text
+    # One name without it: then it is a name like others.
+    torch.save({"state_dict": {**state, "c": torch.ones(1)}}, tmp_path / "b.ckpt")
+    assert set(read_state_dict(tmp_path / "b.ckpt")) == {*state, "c"}
+
+
+def test_scale_factor_of_shape_one(tmp_path):
+    """The original with an identity first stage."""
+    model = small()
+    path = save(tmp_path / "a.ckpt", model, "scale_factor", scale_factor=torch.tensor([0.5]))
+    assert small(ckpt_path=str(path)).scale_factor == 0.5
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+def test_objects_of_pytorch_are_left_out(tmp_path, zipped):
+    layer = nn.Linear(2, 2)
+    content = {"optimizer": torch.optim.Adam(layer.parameters()), "state_dict": layer.state_dict()}
+    if zipped:  # the older format keeps the source code of modules besides, which PyTorch refuses
+        content["layer"] = layer
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    found, left_out = read_checkpoint(tmp_path / "a.ckpt")
+    assert "torch.optim.adam.Adam" in left_out
+    assert torch.equal(found["state_dict"]["weight"], layer.weight)

@@ -418,8 +418,13 @@ class LatentDiffusion(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint brings its scale factor."""
-        self.scale_factor_known = True
+        """A checkpoint brings its scale factor. Where the original does not save it, or saves a constant `logvar`, the
+        state dict is made whole."""
+        state = checkpoint["state_dict"]
+        self.scale_factor_known = not self.scale_by_std or "scale_factor" in state
+        state["scale_factor"] = state.get("scale_factor", self.scale_factor).reshape(())
+        if not self.learn_logvar:
+            state.pop("logvar", None)
 
     def log_images(self, batch: Mapping[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
         """Pictures of what the model does: see `ldm.models.diffusion.visuals.diffusion_images`."""
