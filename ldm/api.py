@@ -27,9 +27,11 @@ def load_config(path: str | Path) -> DictConfig:
         if not path.with_suffix(".yaml").is_file():
             raise UserError(f"there is no configuration '{path.with_suffix('.yaml')}' beside '{path}'")
         return load_yaml(path.with_suffix(".yaml"), "load")
-    logdir = path if path.is_dir() else path.parent.parent
     if not path.exists():
         raise UserError(f"there is no log directory or checkpoint '{path}'")
+    logdir = path if path.is_dir() else path.parent.parent
+    if path.parent.name == "trainstep_checkpoints":
+        logdir = path.parent.parent.parent
     files = sorted((logdir / "configs").glob("*-project.yaml"))
     if not files:
         raise UserError(f"'{logdir / 'configs'}' holds no *-project.yaml: give a log directory, or a checkpoint in one")

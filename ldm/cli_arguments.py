@@ -15,11 +15,13 @@ import pytorch_lightning as pl
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli_trainer import check_counts
+from ldm.cli_trainer import RENAMED_SWITCHES, WAYS, check_counts
 from ldm.config import find_config, load_yaml
-from ldm.util import UserError, check_keys, nearest, plain
+from ldm.util import UserError, check_keys, nearest, plain, unused_keys
 
 TRAINER_FLAGS = tuple(n for n in inspect.signature(pl.Trainer.__init__).parameters if n not in ("self", "plugins"))
+# Those of Lightning 1.4, which have another name or no effect since.
+OLD_FLAGS = tuple(n for n in (*RENAMED_SWITCHES, *unused_keys(pl.Trainer)) if n != "resume_from_checkpoint")
 
 DEFAULTS = {"seed": 23, "scale_lr": True}
 
@@ -65,6 +67,8 @@ def get_parser() -> argparse.ArgumentParser:
     trainer = parser.add_argument_group("Lightning's Trainer")
     for name in TRAINER_FLAGS:
         trainer.add_argument(f"--{name}", default=None, metavar="VALUE")
+    for name in OLD_FLAGS:
+        trainer.add_argument(f"--{name}", default=None, help=argparse.SUPPRESS)
     return parser
 
 
@@ -185,7 +189,7 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
         UserError: a value of a wrong kind.
     """
     flags: dict[str, Any] = {}
-    for name in TRAINER_FLAGS:
+    for name in (*TRAINER_FLAGS, *OLD_FLAGS):
         text = getattr(opt, name)
         if text is None:
             continue
@@ -196,7 +200,8 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
         if name == "callbacks" or (name == "logger" and not isinstance(flags[name], bool)):
             raise UserError(f"--{name}: '{text}' cannot be given here: use lightning.{name} in a YAML file")
         try:
-            check_keys(pl.Trainer, {name: flags[name]}, "")
+            if name not in RENAMED_SWITCHES:
+                check_keys(pl.Trainer, {name: flags[name]}, "")
         except UserError as error:
             raise UserError(f"--{str(error).lstrip('.')}") from error
     check_counts(flags, "--")
@@ -204,11 +209,11 @@ def apply_flags(opt: argparse.Namespace, config: DictConfig) -> None:
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, {}, force_add=True)
     if opt.gpus is not None:
-        given = next((name for name in ("accelerator", "devices") if name in flags), None)
+        given = next((name for name in ("accelerator", "devices") if flags.get(name) not in (None, *WAYS)), None)
         if given:
             raise UserError(f"--gpus and --{given} exclude each other: give one of them")
         flags["gpus"] = opt.gpus
-    elif "accelerator" in flags or "devices" in flags:
+    elif flags.get("accelerator") not in (None, *WAYS) or "devices" in flags:
         OmegaConf.update(config, "lightning.trainer.gpus", None, force_add=True)
     # A mistake in the file is told even where a flag takes its place.
     check_counts(plain(config.lightning.trainer), "lightning.trainer.")

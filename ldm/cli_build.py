@@ -33,6 +33,21 @@ CALLBACKS = {
     "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar", "params": {}},
 }
 SCORES = {"disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback", "params": {}}}
+# Callbacks that the original builds by itself, for configurations that write them out.
+NOT_BUILT = {
+    "CUDACallback": "time and memory are in the progress bar and in nvidia-smi",
+    "SetupCallback": "every run has it",
+}
+# The original's switch for keeping weights all along, and the values that it gives it.
+TRAIN_STEPS = {
+    "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+    "params": {
+        "filename": "{epoch:06}-{step:09}",
+        "save_top_k": -1,
+        "every_n_train_steps": 10000,
+        "save_weights_only": True,
+    },
+}
 # What decides when ModelCheckpoint saves; `last.ckpt` is saved in the same rhythm.
 INTERVALS = ("every_n_train_steps", "train_time_interval", "every_n_epochs")
 # With two optimisers each backward pass leaves the other network's parameters unused, which DDP must be told.
@@ -57,6 +72,7 @@ def lightning_nodes(config: DictConfig, run: Run, score: bool) -> DictConfig:
     if not score and given.get("callbacks"):
         # main.py trains the configurations of main_val.py too, without scores.
         given.callbacks.pop("disentanglement", None)
+    _originals_callbacks(given, run)
     logger = {"save_dir": str(run.logdir), "name": "tensorboard", "version": ""}
     defaults = {
         "callbacks": {**CALLBACKS, **(SCORES if score else {})},
@@ -79,6 +95,30 @@ def lightning_nodes(config: DictConfig, run: Run, score: bool) -> DictConfig:
     check_nodes(nodes, "lightning")
     _check_logger(nodes.logger)
     return nodes
+
+
+def _originals_callbacks(given: DictConfig, run: Run) -> None:
+    """Complete the callbacks that LDM's and the release's YAML files may have, and leave out those that do nothing."""
+    callbacks = given.get("callbacks")
+    for name in list(map(str, callbacks)) if isinstance(callbacks, DictConfig) else []:
+        if name == "metrics_over_trainsteps_checkpoint":
+            callbacks[name] = merge([OmegaConf.create(TRAIN_STEPS), OmegaConf.create(callbacks[name] or {})])
+        node = callbacks[name]
+        target = node.get("target") if isinstance(node, DictConfig) else None
+        if target in [f"{module}.{kind}" for module in ("main", "main_val") for kind in NOT_BUILT]:
+            reason = NOT_BUILT[str(target).rpartition(".")[2]]
+            log.warning("lightning.callbacks.%s has no effect: %s", name, reason)
+            del callbacks[name]
+        elif str(target).endswith("callbacks.ModelCheckpoint"):
+            # Without a folder Lightning would take the logger's.
+            folder = run.logdir / "checkpoints"
+            folder = folder / "trainstep_checkpoints" if name == "metrics_over_trainsteps_checkpoint" else folder
+            if OmegaConf.select(node, "params.dirpath") is None:
+                OmegaConf.update(node, "params.dirpath", str(folder), force_add=True)
+    if OmegaConf.select(given, "modelcheckpoint.params.filename") is not None:
+        # A name of one's own is written as Lightning writes it: `{epoch:06}` as `epoch=000001`.
+        if OmegaConf.select(given, "modelcheckpoint.params.auto_insert_metric_name") is None:
+            OmegaConf.update(given, "modelcheckpoint.params.auto_insert_metric_name", True, force_add=True)
 
 
 def _check_logger(node: DictConfig) -> None:

@@ -190,11 +190,18 @@ def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor:
     model.train(was_training)
     scores: list[str] = []
     for callback in callbacks:
-        if isinstance(callback, ImageLogger) and isinstance(model, LatentDiffusion):
+        if isinstance(callback, ImageLogger):
             where = "lightning.callbacks.image_logger.params.log_images_kwargs"
-            check_keys(diffusion_images, callback.log_images_kwargs, where)
+            options = callback.log_images_kwargs
+            known = {k: v for k, v in options.items() if k not in ("model", "batch", "generator")}
+            # Those that the model's `log_images` is given by the callback itself are no options.
+            check_keys(diffusion_images, known, where)
+            if len(known) < len(options):
+                raise UserError(f"{where}: unknown key '{next(iter(set(options) - set(known)))}'")
             counts = {k: callback.log_images_kwargs.get(k) for k in ("N", "n_row", "ddim_steps", "swap_images")}
             require_at_least(1, where, **counts)
+            if not isinstance(model, LatentDiffusion):
+                continue
             if callback.log_images_kwargs.get("quantize_denoised") and not hasattr(model.first_stage_model, "quantize"):
                 kind = type(model.first_stage_model).__name__
                 raise UserError(f"{where}.quantize_denoised: {kind} has no codebook; set it to false")
@@ -292,7 +299,10 @@ def _check_monitor(
     if monitor in known or (validated and monitor.startswith(tuple(f"val/{name}_" for name in scores))):
         return
     if monitor.startswith("val") and not validated:
-        raise UserError(f"model.params.monitor: '{monitor}' is never logged without data.params.validation")
+        raise UserError(
+            f"model.params.monitor: '{monitor}' is never logged without data.params.validation; or set"
+            " model.params.monitor=train/epoch_num"
+        )
     metric = next((name for name in METRICS if monitor.startswith(f"val/{name}")), None)
     if metric and metric not in scores:
         raise UserError(

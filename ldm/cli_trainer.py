@@ -17,9 +17,10 @@ RENAMED_SWITCHES = {
     "progress_bar_refresh_rate": "enable_progress_bar",
     "weights_summary": "enable_model_summary",
 }
+WAYS = ("ddp", "ddp_spawn", "ddp_cpu")
 
 
-def devices(gpus: str | int | None, trainer: dict[str, Any]) -> dict[str, Any]:
+def devices(gpus: str | int | list[int] | None, trainer: dict[str, Any]) -> dict[str, Any]:
     """Lightning's `accelerator` and `devices` for LDM's `--gpus`.
 
     Without `--gpus`, what `trainer` says, else one device of the best kind that there is.
@@ -30,7 +31,8 @@ def devices(gpus: str | int | None, trainer: dict[str, Any]) -> dict[str, Any]:
     if gpus is None:
         given = {key: trainer[key] for key in ("accelerator", "devices") if key in trainer}
         return {"accelerator": "auto", "devices": 1} | given
-    wanted = _parse_gpus(str(gpus).strip())
+    listed = ",".join(map(str, gpus)) + "," if isinstance(gpus, list) else str(gpus)
+    wanted = _parse_gpus(listed.strip()) if gpus != [] else 0
     if wanted in (0, []):
         return {"accelerator": "cpu", "devices": 1}
     if not torch.cuda.is_available():
@@ -70,9 +72,10 @@ def trainer_options(lightning: DictConfig) -> dict[str, Any]:
     """
     options: dict[str, Any] = _of_lightning_2(dict(plain(lightning.trainer)))
     gpus = options.pop("gpus", None)
-    for name in ("callbacks", "plugins"):
-        if name in options:
-            raise UserError(f"lightning.trainer.{name}: give it as lightning.{name}, beside lightning.trainer")
+    if "callbacks" in options:
+        raise UserError("lightning.trainer.callbacks: give it as lightning.callbacks, beside lightning.trainer")
+    if options.pop("plugins", None):
+        raise UserError("lightning.trainer.plugins: plugins cannot be built from YAML; leave it out")
     check_keys(pl.Trainer, options, "lightning.trainer")
     options = used(pl.Trainer, options, "lightning.trainer")
     check_counts(options, "lightning.trainer.")
@@ -87,12 +90,15 @@ def _of_lightning_2(options: dict[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED_SWITCHES.items():
         if old in options:
             options.setdefault(new, bool(options.pop(old)))
-    if str(options.get("accelerator")).startswith("ddp"):
-        # Then a way of working together; since Lightning 2 a kind of device.
-        log.warning(
-            "lightning.trainer.accelerator: %s has no effect: several devices train so anyway",
-            options.pop("accelerator"),
-        )
+    # Then a way of working together; since Lightning 2 a kind of device.
+    accelerator = options.get("accelerator")
+    if accelerator in WAYS:
+        del options["accelerator"]
+        if accelerator == "ddp_cpu":
+            options |= {"accelerator": "cpu", "devices": options.get("num_processes", 1)}
+        log.warning("lightning.trainer.accelerator: %s has no effect: several devices train by ddp anyway", accelerator)
+    elif accelerator in ("dp", "ddp2", "horovod"):
+        raise UserError(f"lightning.trainer.accelerator: there is no '{accelerator}' since Lightning 2; leave it out")
     return options
 
 

@@ -35,8 +35,15 @@ RENAMED = {
     "main.ImageLogger": "ldm.callbacks.images.ImageLogger",
     "main_val.DataModuleFromConfig": "ldm.data.module.DataModuleFromConfig",
     "main_val.ImageLogger": "ldm.callbacks.images.ImageLogger",
-    "main.SetupCallback": "ldm.callbacks.setup.SetupCallback",
-    "main_val.SetupCallback": "ldm.callbacks.setup.SetupCallback",
+    # What the original builds by itself; see `ldm.cli_build`, which leaves it out of what is built here.
+    **{
+        f"{m}.{c}": "pytorch_lightning.Callback"
+        for m in ("main", "main_val")
+        for c in ("SetupCallback", "CUDACallback")
+    },
+    "main.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
+    "main_val.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
+    "pytorch_lightning.loggers.TestTubeLogger": "pytorch_lightning.loggers.TensorBoardLogger",  # the same files
     "ldm.tools.Record": "ldm.callbacks.record.Record",
     "ldm.data.disdata.Celebarain": "ldm.data.dis.CelebATrain",
 }
@@ -86,6 +93,7 @@ UNUSED: dict[str, dict[str, Unused]] = {
         "num_heads_upsample": Unused("it is of attention blocks that the tokens do not reach"),
         "legacy": Unused("both of its values mean the same heads"),
     },
+    "ldm.modules.encoders.concept.Encoder4": {"bn": Unused("Encoder4 has batch norm", (True,))},
     "ldm.modules.diffusionmodules.model.Encoder": _LEVELS,
     "ldm.models.autoencoder.VQModel": {
         **_COLORS,
@@ -96,6 +104,11 @@ UNUSED: dict[str, dict[str, Unused]] = {
         "pixelloss_weight": Unused("the original reads it nowhere: the pixel term's weight is 1"),
         "perceptual_loss": Unused("the perceptual loss is LPIPS", ("lpips",)),
         "n_classes": Unused("it was for counting used codes, which is logged as codes_in_use"),
+    },
+    "ldm.data.images.ImageDataset": {
+        "as_tensor": Unused("images are tensors", (True,)),
+        "do_normalize": Unused("images are in [-1, 1]", (True,)),
+        "split": Unused("the whole set is read", (None,)),
     },
     "ldm.data.module.DataModuleFromConfig": {
         "wrap": Unused("data sets need no wrapping"),
@@ -114,6 +127,17 @@ UNUSED: dict[str, dict[str, Unused]] = {
         "log_gpu_memory": Unused("Lightning 2 has it no more"),
         "process_position": Unused("there is one progress bar"),
         "move_metrics_to_cpu": Unused("Lightning 2 has it no more"),
+        "num_processes": Unused("the number of processes is that of devices"),
+        "auto_select_gpus": Unused("devices are chosen by --gpus"),
+        "tpu_cores": Unused("devices are chosen by --gpus", (None,)),
+        "ipus": Unused("devices are chosen by --gpus", (None,)),
+        "distributed_backend": Unused("several devices train by ddp", ("ddp", "ddp_spawn", None)),
+        "amp_level": Unused("Lightning 2 has one kind of mixed precision"),
+        "weights_save_path": Unused("checkpoints are in the log directory", (None,)),
+        "truncated_bptt_steps": Unused("there are no sequences", (None,)),
+        "reload_dataloaders_every_epoch": Unused("the data do not change", (False,)),
+        "multiple_trainloader_mode": Unused("there is one loader"),
+        "stochastic_weight_avg": Unused("weights are averaged by model.params.use_ema", (False,)),
         "amp_backend": Unused("Lightning 2 has one kind of mixed precision", ("native",)),
         "track_grad_norm": Unused("Lightning 2 has it no more", (-1,)),
         "auto_lr_find": Unused("the rate is model.base_learning_rate", (False,)),

@@ -12,6 +12,7 @@ from command_line import CHECKPOINT, CommandLine, encdiff_config, first_stage_co
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ldm
 from ldm import util
 from ldm.callbacks.record import Record
 from ldm.cli_trainer import trainer_options
@@ -186,8 +187,81 @@ def test_arguments_of_lightning_1(caplog):
         "max_epochs": 1000,
     }
     assert "accelerator: ddp has no effect" in caplog.text and "terminate_on_nan has no effect" in caplog.text
-    with pytest.raises(UserError, match="track_grad_norm: 2 is not supported"):
-        trainer_options(OmegaConf.create({"trainer": {"track_grad_norm": 2}}))
+    for trainer, message in (
+        ({"track_grad_norm": 2}, "track_grad_norm: 2 is not supported"),
+        ({"accelerator": "dp"}, "lightning.trainer.accelerator: there is no 'dp' since Lightning 2"),
+        ({"plugins": ["x"]}, "plugins cannot be built from YAML"),
+        ({"distributed_backend": "dp"}, "distributed_backend: 'dp' is not supported"),
+    ):
+        with pytest.raises(UserError, match=message):
+            trainer_options(OmegaConf.create({"trainer": trainer}))
+
+
+def test_more_arguments_of_lightning_1():
+    trainer = {
+        "accelerator": "ddp_cpu",
+        "num_processes": 2,
+        "plugins": None,
+        "tpu_cores": None,
+        "weights_save_path": None,
+        "distributed_backend": "ddp",
+        "reload_dataloaders_every_epoch": False,
+    }
+    options = trainer_options(OmegaConf.create({"trainer": trainer}))
+    assert options == {"accelerator": "cpu", "devices": 2, "max_epochs": 1000}
+    for gpus in ([], [0]):  # there is no GPU for the second
+        found = trainer_options(OmegaConf.create({"trainer": {"gpus": gpus, "accelerator": "ddp"}}))
+        assert found["accelerator"] == "cpu" or torch.cuda.is_available()
+
+
+def test_flags_of_lightning_1(cli):
+    run = cli.run("--base", cli.vq, "-t", "--gpus", "0,", "--accelerator", "ddp", "--max_steps", 1,
+                  "--progress_bar_refresh_rate", 0, "--weights_summary", "null", "--terminate_on_nan", "true",
+                  "--checkpoint_callback", "false")  # fmt: skip
+    assert run.status == 0, run.err
+    assert "Epoch" not in run.err and not list(run.logdir.glob("checkpoints/*.ckpt"))
+    assert "lightning.trainer.terminate_on_nan has no effect" in run.log
+    refused = cli.run("--base", cli.vq, "-t", "--gpus", "0,", "--track_grad_norm", 2)
+    assert refused.status == 2 and "--track_grad_norm: 2 is not supported" in refused.err
+
+
+def test_callbacks_of_ldm(cli, caplog):
+    """Those that the original builds by itself may be written out."""
+    node = """
+    lightning:
+      logger: {target: pytorch_lightning.loggers.TestTubeLogger, params: {name: testtube}}
+      modelcheckpoint: {params: {filename: "{epoch:06}", save_top_k: -1, monitor: train/rec_loss}}
+      callbacks:
+        cuda_callback: {target: main.CUDACallback}
+        setup_callback: {target: main_val.SetupCallback}
+        learning_rate_logger: {target: main.LearningRateMonitor, params: {logging_interval: step}}
+        metrics_over_trainsteps_checkpoint: {params: {every_n_train_steps: 2}}
+        best: {target: pytorch_lightning.callbacks.ModelCheckpoint, params: {filename: "best-{step}"}}
+    """
+    overlay = cli.write("callbacks.yaml", "\n".join(line[4:] for line in node.splitlines()))
+    run = cli.run("--base", cli.vq, overlay, "-t", "--gpus", 0, "--max_epochs", 1)
+    assert run.status == 0, run.err
+    assert has_no_effect(run.log) == {"lightning.callbacks.cuda_callback", "lightning.callbacks.setup_callback"}
+    folder = run.logdir / "checkpoints"
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.ckpt"))
+    assert names == [
+        "best-step=4.ckpt",
+        "epoch=000000.ckpt",
+        "last.ckpt",
+        "trainstep_checkpoints/epoch=000000-step=000000002.ckpt",
+        "trainstep_checkpoints/epoch=000000-step=000000004.ckpt",
+    ]
+    assert list((run.logdir / "testtube").glob("events.*"))
+    ldm.load(folder / names[-1])
+
+
+def test_data_sets_and_encoder_in_the_originals_words(cli, first_stage):
+    more = [f"data.params.{split}.params.{key}" for split in ("train", "validation")
+            for key in ("as_tensor=true", "do_normalize=true", "split=null")]  # fmt: skip
+    more += ["model.params.cond_stage_config.params.bn=true", f"{CHECKPOINT}={first_stage}"]
+    run = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_steps", 1, *more)
+    assert run.status == 0, run.err
+    assert "model.params.cond_stage_config.params.bn" in has_no_effect(run.log)
 
 
 def test_unused_keys_are_inherited_and_warned_of_once(monkeypatch, caplog):
@@ -257,6 +331,7 @@ def test_ways_back_of_the_readme(cli, first_stage, stage, switches):
         ("N=0", "N: expected at least 1"),
         ("return_keys=[samples]", "return_keys: ['samples'] is not supported"),
         ("samples=true", "unknown key 'samples'"),
+        ("batch=1", "unknown key 'batch'"),
     ],
 )
 def test_kinds_of_the_pictures_options(cli, first_stage, argument, message):

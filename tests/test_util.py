@@ -38,7 +38,7 @@ def test_instantiates_with_params():
 
 @pytest.mark.parametrize("target", sorted(RENAMED))
 def test_names_of_the_original_resolve(target):
-    assert get_obj_from_str(target).__module__.startswith("ldm.")
+    assert get_obj_from_str(target).__module__.startswith(("ldm.", "pytorch_lightning."))
 
 
 def test_modules_of_the_original_resolve():

@@ -81,6 +81,19 @@ def test_the_overlays_values(dataset):
     assert model.model.diffusion_model.context_dim == 32
 
 
+def test_the_overlay_on_the_quickstart():
+    """Other sizes of images and tokens."""
+    base = load_yaml(ROOT / "configs" / "quickstart" / "encdiff.yaml")
+    config = merge([base, load_yaml(OVERLAY), OmegaConf.from_dotlist([f"{CHECKPOINT}=null"])])
+    check_config(config)
+    model = instantiate_from_config(config.model, "model")
+    size = model.cond_stage_model.image_size
+    tokens = model.get_learned_conditioning(torch.zeros(1, 3, size, size))
+    latent = torch.zeros(1, model.channels, model.image_size, model.image_size)
+    assert size == 32 and tokens.shape == (1, 20, 32)
+    assert model.apply_model(latent, torch.zeros(1, dtype=torch.long), tokens).shape == latent.shape
+
+
 def test_the_overlay_trains_scores_and_resumes(cli, first_stage):
     """On tiny rooms; the encoder's image size is that of the first stage."""
     base = ("--base", cli.enc, OVERLAY, "--token_num", 4, f"{CHECKPOINT}={first_stage}")
