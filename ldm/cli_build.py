@@ -137,7 +137,16 @@ def _monitor(config: DictConfig) -> str | None:
     given = OmegaConf.select(config, "lightning.modelcheckpoint.params") or {}
     if any(given.get(key) is not None for key in ("every_n_train_steps", "train_time_interval")):
         return "step"
-    return OmegaConf.select(config, "model.params.monitor")
+    monitor = OmegaConf.select(config, "model.params.monitor")
+    if str(monitor).startswith("val") and OmegaConf.select(config, "data.params.validation") is None:
+        # As the release's first stages are configured, whose monitor is never logged.
+        log.warning(
+            "model.params.monitor: '%s' is never logged without data.params.validation; taking train/epoch_num, which"
+            " keeps the newest checkpoints",
+            monitor,
+        )
+        return "train/epoch_num"
+    return monitor
 
 
 def _checkpoint_params(monitor: str | None, run: Run) -> dict[str, Any]:

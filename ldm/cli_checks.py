@@ -73,7 +73,7 @@ def check_resumable(path: Path, model: pl.LightningModule, named_by: str = "-r")
     own, saved = model.state_dict(), content["state_dict"]
     if isinstance(model, LatentDiffusion):
         # What the original may lack or hold besides; see `LatentDiffusion.on_load_checkpoint`.
-        constant = {"scale_factor"} | (set() if model.learn_logvar else {"logvar"})
+        constant = {"scale_factor", "alphas_cumprod_next"} | (set() if model.learn_logvar else {"logvar"})
         own, saved = ({k: v for k, v in state.items() if k not in constant} for state in (own, saved))
     for name in [*own, *saved]:
         if name not in saved or name not in own:
@@ -85,6 +85,8 @@ def check_resumable(path: Path, model: pl.LightningModule, named_by: str = "-r")
                 f"'{path}' is a checkpoint of another model: {name} has the shape {tuple(saved[name].shape)} there,"
                 f" and {tuple(own[name].shape)} in this configuration"
             )
+    if type(model).configure_optimizers not in (FirstStage.configure_optimizers, LatentDiffusion.configure_optimizers):
+        return  # one's own may need the trainer
     optimizers = _optimizers(model)
     trained = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
     held = [sum(len(group["params"]) for group in state["param_groups"]) for state in content["optimizer_states"]]
@@ -195,7 +197,7 @@ def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor:
             options = callback.log_images_kwargs
             known = {k: v for k, v in options.items() if k not in ("model", "batch", "generator")}
             # Those that the model's `log_images` is given by the callback itself are no options.
-            check_keys(diffusion_images, known, where)
+            check_keys(diffusion_images if isinstance(model, LatentDiffusion) else model.log_images, known, where)
             if len(known) < len(options):
                 raise UserError(f"{where}: unknown key '{next(iter(set(options) - set(known)))}'")
             counts = {k: callback.log_images_kwargs.get(k) for k in ("N", "n_row", "ddim_steps", "swap_images")}

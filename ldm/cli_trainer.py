@@ -1,5 +1,6 @@
 """From `lightning.trainer` and `--gpus` to the arguments of Lightning's Trainer."""
 
+import inspect
 import logging
 from typing import Any
 
@@ -90,6 +91,11 @@ def _of_lightning_2(options: dict[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED_SWITCHES.items():
         if old in options:
             options.setdefault(new, bool(options.pop(old)))
+    # Lightning 1 took null for a default that is a number now.
+    defaults = inspect.signature(pl.Trainer.__init__).parameters
+    for name in [n for n, value in options.items() if value is None and n in defaults]:
+        if defaults[name].default is not None:
+            del options[name]
     # Then a way of working together; since Lightning 2 a kind of device.
     accelerator = options.get("accelerator")
     if accelerator in WAYS:

@@ -108,8 +108,12 @@ UNUSED: dict[str, dict[str, Unused]] = {
     "ldm.data.images.ImageDataset": {
         "as_tensor": Unused("images are tensors", (True,)),
         "do_normalize": Unused("images are in [-1, 1]", (True,)),
+        "do_augment": Unused("images are not augmented", (False,)),
         "split": Unused("the whole set is read", (None,)),
+        "degradation": Unused("images are not degraded"),
     },
+    "ldm.data.dis.Cars3D": {"test": Unused("every image is there once, in training too")},
+    "ldm.data.folders.CelebA": {"crop_d2c": Unused("pictures are cut to Diff-AE's crop", (True,))},
     "ldm.data.module.DataModuleFromConfig": {
         "wrap": Unused("data sets need no wrapping"),
         "use_worker_init_fn": Unused("PyTorch and Lightning seed the workers"),

@@ -98,7 +98,7 @@ def counted(value: Any) -> int:
 
 def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[dict[str, Any], str]:
     """A checkpoint of ours from the content of another, and a line on its training state."""
-    new: dict[str, Any] = {"state_dict": {k: v.detach() for k, v in state.items() if FIXED not in k}}
+    new: dict[str, Any] = {"state_dict": {k: v.detach() for k, v in state.items()}}
     lacking = [key for key in TRAINING if key not in content]
     if lacking:
         return new, f"weights alone: the source has no {', '.join(lacking)}"
@@ -183,7 +183,7 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         content, left_out = read_checkpoint(file, "SOURCE")
         if left_out:
             said.append(f"left out, not run: {', '.join(sorted(left_out))}")
-    state = state_dict_of(content, file, "SOURCE")
+    state = {k: v for k, v in state_dict_of(content, file, "SOURCE").items() if FIXED not in k}
     if beside is None:
         new, training = converted(content, state)
         write({target: lambda path: torch.save(new, path)})

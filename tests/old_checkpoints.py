@@ -12,13 +12,16 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 
-def old_layout(path: Path, source: Path, zipped: bool = True, **more: Any) -> dict[str, Any]:
+def old_layout(
+    path: Path, source: Path, zipped: bool = True, weights: dict[str, torch.Tensor] | None = None, **more: Any
+) -> dict[str, Any]:
     """Write a checkpoint of ours in the old layout.
 
     Args:
         path: the file to write.
         source: the checkpoint of ours.
         zipped: PyTorch's format since 1.6, or the one before.
+        weights: more entries of the state dict.
         more: added to the content.
 
     Returns:
@@ -40,7 +43,7 @@ def old_layout(path: Path, source: Path, zipped: bool = True, **more: Any) -> di
         "epoch": new["epoch"] + 1,
         "global_step": new["global_step"],
         "pytorch-lightning_version": "1.4.2",
-        "state_dict": OrderedDict(new["state_dict"]),
+        "state_dict": OrderedDict(new["state_dict"], **(weights or {})),
         "optimizer_states": optimizers,
         "lr_schedulers": [{**s, "_last_lr": [np.float64(v) for v in s["_last_lr"]]} for s in new["lr_schedulers"]],
     }

@@ -56,6 +56,11 @@ def test_both_stages_train_and_resume(tmp_path, large_rooms, monkeypatch):
     first = cli.run("--base", FIRST_STAGE, "-t", "--gpus", "0,", "--max_steps", 2, *quick)
     assert first.status == 0, first.err
     assert has_no_effect(first.log) == {"data.params.wrap"}
+    # The release monitors what is never logged, as there is no validation set.
+    assert "'val/rec_loss' is never logged without data.params.validation; taking train/epoch_num" in first.log
+    again = cli.run("-r", first.logdir, "-t", "--max_steps", 3)
+    assert again.status == 0, again.err
+    assert torch.load(first.logdir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     (tmp_path / "pretrained_models").mkdir()
     shutil.copy(first.logdir / "checkpoints" / "last.ckpt", tmp_path / "pretrained_models" / "autoencoder.ckpt")
 
@@ -206,6 +211,8 @@ def test_more_arguments_of_lightning_1():
         "weights_save_path": None,
         "distributed_backend": "ddp",
         "reload_dataloaders_every_epoch": False,
+        "accumulate_grad_batches": None,
+        "max_steps": None,
     }
     options = trainer_options(OmegaConf.create({"trainer": trainer}))
     assert options == {"accelerator": "cpu", "devices": 2, "max_epochs": 1000}
@@ -306,7 +313,7 @@ def test_overlays_fit_over_the_releases_files():
 @pytest.mark.parametrize(
     ("stage", "switches"),
     [
-        ("vq", ["data.params.validation=null", "model.params.monitor=train/epoch_num"]),
+        ("vq", ["data.params.validation=null"]),
         ("vq", ["model.params.lossconfig.params.perceptual_dropout=true", "data.params.num_workers=1"]),
         ("vq", ["model.params.val_loss_every=1", "--scale_lr", "false"]),
         ("enc", ["model.params.scale_factor_images=8", "model.params.ema_parameters=all"]),
@@ -339,6 +346,13 @@ def test_kinds_of_the_pictures_options(cli, first_stage, argument, message):
     run = cli.run("--base", cli.enc, "-t", "--gpus", 0, key, f"{CHECKPOINT}={first_stage}")
     assert run.status == 2 and message in run.err, run.err
     assert not run.logdirs
+
+
+@pytest.mark.parametrize(("argument", "message"), [("ddim_steps=2", "unknown key 'ddim_steps'"), ("N=0", "at least 1")])
+def test_pictures_options_of_a_first_stage(cli, argument, message):
+    key = f"lightning.callbacks.image_logger.params.log_images_kwargs.{argument}"
+    run = cli.run("--base", cli.vq, "-t", "--gpus", 0, key)
+    assert run.status == 2 and message in run.err, run.err
 
 
 def test_pictures_without_ddim_and_a_strategy_by_name(cli, first_stage):

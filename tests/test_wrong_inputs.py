@@ -305,7 +305,6 @@ CASES: dict[str, tuple[Callable[[Setting], list], tuple[str, ...]]] = {
     # ---- monitor and scores
     "monitor never logged": (lambda s: s.vq(f"{P}.monitor=val/recloss"), ("monitor", "val/recloss", "'val/rec_loss'")),
     "monitor of scores": (lambda s: s.enc(f"{P}.monitor=val/factor_vae"), ("val/factor_vae", "main_val.py")),
-    "monitor of validation": (lambda s: s.vq("data.params.validation=null"), ("monitor", "data.params.validation")),
     "scored unknown metric": (lambda s: s.enc(f"{SCORES}.metrics=[factorvae]"), ("factorvae", "'factor_vae'")),
     "scored unknown setting": (lambda s: s.enc(f"{SCORES}.settings.dci.num_trian=3"), ("num_trian", "'num_train'")),
     "scored setting a text": (lambda s: s.enc(f"{SCORES}.settings.dci.num_train=all"), ("dci.num_train", "all")),

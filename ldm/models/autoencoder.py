@@ -206,12 +206,17 @@ class FirstStage(pl.LightningModule):
         return optimizers, [{"scheduler": LambdaLR(o, schedule), "interval": "step"} for o in optimizers]
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, torch.Tensor], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
-        """Inputs and reconstructions (b, c, h, w) in [-1, 1] of the first `N` images of a batch."""
+    def log_images(
+        self, batch: Mapping[str, torch.Tensor], N: int = 8, only_inputs: bool = False, plot_ema: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Inputs and reconstructions (b, c, h, w) in [-1, 1] of the first `N` images of a batch, with the averaged
+        weights besides, if there are any and `plot_ema`."""
         x = self.get_input(batch, self.image_key)[:N].to(self.device)
+        if only_inputs:
+            return {"inputs": x}
         # Not by `reconstruct`, which marks the codes that training uses.
         pictures = {"inputs": x, "reconstructions": self(x)[0]}
-        if self.use_ema:
+        if self.use_ema and plot_ema:
             with self.ema_scope():
                 pictures["reconstructions_ema"] = self(x)[0]
         return pictures

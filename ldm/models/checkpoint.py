@@ -16,8 +16,9 @@ from ldm.util import FAILURES, UserError
 
 log = logging.getLogger(__name__)
 
-# What a checkpoint may lack, or hold for nothing: losses, averages, what is a constant unless it was learned.
-OPTIONAL = ("loss.", "model_ema.", "cond_stage_model_ema.", "logvar", "scale_factor")
+# What a checkpoint may lack, or hold for nothing: losses, averages, what is a constant unless it was learned, and the
+# one part of the schedule that LDM has not.
+OPTIONAL = ("loss.", "model_ema.", "cond_stage_model_ema.", "logvar", "scale_factor", "alphas_cumprod_next")
 # What reading a damaged file may raise.
 BROKEN = (*FAILURES, EOFError, zipfile.BadZipFile, struct.error, MemoryError)
 
@@ -168,7 +169,9 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         if names:
             said.append(f"{what}: {_groups(names)}")
     log.info("%s", "; ".join(said))
-    return {prefix for prefix in OPTIONAL if any(k.startswith(prefix) for k in absent)}
+    # Averages without their counter are averages still.
+    lacking = [k for k in absent if not k.endswith(("_ema.num_updates", "_ema.decay"))]
+    return {prefix for prefix in OPTIONAL if any(k.startswith(prefix) for k in lacking)}
 
 
 def _groups(names: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    # What pickles of dictionaries and lists do to them.
+    # What pickles of dictionaries and lists do to them, where they are read in trust; PyTorch refuses them before.
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass

@@ -291,6 +291,31 @@ def test_names_of_data_parallel_and_entries_that_are_no_tensors(tmp_path, caplog
     assert set(read_state_dict(tmp_path / "b.ckpt")) == {*state, "c"}
 
 
+def test_a_checkpoint_of_ldm(tmp_path):
+    """LDM's schedule has one part less; and its scale factor is the configuration's where it was not computed."""
+    model = small(scale_by_std=False, scale_factor=0.2)
+    path = save(tmp_path / "a.ckpt", model, "alphas_cumprod_next")
+    loaded = small(ckpt_path=str(path), scale_by_std=False, scale_factor=0.5)
+    assert torch.equal(loaded.alphas_cumprod_next, model.alphas_cumprod_next)
+    assert loaded.scale_factor == 0.5
+    saved = {"state_dict": dict(model.state_dict())}
+    model.on_save_checkpoint(saved)
+    assert "scale_factor" not in saved["state_dict"]
+    del saved["state_dict"]["alphas_cumprod_next"]
+    loaded.on_load_checkpoint(saved)
+    loaded.load_state_dict(saved["state_dict"])
+    assert loaded.scale_factor == 0.5
+
+
+def test_averages_without_their_counter_are_kept(tmp_path):
+    first = small()
+    for shadow in first.model_ema.buffers():
+        shadow += 5 if shadow.is_floating_point() and shadow.ndim else 0
+    model = small(ckpt_path=str(save(tmp_path / "a.ckpt", first, "model_ema.num_updates")))
+    found, expected = dict(model.model_ema.named_buffers()), dict(first.model_ema.named_buffers())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_scale_factor_of_shape_one(tmp_path):
     """The original with an identity first stage."""
     model = small()

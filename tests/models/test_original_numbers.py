@@ -139,6 +139,7 @@ def test_ddim(encdiff, golden, inputs, way):
     samples, _ = DDIMSampler(model).sample(20, 2, (3, 16, 16), tokens, x_T=start, verbose=False)
     close(samples, golden["ddim_eta0"])
     close(model.decode_first_stage(way(torch.from_numpy(golden["ddim_eta0"]).float())), golden["decoded"])
+    close(model.decode_first_stage(samples), golden["decoded"])
 
 
 @torch.no_grad()

@@ -162,7 +162,8 @@ def test_training_step_after_step(taming_offline, vgg, dropout):
 
     Every step is compared from where Lightning's run stood before it, since a discriminator with batch norm magnifies
     rounding a hundredfold per step. With `perceptual_dropout`, taming's LPIPS is in training mode, as LDM trains, and
-    draws the same random numbers.
+    the same random state drops the same. (Over a run the states part: taming computes LPIPS in the discriminator's
+    turn too, where nothing uses it.)
     """
     model, theirs = pair(vgg, perceptual_dropout=dropout)
     model.learning_rate = RATE

@@ -302,6 +302,36 @@ def test_scale_factor_from_images_spread_over_the_set():
     torch.testing.assert_close(model.scale_factor, expected)
 
 
+def test_images_themselves_are_not_scaled():
+    """Diffusion in pixel space, as released; and a factor of one's own is not silently replaced."""
+    torch.manual_seed(0)
+    identity = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    unet = {"image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
+            "attention_resolutions": [1], "channel_mult": [1], "num_heads": 4, "context_dim": 8}  # fmt: skip
+    encoder = {"d": 8, "context_dim": 8, "latent_unit": 4, "image_size": 16}
+    model = LatentDiffusion(
+        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        first_stage_config=identity,
+        cond_stage_config={"target": "ldm.modules.encoders.concept.Encoder4", "params": encoder},
+        image_size=16,
+        scale_by_std=True,
+    )
+    fit(model, loader(1))
+    assert model.scale_factor == 1 and model.scale_factor_known
+    with pytest.raises(UserError, match="scale_by_std"):
+        encdiff(scale_by_std=True, scale_factor=0.5)
+
+
+def test_quantised_latents_are_scaled():
+    torch.manual_seed(0)
+    model = encdiff(scale_by_std=False, scale_factor=3.0).eval()
+    z = torch.randn(2, 3, 8, 8)
+    codes = model.first_stage_model.quantize.embedding.weight
+    nearest = torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, 3), codes).argmin(1)
+    expected = 3 * codes[nearest].reshape(2, 8, 8, 3).permute(0, 3, 1, 2)
+    torch.testing.assert_close(model.quantize_latent(3 * z), expected)
+
+
 def test_pictures_mark_no_codes():
     torch.manual_seed(0)
     model = vq().eval()

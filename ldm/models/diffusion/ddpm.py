@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.checkpoint import load_weights
 from ldm.models.diffusion.latents import encode_training_set
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
@@ -48,9 +49,10 @@ class LatentDiffusion(pl.LightningModule):
         image_size, channels: of the latent.
         first_stage_key, cond_stage_key: entries of the batch for the two encoders.
         cond_stage_trainable: train the concept encoder with the U-Net.
-        conditioning_key: crossattn or none.
+        conditioning_key: crossattn or none; if null, as in LDM, crossattn where there is a concept encoder.
         scale_factor: latents are multiplied by it; with `scale_by_std` it becomes 1/std of the first training batch's
-            latents, or, with `scale_factor_images` N, of N images spread over the training set.
+            latents, or, with `scale_factor_images` N, of N images spread over the training set. Images themselves, of
+            an identity as first stage, are not scaled, as released.
         use_ema, ema_decay, ema_parameters: average the weights of the `unet`, as released, or of `all` networks.
         scheduler_config: multiplier of the learning rate by step, from `ldm.lr_scheduler`.
         monitor: the value by which the best checkpoints are kept.
@@ -67,6 +69,7 @@ class LatentDiffusion(pl.LightningModule):
     learning_rate: float = 1e-4
     betas: torch.Tensor
     alphas_cumprod: torch.Tensor
+    alphas_cumprod_next: torch.Tensor
     sqrt_alphas_cumprod: torch.Tensor
     sqrt_one_minus_alphas_cumprod: torch.Tensor
     sqrt_recip_alphas_cumprod: torch.Tensor
@@ -117,6 +120,8 @@ class LatentDiffusion(pl.LightningModule):
         _check_choice("conditioning_key", conditioning_key, ("crossattn", "none", None))
         _check_choice("ema_parameters", ema_parameters, ("unet", "all"))
         unconditional = cond_stage_config == "__is_unconditional__"
+        if conditioning_key is None and cond_stage_config is not None:
+            conditioning_key = "crossattn"
         self.conditioned = conditioning_key == "crossattn" and not unconditional
         if self.conditioned and cond_stage_config is None:
             raise UserError("model.params.cond_stage_config is missing: conditioning_key crossattn needs an encoder")
@@ -126,6 +131,8 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
         self.scale_by_std, self.scale_factor_images = scale_by_std, scale_factor_images
+        if scale_by_std and scale_factor != 1.0:
+            raise UserError(f"model.params.scale_factor: {scale_factor} would be replaced: set scale_by_std to false")
         self.scheduler_config, self.log_every_t = scheduler_config, log_every_t
         self.monitor, self.val_loss_every = monitor, val_loss_every
         counts = {"val_loss_every": val_loss_every, "log_every_t": log_every_t}
@@ -171,7 +178,10 @@ class LatentDiffusion(pl.LightningModule):
         Raises:
             UserError: see `load_weights`.
         """
+        given = self.scale_factor.clone()
         absent = load_weights(self, path, ignore_keys)
+        if not self.scale_by_std:
+            self.scale_factor.copy_(given)  # as in LDM, the configuration's
         if "model_ema." in absent:
             self.model_ema.reset(self.model)
         if "cond_stage_model_ema." in absent:
@@ -323,6 +333,9 @@ class LatentDiffusion(pl.LightningModule):
         """Set the scale factor from the first training batch, once in a model's life."""
         if self.scale_factor_known:
             return
+        if isinstance(self.first_stage_model, IdentityFirstStage):
+            self.scale_factor_known = True
+            return
         images = batch[self.first_stage_key]
         if self.scale_factor_images is not None:
             images = self._images_over_the_set(self.scale_factor_images).to(images)
@@ -417,12 +430,20 @@ class LatentDiffusion(pl.LightningModule):
         scheduler = {"scheduler": LambdaLR(optimizer, schedule.schedule), "interval": "step", "frequency": 1}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in LDM, a scale factor that was not computed is the configuration's, and not saved."""
+        if not self.scale_by_std:
+            checkpoint["state_dict"].pop("scale_factor", None)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint brings its scale factor. Where the original does not save it, or saves a constant `logvar`, the
         state dict is made whole."""
         state = checkpoint["state_dict"]
         self.scale_factor_known = not self.scale_by_std or "scale_factor" in state
-        state["scale_factor"] = state.get("scale_factor", self.scale_factor).reshape(())
+        if not self.scale_by_std or "scale_factor" not in state:
+            state["scale_factor"] = self.scale_factor.clone()
+        state["scale_factor"] = state["scale_factor"].reshape(())
+        state.setdefault("alphas_cumprod_next", self.alphas_cumprod_next)
         if not self.learn_logvar:
             state.pop("logvar", None)
 

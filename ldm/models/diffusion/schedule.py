@@ -55,7 +55,7 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, n
         "betas": betas,
         "alphas_cumprod": cumprod,
         "alphas_cumprod_prev": prev,
-        "alphas_cumprod_next": np.append(cumprod[1:], 0.0),
+        "alphas_cumprod_next": np.append(cumprod[1:], cumprod[-1]),  # as released; nothing uses it
         "sqrt_alphas_cumprod": np.sqrt(cumprod),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - cumprod),
         "log_one_minus_alphas_cumprod": np.log(1 - cumprod),
