@@ -193,6 +193,8 @@ def get_obj_from_str(target: str, where: str = "target") -> Any:
             raise UserError(f"{where}: there is no module '{module_name}' for target '{target}'") from error
         raise
     if not hasattr(module, name):
+        if target.rpartition(".")[0] in RENAMED_MODULES:
+            raise UserError(f"{where}: '{target}' is a data set of the release that is not part of this version")
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
         raise UserError(f"{where}: module '{module_name}' has no '{name}' (target '{target}'){nearest(name, classes)}")
     found = getattr(module, name)

@@ -51,6 +51,7 @@ def test_modules_of_the_original_resolve():
     [
         ("ldm.models.autoencodr.VQModel", "there is no module 'ldm.models.autoencodr'"),
         ("ldm.models.autoencoder.VQModle", "did you mean 'VQModel'"),
+        ("ldm.data.disdata.FFHQTrain", "'ldm.data.disdata.FFHQTrain' is a data set of the release that is not part"),
         ("nonsense", "expected a dotted name"),
         ("..x", "expected a dotted name"),
         (7, "expected a dotted name"),
