@@ -1,8 +1,7 @@
 """From `lightning.trainer` and `--gpus` to the arguments of Lightning's Trainer."""
 
-import inspect
 import logging
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytorch_lightning as pl
 import torch
@@ -91,10 +90,10 @@ def _of_lightning_2(options: dict[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED_SWITCHES.items():
         if old in options:
             options.setdefault(new, bool(options.pop(old)))
-    # Lightning 1 took null for a default that is a number now.
-    defaults = inspect.signature(pl.Trainer.__init__).parameters
-    for name in [n for n, value in options.items() if value is None and n in defaults]:
-        if defaults[name].default is not None:
+    # Lightning 1 took null for a default that is a number now. Where null means something, it stays.
+    hints = get_type_hints(pl.Trainer.__init__)
+    for name in [n for n, value in options.items() if value is None and n in hints]:
+        if type(None) not in get_args(hints[name]):
             del options[name]
     # Then a way of working together; since Lightning 2 a kind of device.
     accelerator = options.get("accelerator")

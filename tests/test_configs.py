@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from ldm.cli_arguments import Run
 from ldm.cli_build import build_callbacks, lightning_nodes
 from ldm.cli_checks import check_model
+from ldm.cli_trainer import trainer_options
 from ldm.config import check_config, find_config, from_dotlist, load_yaml, merge
 from ldm.data.dis import Shapes3D
 from ldm.util import UserError, instantiate_from_config
@@ -122,6 +123,9 @@ def test_the_quickstarts_rate_falls_until_its_end(overlay):
     config = merge([load_yaml(path) for path in paths])
     trainer, schedule = config.lightning.trainer, config.model.params.scheduler_config.params
     assert list(schedule.cycle_lengths) == [trainer.max_steps] and trainer.max_steps % trainer.val_check_interval == 0
+    options = trainer_options(config.lightning)
+    assert options["check_val_every_n_epoch"] is None, "the interval counts over epochs"
+    assert options["val_check_interval"] == trainer.val_check_interval
     if overlay:
         short, long = (load_yaml(path / "first_stage.yaml").lightning.trainer for path in (folder, folder / overlay))
         assert long.max_steps > short.max_steps

@@ -213,9 +213,11 @@ def test_more_arguments_of_lightning_1():
         "reload_dataloaders_every_epoch": False,
         "accumulate_grad_batches": None,
         "max_steps": None,
+        "check_val_every_n_epoch": None,  # this null means something
     }
     options = trainer_options(OmegaConf.create({"trainer": trainer}))
-    assert options == {"accelerator": "cpu", "devices": 2, "max_epochs": 1000}
+    kept = {"check_val_every_n_epoch": None}
+    assert options == {"accelerator": "cpu", "devices": 2, "max_epochs": 1000, **kept}
     for gpus in ([], [0]):  # there is no GPU for the second
         found = trainer_options(OmegaConf.create({"trainer": {"gpus": gpus, "accelerator": "ddp"}}))
         assert found["accelerator"] == "cpu" or torch.cuda.is_available()
