@@ -3,5 +3,5 @@
 # `python scripts/quickstart.py --help`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/setup.sh
+. scripts/setup.sh "" # without it, the sourced script would take this one's arguments for its own
 python scripts/quickstart.py "$@"

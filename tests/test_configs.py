@@ -1,7 +1,9 @@
 """The shipped YAML files, the commands and the snippet of the original's README, and merging."""
 
 import logging
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -334,3 +336,21 @@ def test_a_configuration_of_ones_own_data_set(cli, rooms, monkeypatch):
     config["model"]["params"].pop("monitor")
     result = cli.run("--base", cli.write("own.yaml", config), "-t", "--gpus", "0", "--max_steps", 1)
     assert result.status == 0, result.err
+
+
+def test_arguments_of_the_quickstart_are_not_the_set_ups(tmp_path):
+    """A sourced script takes its caller's arguments for its own, unless it is given some."""
+    for script in (ROOT / "scripts" / "quickstart.sh", ROOT / "scripts" / "setup.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        (tmp_path / "scripts" / script.name).write_text(script.read_text())
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "bin").mkdir()
+    # Stands for Python: says with which arguments it was called.
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.write_text(f'#!/bin/sh\ncase "$1" in -c) echo {tmp_path};; *) echo "called: $*";; esac\n')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", str(tmp_path / "scripts" / "quickstart.sh"), "--longer"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    called = [line for line in out.splitlines() if line.startswith("called: ")]
+    assert called[0].endswith("-e .") and called[1] == "called: scripts/quickstart.py --longer"
