@@ -195,8 +195,8 @@ def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor:
         if isinstance(callback, ImageLogger):
             where = "lightning.callbacks.image_logger.params.log_images_kwargs"
             options = callback.log_images_kwargs
+            # What the callback itself hands over is no option.
             known = {k: v for k, v in options.items() if k not in ("model", "batch", "generator")}
-            # Those that the model's `log_images` is given by the callback itself are no options.
             check_keys(diffusion_images if isinstance(model, LatentDiffusion) else model.log_images, known, where)
             if len(known) < len(options):
                 raise UserError(f"{where}: unknown key '{next(iter(set(options) - set(known)))}'")

@@ -135,7 +135,8 @@ class ImageLogger(Callback):
         step = trainer.global_step
         if step > 0 and (step % self.batch_frequency == 0 or step in self.early):
             self.log_pictures(trainer, pl_module)
-        if self.record is not None and trainer.is_global_zero and step > 0:
+        # Lightning computes the means of the epoch so far whenever it is asked for its values.
+        if self.record is not None and trainer.is_global_zero and self.record.due(step):
             suffix = "_step"
             found = trainer.callback_metrics
             losses = {

@@ -37,6 +37,10 @@ class Record:
             csv.writer(file).writerows([header, *kept] if kept else [])
         os.replace(part, path)
 
+    def due(self, step: int) -> bool:
+        """Whether a step gets a row that it has not got yet."""
+        return step % self.every_step_num == 0 and step != self._step
+
     def log(self, folder: str | Path, values: Mapping[str, Any], step: int) -> None:
         """Add the row of a step, if one is due.
 
@@ -45,7 +49,7 @@ class Record:
             values: losses by name; numbers or tensors of one.
             step: the trainer's.
         """
-        if step % self.every_step_num or step == self._step:
+        if not self.due(step):
             return
         self._step = step
         path = Path(folder) / NAME
