@@ -9,11 +9,10 @@ the source's log directory or from --config, is written beside it, and `ldm.load
 """
 
 import argparse
-import os
 import pickle
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +28,7 @@ from safetensors.torch import save
 
 from ldm.api import load_config
 from ldm.config import load_yaml
+from ldm.data.files import atomic_output
 from ldm.models.checkpoint import read_checkpoint, read_state_dict, state_dict_of
 from ldm.models.pickles import Inert
 from ldm.util import UserError
@@ -130,21 +130,17 @@ def write(files: dict[Path, Callable[[Path], Any]]) -> None:
     Raises:
         UserError: one cannot be written.
     """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     path = Path()
     try:
-        for path, save in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError("it is a folder")
-            save(parts[path])
-        for path, part in parts.items():
-            os.replace(part, path)
+        with ExitStack() as outputs:
+            for path, save in files.items():
+                if path.is_dir():
+                    raise IsADirectoryError("it is a folder")
+                save(outputs.enter_context(atomic_output(path)))
+    except UserError:
+        raise
     except FAILED as error:
         raise UserError(f"cannot write '{path}': {str(error).splitlines()[0]}") from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def convert(source: Path, target: Path, config: Path | None, trust: bool, force: bool) -> list[str]:

@@ -1,11 +1,11 @@
 """Losses as a table, for the release's `log_config: {target: ldm.tools.Record}`."""
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.data.files import atomic_output
 from ldm.util import require_at_least
 
 NAME = "record.csv"
@@ -32,10 +32,8 @@ class Record:
         with path.open(newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
         kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
-        part = path.with_suffix(".part")
-        with part.open("w", newline="") as file:
+        with atomic_output(path) as part, part.open("w", newline="") as file:
             csv.writer(file).writerows([header, *kept] if kept else [])
-        os.replace(part, path)
 
     def due(self, step: int) -> bool:
         """Whether a step gets a row that it has not got yet."""
