@@ -58,3 +58,61 @@ class FactorGrid:
     def describe(self) -> str:
         """`floor hue 10 × wall hue 10 × …`, for tables and messages."""
         return " × ".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))
+
+
+class FactorTable:
+    """The factor values of a labelled sample: any rows, in any order, not every combination.
+
+    Args:
+        values: (m, k) numbers, bool or text; each factor's distinct values are numbered from 0 in sorted order. A
+            single factor may be given as (m,).
+        names: one name per factor; `factor 0`, … if left out.
+
+    Attributes:
+        values: (m, k) int64: the numbered values.
+        sizes: number of distinct values of each factor.
+        names: as given.
+
+    Raises:
+        ValueError: another shape, NaN, a number of names other than the number of factors, or a factor with more
+            values than half the number of rows: it is continuous, or an index.
+    """
+
+    def __init__(self, values: np.ndarray, names: Sequence[str] = ()) -> None:
+        values = np.asarray(values)
+        if values.ndim == 1:
+            values = values[:, None]
+        if values.ndim != 2 or 0 in values.shape:
+            raise ValueError(f"factor values must be a table (rows, factors), got the shape {values.shape}")
+        if values.dtype.kind not in "biufU":
+            raise ValueError(f"factor values must be numbers or text, got an array of {values.dtype}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("factor values must be finite: leave out the rows without a label")
+        self.names = tuple(names) or tuple(f"factor {k}" for k in range(values.shape[1]))
+        if len(self.names) != values.shape[1]:
+            raise ValueError(f"{values.shape[1]} factors but {len(self.names)} names {self.names}")
+        columns, sizes = [], []
+        for name, column in zip(self.names, values.T, strict=True):
+            distinct, numbers = np.unique(column, return_inverse=True)
+            if len(distinct) > max(2, len(values) // 2):
+                raise ValueError(
+                    f"factor '{name}' has {len(distinct)} values in {len(values)} rows: it looks continuous. Cut it"
+                    " into classes, or leave it out"
+                )
+            columns.append(numbers.reshape(-1))
+            sizes.append(len(distinct))
+        self.values = np.stack(columns, axis=1).astype(np.int64)
+        self.sizes = tuple(sizes)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.values)
+
+    @property
+    def num_factors(self) -> int:
+        """Number of factors."""
+        return len(self.sizes)
+
+    def describe(self) -> str:
+        """`floor hue 10, wall hue 10, …`, for tables and messages."""
+        return ", ".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))

@@ -1,8 +1,6 @@
 """Scores for disentanglement at validation: where the model meets the metrics."""
 
-import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +12,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm.factors import FactorGrid
-from ldm.metrics.evaluate import HEADLINES, check_settings, evaluate
+from ldm.metrics.evaluate import HEADLINES, SUITE, check_settings, evaluate
+from ldm.metrics.report import score_table, write_heatmaps, write_json
+from ldm.metrics.sampling import Scores
 from ldm.util import UserError, plain, require_at_least
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ class DisentanglementCallback(Callback):
     """Encodes the validation set into scalars and scores them against its factor grid.
 
     Codes are collected batch by batch over the whole set, also over several processes, and put into grid order by the
-    batch's `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, and as a table into the log.
+    batch's `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, the matrices
+    behind them as pictures beside it, and as a table into the log.
 
     Args:
         metrics: names from `ldm.metrics.evaluate`; an empty list turns scoring off.
@@ -38,7 +39,7 @@ class DisentanglementCallback(Callback):
 
     def __init__(
         self,
-        metrics: Iterable[str] = ("beta_vae", "factor_vae", "dci", "mig"),
+        metrics: Iterable[str] = SUITE,
         settings: Mapping[str, Any] | None = None,
         every_n_validations: int = 1,
         weights: str = "live",
@@ -149,7 +150,7 @@ class DisentanglementCallback(Callback):
             return
         assert self.grid is not None
         codes = self._gather(pl_module, len(self.grid))
-        scores: dict[str, dict[str, float]] | str = {}
+        scores: dict[str, Scores] | str = {}
         if trainer.is_global_zero:
             log.info("scoring %d codes: %s", len(codes), ", ".join(self.metrics))
             try:
@@ -158,7 +159,8 @@ class DisentanglementCallback(Callback):
                 scores = f"the codes of step {trainer.global_step} cannot be scored: {error}"
             else:
                 self._write(trainer, scores)
-                log.info("scores at step %d\n%s", trainer.global_step, score_table(scores, self.grid, self.settings))
+                settings = check_settings(self.metrics, self.settings, self.grid)
+                log.info("scores at step %d\n%s", trainer.global_step, score_table(scores, self.grid, settings))
         scores = trainer.strategy.broadcast(scores)
         if isinstance(scores, str):
             # On all processes: otherwise the others would wait for the first one's scores.
@@ -203,20 +205,5 @@ class DisentanglementCallback(Callback):
             "settings": check_settings(self.metrics, self.settings, self.grid),
             "scores": scores,
         }
-        path = folder / f"{trainer.global_step:06}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1, default=float) + "\n")
-        os.replace(part, path)
-
-
-def score_table(scores: Mapping[str, Mapping[str, float]], grid: FactorGrid, settings: Mapping[str, Any]) -> str:
-    """Scores as text: a line per entry, the grid and the sample counts below."""
-    lines = []
-    for metric, entries in scores.items():
-        lines += [f"  {metric:<12}{entry:<24}{value:.4f}" for entry, value in entries.items()]
-    resolved = check_settings(list(scores), settings, grid)
-    counts = []
-    for metric, values in resolved.items():
-        second = values.get("num_test", values.get("num_eval"))
-        counts.append(f"{metric} {values['num_train']:,}" + (f"/{second:,}" if second else ""))
-    return "\n".join([*lines, f"  grid: {grid.describe()} = {len(grid):,} images; samples: {', '.join(counts)}"])
+        write_json(folder / f"{trainer.global_step:06}.json", record)
+        write_heatmaps(folder, scores, self.grid.names, f"{trainer.global_step:06}_")

@@ -2,18 +2,17 @@
 
 import numpy as np
 
-from ldm.factors import FactorGrid
-from ldm.metrics.sampling import fixed_factor_batches, scalar_codes
+from ldm.metrics.sampling import Factors, Scores, fixed_factor_batches, scalar_codes
 
 
 def beta_vae(
     codes: np.ndarray,
-    grid: FactorGrid,
+    grid: Factors,
     random_state: np.random.RandomState,
     batch_size: int = 64,
     num_train: int = 10000,
     num_eval: int = 5000,
-) -> dict[str, float]:
+) -> Scores:
     """How well a linear classifier tells which factor two sets of images share.
 
     For each point a factor is drawn, then `batch_size` pairs that agree in it; the point is the mean absolute
@@ -43,15 +42,14 @@ def beta_vae(
     train_accuracy = np.mean(model.predict(points) == labels)
     points, labels = _differences(codes, grid, num_eval, batch_size, random_state)
     eval_accuracy = np.mean(model.predict(points) == labels)
-    return {"train_accuracy": float(train_accuracy), "eval_accuracy": float(eval_accuracy)}
+    return Scores(train_accuracy=float(train_accuracy), eval_accuracy=float(eval_accuracy))
 
 
 def _differences(
-    codes: np.ndarray, grid: FactorGrid, num_points: int, batch_size: int, random_state: np.random.RandomState
+    codes: np.ndarray, grid: Factors, num_points: int, batch_size: int, random_state: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points (num_points, n) float64 and their labels (num_points,): the factor that the pairs share."""
-    points, labels = [], []
-    for held, pairs in fixed_factor_batches(codes, grid, num_points, batch_size, 2, random_state):
-        points.append(np.abs(pairs[:, 0] - pairs[:, 1]).mean(axis=1))
-        labels.append(held)
-    return np.concatenate(points).astype(np.float64), np.concatenate(labels)
+    from ldm.metrics.draws import mean_differences
+
+    held, rows = fixed_factor_batches(grid, num_points, batch_size, 2, random_state)
+    return mean_differences(codes, rows).astype(np.float64), held

@@ -1,27 +1,26 @@
 """Disentanglement, completeness, informativeness (Eastwood and Williams, ICLR 2018), by disentanglement_lib's protocol.
 
 disentanglement_lib takes the importances from scikit-learn's gradient boosted trees. Another library's trees give other
-scores for the same codes, and so do other settings: these are not to be exchanged.
+scores for the same codes, and so do other settings: `ldm.metrics.boosting` grows scikit-learn's.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ldm.factors import FactorGrid
-from ldm.metrics.sampling import sample_points, scalar_codes
+from ldm.metrics.sampling import Factors, Scores, available_cores, check_classes, sample_points, scalar_codes
 
 
 def dci(
     codes: np.ndarray,
-    grid: FactorGrid,
+    grid: Factors,
     random_state: np.random.RandomState,
     num_train: int = 10000,
     num_test: int = 5000,
     batch_size: int = 16,
+    backend: str = "fast",
     num_jobs: int = 0,
-) -> dict[str, float]:
+) -> Scores:
     """Scores of the matrix of importances of each code dimension for predicting each factor.
 
     One `GradientBoostingClassifier()` per factor gives one column. Disentanglement: does each dimension matter for one
@@ -37,61 +36,66 @@ def dci(
         random_state: source of the draws and of the trees' seeds.
         num_train, num_test: points to fit and to test on.
         batch_size: points are drawn in batches of this size. The defaults up to here are the release's.
-        num_jobs: factors fitted at a time, in threads; 0 for one per core of this process. No effect on the scores.
+        backend: `fast`, or `sklearn`: the same trees by scikit-learn, which takes some fifty times as long and breaks
+            ties between features by other random numbers.
+        num_jobs: threads; 0 for one per core of this process. No effect on the scores.
 
     Returns:
-        `informativeness_train`, `informativeness_test`, `disentanglement`, `completeness`.
+        `informativeness_train`, `informativeness_test`, `disentanglement`, `completeness`;
+        `arrays["importance"]` (n, k), every column of which sums to 1.
 
     Raises:
         ValueError: unusable codes or grid, or so few points that a factor takes one value.
     """
     codes = scalar_codes(codes, grid)
-    train = sample_points(codes, grid, num_train, batch_size, random_state)
-    test = sample_points(codes, grid, num_test, batch_size, random_state)
-    for name, factor in zip(grid.names, train[1].T, strict=True):
-        if factor.min() == factor.max():
-            raise ValueError(f"dci: factor '{name}' takes one value in num_train={num_train} points; raise num_train")
+    train, test = sample_points(codes, grid, [num_train, num_test], batch_size, random_state)
+    check_classes("dci", grid, train[1])
     seeds = random_state.randint(np.iinfo(np.int32).max, size=grid.num_factors)
-    fits = _fit_all(train, test, seeds, num_jobs or available_cores())
-    importances, train_accuracies, test_accuracies = zip(*fits, strict=True)
-    matrix = np.stack(importances, axis=1)
-    return {
-        "informativeness_train": float(np.mean(train_accuracies)),
-        "informativeness_test": float(np.mean(test_accuracies)),
-        "disentanglement": disentanglement(matrix),
-        "completeness": completeness(matrix),
-    }
+    fit = _by_scikit_learn if backend == "sklearn" else _by_boosting
+    importance, train_accuracy, test_accuracy = fit(train, test, seeds, num_jobs or available_cores())
+    return Scores(
+        informativeness_train=train_accuracy,
+        informativeness_test=test_accuracy,
+        disentanglement=disentanglement(importance),
+        completeness=completeness(importance),
+        arrays={"importance": importance},
+    )
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+Points = tuple[np.ndarray, np.ndarray]
 
 
-def _fit_all(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], seeds: np.ndarray, num_jobs: int
-) -> list[tuple[np.ndarray, float, float]]:
-    """`_fit` of every factor, `num_jobs` at a time, in threads: scikit-learn's tree builder releases Python's lock."""
+def _by_boosting(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> tuple[np.ndarray, float, float]:
+    """Importances (n, k), and the mean accuracies in training and test."""
+    from ldm.metrics.boosting import fit_factors
+
+    fits = fit_factors(train[0], train[1], test[0], seeds, num_jobs)
+    train_accuracy = np.mean([np.mean(fit.train == train[1][:, k]) for k, fit in enumerate(fits)])
+    test_accuracy = np.mean([np.mean(fit.test == test[1][:, k]) for k, fit in enumerate(fits)])
+    return np.stack([fit.importances for fit in fits], axis=1), float(train_accuracy), float(test_accuracy)
+
+
+def _by_scikit_learn(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> tuple[np.ndarray, float, float]:
+    """The same, factors in threads: scikit-learn's tree builder releases Python's lock."""
+    from sklearn.ensemble import GradientBoostingClassifier
+
+    def fit(k: int) -> tuple[np.ndarray, float, float]:
+        model = GradientBoostingClassifier(random_state=int(seeds[k])).fit(train[0], train[1][:, k])
+        accuracies = [float(np.mean(model.predict(codes) == factors[:, k])) for codes, factors in (train, test)]
+        return model.feature_importances_, accuracies[0], accuracies[1]
+
     # The cost is in proportion to the number of classes: the longest first, so that no core waits for a late long one.
     order = np.argsort(-train[1].max(axis=0), kind="stable")
     pool = ThreadPoolExecutor(num_jobs)
     try:
-        futures = {int(k): pool.submit(_fit, train, test, int(k), int(seeds[k])) for k in order}
-        return [futures[k].result() for k in range(len(order))]
+        futures = {int(k): pool.submit(fit, int(k)) for k in order}
+        importances, train_accuracies, test_accuracies = zip(
+            *(futures[k].result() for k in range(len(order))), strict=True
+        )
     finally:
         # After an interrupt, the factors that have not begun are dropped.
         pool.shutdown(cancel_futures=True)
-
-
-def _fit(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], k: int, seed: int
-) -> tuple[np.ndarray, float, float]:
-    """Importances (n,) for factor k, and the accuracies of its prediction in training and test."""
-    from sklearn.ensemble import GradientBoostingClassifier
-
-    model = GradientBoostingClassifier(random_state=seed).fit(train[0], train[1][:, k])
-    accuracies = [float(np.mean(model.predict(codes) == factors[:, k])) for codes, factors in (train, test)]
-    return model.feature_importances_, accuracies[0], accuracies[1]
+    return np.stack(importances, axis=1), float(np.mean(train_accuracies)), float(np.mean(test_accuracies))
 
 
 def disentanglement(importance: np.ndarray) -> float:

@@ -1,75 +1,121 @@
-"""Codes and a factor grid -> disentanglement scores."""
+"""Codes and factors -> disentanglement scores."""
 
 import difflib
 import inspect
 import logging
 import numbers
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ldm.factors import FactorGrid
+from ldm.factors import FactorTable
 from ldm.metrics.beta_vae import beta_vae
 from ldm.metrics.dci import dci
+from ldm.metrics.downstream import downstream_gbt, downstream_logistic_regression
 from ldm.metrics.factor_vae import factor_vae
+from ldm.metrics.infomec import infomec
+from ldm.metrics.irs import irs
 from ldm.metrics.mig import mig
-from ldm.metrics.sampling import check_grid, scalar_codes
+from ldm.metrics.modularity import modularity_explicitness
+from ldm.metrics.sampling import Factors, Scores, check_grid, scalar_codes, varying
+from ldm.metrics.sap import sap
+from ldm.metrics.tad import tad
+from ldm.metrics.unsupervised import unsupervised
 
 log = logging.getLogger(__name__)
 
-METRICS: dict[str, Callable[..., dict[str, float]]] = {
+METRICS: dict[str, Callable[..., Scores]] = {
     "beta_vae": beta_vae,
     "factor_vae": factor_vae,
     "dci": dci,
     "mig": mig,
+    "sap": sap,
+    "modularity_explicitness": modularity_explicitness,
+    "irs": irs,
+    "unsupervised": unsupervised,
+    "infomec": infomec,
+    "downstream_logistic_regression": downstream_logistic_regression,
+    "downstream_gbt": downstream_gbt,
+    "tad": tad,
 }
+# What the release scores at validation.
+SUITE = ("beta_vae", "factor_vae", "dci", "mig")
 # The entry that papers report of each metric.
 HEADLINES = {
     "beta_vae": "eval_accuracy",
     "factor_vae": "eval_accuracy",
     "dci": "disentanglement",
     "mig": "discrete_mig",
+    "sap": "SAP_score",
+    "modularity_explicitness": "modularity_score",
+    "irs": "IRS",
+    "unsupervised": "gaussian_total_correlation",
+    "infomec": "infom",
+    "downstream_logistic_regression": "10000:mean_test_accuracy",
+    "downstream_gbt": "10000:mean_test_accuracy",
+    "tad": "tad",
 }
-# Least value of the settings for which it is not 1: variances need two points, gaps two bins.
+# Least and largest value of the settings for which they are not 1 and none: variances need two points, gaps two bins.
 LEAST = {
     ("factor_vae", "batch_size"): 2,
     ("factor_vae", "num_variance_estimate"): 2,
     ("factor_vae", "prune_threshold"): 0,
     ("dci", "num_jobs"): 0,
     ("mig", "num_bins"): 2,
+    ("modularity_explicitness", "num_bins"): 2,
+    ("irs", "num_bins"): 2,
+    ("irs", "diff_quantile"): 0,
+    ("unsupervised", "num_bins"): 2,
+    ("infomec", "active_range"): 0,
+    ("tad", "num_points"): 0,
+    ("tad", "auroc_threshold"): 0,
+    ("tad", "entropy_threshold"): 0,
+    ("tad", "least_range"): 0,
+    ("tad", "num_thresholds"): 2,
 }
+LARGEST = {
+    ("irs", "diff_quantile"): 1,
+    ("infomec", "active_range"): 1,
+    ("tad", "auroc_threshold"): 1,
+    ("tad", "entropy_threshold"): 1,
+}
+CHOICES = {("dci", "backend"): ("fast", "sklearn")}
 
 
 def evaluate(
     codes: np.ndarray,
-    grid: FactorGrid,
-    metrics: Iterable[str] = tuple(METRICS),
+    grid: Factors,
+    metrics: Iterable[str] = SUITE,
     settings: Mapping[str, Mapping[str, Any] | None] | None = None,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Scores]:
     """Score codes by disentanglement_lib's protocol.
 
     Args:
-        codes: scalars (m, n) or tokens (m, n, d), one row per row of the grid, in grid order; tokens are reduced to
-            their first principal component each.
-        grid: the factors of the rows.
-        metrics: names among `METRICS`.
+        codes: scalars (m, n) or tokens (m, n, d); tokens are reduced to their first principal component each.
+        grid: the factors of the m rows: a `FactorGrid`, all of whose rows there are, in its order, or a `FactorTable`,
+            the factor values of any rows.
+        metrics: names among `METRICS`; the release's four if left out. `tad` is of a table of binary attributes.
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
         seed: every metric starts from its own `RandomState(seed)`, so a score does not depend on the others asked for.
 
     Returns:
-        per metric its entries, e.g. `{"mig": {"discrete_mig": 0.18}}`: plain numbers, ready for JSON.
+        per metric its entries, e.g. `{"mig": {"discrete_mig": 0.18}}`: plain numbers, ready for JSON. The matrices
+        behind them are in `.arrays` of each.
 
     Raises:
-        ValueError: unusable codes, grid, metric names, settings or seed.
+        ValueError: unusable codes, factors, metric names, settings or seed.
     """
     metrics = tuple(metrics) if not isinstance(metrics, str) else metrics
     resolved = check_settings(metrics, settings, grid)
     if not _is_integer(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
     codes = scalar_codes(codes, grid)
+    constant = np.flatnonzero(~varying(codes))
+    if len(constant):
+        log.info("dimensions with a single value: %s", ", ".join(map(str, constant)))
     scores = {}
     for name, values in resolved.items():
         start = time.perf_counter()
@@ -78,24 +124,31 @@ def evaluate(
     return scores
 
 
+def defined_metrics(grid: Factors) -> list[str]:
+    """Names of the metrics that are defined for these factors."""
+    binary = isinstance(grid, FactorTable) and all(size == 2 for size in grid.sizes)
+    return [name for name in METRICS if name != "tad" or binary]
+
+
 def check_settings(
     metrics: Iterable[str],
     settings: Mapping[str, Mapping[str, Any] | None] | None = None,
-    grid: FactorGrid | None = None,
+    grid: Factors | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Check what `evaluate` will be asked for, without codes: to be called before anything is trained.
 
     Args:
         metrics: names of metrics.
         settings: per metric, by the names of its function's arguments; may hold metrics that are not asked for.
-        grid: the factor grid, if it is known already.
+        grid: the factors, if they are known already.
 
     Returns:
-        per metric asked for, every setting it will run with.
+        per metric asked for, every setting it will run with. Numbers of points that were not given are lowered to what
+        a labelled sample has.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), a value of the wrong kind or too small, no metric, or
-            a grid on which the metrics are not defined.
+            factors on which the metrics are not defined.
     """
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a list of names, got the text '{metrics}'")
@@ -108,15 +161,46 @@ def check_settings(
         if name not in METRICS:
             raise ValueError(f"unknown metric '{name}'{_nearest(name, METRICS)}")
     resolved = {name: _complete(name, settings.get(name)) for name in dict.fromkeys([*metrics, *settings])}
+    resolved = {name: resolved[name] for name in dict.fromkeys(metrics)}
     if grid is not None:
         check_grid(grid)
-    return {name: resolved[name] for name in dict.fromkeys(metrics)}
+        undefined = [name for name in resolved if name not in defined_metrics(grid)]
+        if undefined:
+            raise ValueError(f"{undefined[0]} needs a table of binary attributes; these factors are {grid.describe()}")
+        if isinstance(grid, FactorTable):
+            for name, values in resolved.items():
+                values |= _fitting(values, set(settings.get(name) or {}), len(grid))
+    return resolved
 
 
 def default_settings(metric: str) -> dict[str, Any]:
     """The settings of a metric and their defaults: its function's arguments after codes, grid and random state."""
     parameters = list(inspect.signature(METRICS[metric]).parameters.values())
     return {parameter.name: parameter.default for parameter in parameters[3:]}
+
+
+def _fitting(values: Mapping[str, Any], given: set[str], rows: int) -> dict[str, Any]:
+    """Numbers of points that a labelled sample of so many rows has, in the place of defaults that are too large.
+
+    A third of the rows is for testing where neither number was given.
+    """
+    train, test = values.get("num_train"), values.get("num_test", 0)
+    # In batches with a factor held, points are drawn with replacement.
+    if train is None or "num_eval" in values:
+        return {}
+    if isinstance(train, Sequence):
+        test = test if "num_test" in given else max(1, min(test, rows // 3))
+        sizes = train if "num_train" in given else [size for size in train if size + test <= rows] or [rows - test]
+        return {"num_train": list(sizes), "num_test": test}
+    if train + test <= rows or {"num_train", "num_test"} & set(values) <= given:
+        return {}
+    if "num_test" in values and not {"num_train", "num_test"} & given:
+        train, test = rows - rows // 3, rows // 3
+    elif "num_train" in given:
+        test = max(1, rows - train)
+    else:
+        train = max(1, rows - test)
+    return {"num_train": train} | ({"num_test": test} if "num_test" in values else {})
 
 
 def _complete(metric: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -129,12 +213,33 @@ def _complete(metric: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"unknown setting '{name}' of {metric}{_nearest(name, known)}")
-        least = LEAST.get((metric, name), 1)
-        kind = "an integer" if isinstance(known[name], int) else "a finite number"
-        right = _is_integer(value) if isinstance(known[name], int) else _is_finite(value)
-        if not right or value < least:
-            raise ValueError(f"{metric}.{name} must be {kind} of at least {least}, got {value!r}")
+        _check_value(metric, name, known[name], value)
     return known | dict(values)
+
+
+def _check_value(metric: str, name: str, default: Any, value: Any) -> None:
+    """Refuse a value of another kind than the default's, or out of its range."""
+    if isinstance(default, str):
+        choices = CHOICES[metric, name]
+        if value not in choices:
+            raise ValueError(f"{metric}.{name} must be one of {', '.join(choices)}, got {value!r}")
+        return
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{metric}.{name} must be true or false, got {value!r}")
+        return
+    if isinstance(default, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+            raise ValueError(f"{metric}.{name} must be a list of integers of at least 1, got {value!r}")
+        for entry in value:
+            _check_value(metric, name, 1, entry)
+        return
+    least, largest = LEAST.get((metric, name), 1), LARGEST.get((metric, name), np.inf)
+    kind = "an integer" if isinstance(default, int) else "a finite number"
+    right = _is_integer(value) if isinstance(default, int) else _is_finite(value)
+    if not right or not least <= value <= largest:
+        upper = "" if largest == np.inf else f" and at most {largest}"
+        raise ValueError(f"{metric}.{name} must be {kind} of at least {least}{upper}, got {value!r}")
 
 
 def _is_integer(value: Any) -> bool:

@@ -2,20 +2,20 @@
 
 import numpy as np
 
-from ldm.factors import FactorGrid
-from ldm.metrics.sampling import fixed_factor_batches, scalar_codes
+from ldm.factors import FactorTable
+from ldm.metrics.sampling import Factors, Scores, fixed_factor_batches, sample_points, scalar_codes, varying
 
 
 def factor_vae(
     codes: np.ndarray,
-    grid: FactorGrid,
+    grid: Factors,
     random_state: np.random.RandomState,
     batch_size: int = 64,
     num_train: int = 10000,
     num_eval: int = 5000,
     num_variance_estimate: int = 10000,
     prune_threshold: float = 0.05,
-) -> dict[str, float]:
+) -> Scores:
     """How well the least varying code dimension tells which factor was held.
 
     For each vote a factor is drawn and held in `batch_size` points; the dimension whose variance, over its variance
@@ -23,14 +23,15 @@ def factor_vae(
 
     Deliberate departures: a dimension that is constant on the variance sample is pruned at any threshold (in the
     original, at threshold 0, its 0/0 wins every vote); `num_active_dims` counts the dimensions left (the original
-    returns how many there were). With no dimension left all three are 0, as in the original.
+    returns how many there were); which ones is `arrays["active"]`. With no dimension left all three are 0, as in the
+    original.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
         grid: the factors of the rows.
         random_state: source of the draws.
         batch_size, num_train, num_eval: points per vote, votes to train and to evaluate on.
-        num_variance_estimate: points to estimate each dimension's variance from.
+        num_variance_estimate: points to estimate each dimension's variance from; of a table, its rows at most.
         prune_threshold: dimensions whose standard deviation is below are left out. It is absolute: it depends on the
             scale of the codes. All defaults are the release's.
 
@@ -41,33 +42,37 @@ def factor_vae(
         ValueError: unusable codes or grid.
     """
     codes = scalar_codes(codes, grid)
-    sample = codes[grid.index(grid.sample(num_variance_estimate, random_state))]
+    count = min(num_variance_estimate, len(grid)) if isinstance(grid, FactorTable) else num_variance_estimate
+    ((sample, _),) = sample_points(codes, grid, [count], count, random_state)
     variances = sample.var(axis=0, ddof=1)
-    active = (np.sqrt(variances) >= prune_threshold) & (sample.max(axis=0) > sample.min(axis=0)) & (variances > 0)
+    active = (np.sqrt(variances) >= prune_threshold) & varying(sample) & (variances > 0)
+    arrays = {"active": active}
     if not active.any():
-        return {"train_accuracy": 0.0, "eval_accuracy": 0.0, "num_active_dims": 0}
-    codes, variances = codes[:, active], variances[active]
+        return Scores(train_accuracy=0.0, eval_accuracy=0.0, num_active_dims=0, arrays=arrays)
+    codes, variances = np.ascontiguousarray(codes[:, active]), variances[active]
     train_votes = _votes(codes, variances, grid, num_train, batch_size, random_state)
     eval_votes = _votes(codes, variances, grid, num_eval, batch_size, random_state)
     classifier = (train_votes.argmax(axis=0), np.arange(train_votes.shape[1]))
-    return {
-        "train_accuracy": float(train_votes[classifier].sum() / num_train),
-        "eval_accuracy": float(eval_votes[classifier].sum() / num_eval),
-        "num_active_dims": int(active.sum()),
-    }
+    return Scores(
+        train_accuracy=float(train_votes[classifier].sum() / num_train),
+        eval_accuracy=float(eval_votes[classifier].sum() / num_eval),
+        num_active_dims=int(active.sum()),
+        arrays=arrays,
+    )
 
 
 def _votes(
     codes: np.ndarray,
     variances: np.ndarray,
-    grid: FactorGrid,
+    grid: Factors,
     num_votes: int,
     batch_size: int,
     random_state: np.random.RandomState,
 ) -> np.ndarray:
     """Votes (k, n): how often dimension n varied least while factor k was held. The first of equals gets the vote."""
+    from ldm.metrics.draws import least_varying
+
+    held, rows = fixed_factor_batches(grid, num_votes, batch_size, 1, random_state)
     votes = np.zeros((grid.num_factors, codes.shape[1]), dtype=np.int64)
-    for held, batches in fixed_factor_batches(codes, grid, num_votes, batch_size, 1, random_state):
-        least = np.argmin(batches[:, 0].var(axis=1, ddof=1) / variances, axis=1)
-        np.add.at(votes, (held, least), 1)
+    np.add.at(votes, (held, least_varying(codes, rows[:, 0], variances)), 1)
     return votes

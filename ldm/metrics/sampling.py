@@ -1,19 +1,29 @@
 """What the metrics share: codes checked and reduced to scalars, and points drawn in disentanglement_lib's order."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ldm.factors import FactorGrid
+from ldm.factors import FactorGrid, FactorTable
 
 # Squares of larger values, summed, leave the range of float32.
 LARGEST_CODE = 1e15
-# Memory of one chunk of batches: large enough to amortise the calls, small enough for the processor's caches.
-CHUNK_BYTES = 2**23
+
+Factors = FactorGrid | FactorTable
 
 
-def check_grid(grid: FactorGrid) -> None:
-    """Refuse a grid on which no metric is defined: a single factor, or a factor with a single value.
+class Scores(dict[str, float]):
+    """A metric's entries, plain numbers; `arrays` holds the matrices behind them, such as DCI's importances."""
+
+    def __init__(self, *args: Any, arrays: dict[str, np.ndarray] | None = None, **entries: float) -> None:
+        super().__init__(*args, **entries)
+        self.arrays = arrays or {}
+
+
+def check_grid(grid: Factors) -> None:
+    """Refuse factors on which no metric is defined: a single one, or one with a single value.
 
     Raises:
         ValueError: says which factor, and what to do.
@@ -21,26 +31,27 @@ def check_grid(grid: FactorGrid) -> None:
     single = [name for name, size in zip(grid.names, grid.sizes, strict=True) if size == 1]
     if single:
         raise ValueError(
-            f"factor '{single[0]}' has one value, so no code can tell anything about it: leave it out of the grid "
-            f"({grid.describe()}); the rows keep their order"
+            f"factor '{single[0]}' has one value, so no code can tell anything about it: leave it out"
+            f" ({grid.describe()}); the rows keep their order"
         )
     if grid.num_factors < 2:
-        raise ValueError(f"disentanglement is of at least two factors, the grid has {grid.describe()}")
+        raise ValueError(f"disentanglement is of at least two factors, but there is only {grid.describe()}")
 
 
-def scalar_codes(codes: np.ndarray, grid: FactorGrid) -> np.ndarray:
+def scalar_codes(codes: np.ndarray, grid: Factors) -> np.ndarray:
     """Codes as the metrics take them: checked, real, one scalar per row and concept.
 
     Args:
-        codes: scalars (m, n) or tokens (m, n, d), one row per row of the grid, in grid order. float32 stays float32,
-            as in the original, which then computes in float32; every other real type becomes float64.
+        codes: scalars (m, n) or tokens (m, n, d), one row per row of the grid, in grid order, or one per row of the
+            table. float32 stays float32, as in the original, which then computes in float32; every other real type
+            becomes float64.
         grid: the m rows' factors.
 
     Returns:
         (m, n); tokens are reduced by `first_components`.
 
     Raises:
-        ValueError: wrong shape, length, type, or values that are NaN, infinite or beyond 1e15; or a grid without use.
+        ValueError: wrong shape, length, type, or values that are NaN, infinite or beyond 1e15; or factors without use.
     """
     check_grid(grid)
     codes = np.asarray(codes)
@@ -49,16 +60,19 @@ def scalar_codes(codes: np.ndarray, grid: FactorGrid) -> np.ndarray:
     if codes.ndim not in (2, 3):
         raise ValueError(f"codes must be scalars (m, n) or tokens (m, n, d), got the shape {codes.shape}")
     if len(codes) != len(grid):
-        raise ValueError(f"the grid has {len(grid)} rows ({grid.describe()}), but there are {len(codes)} rows of codes")
+        what = "grid" if isinstance(grid, FactorGrid) else "table of factors"
+        raise ValueError(
+            f"the {what} has {len(grid)} rows ({grid.describe()}), but there are {len(codes)} rows of codes"
+        )
     if codes.shape[1] < 2 or 0 in codes.shape:
         raise ValueError(f"codes need at least two dimensions to be told apart, got the shape {codes.shape}")
     if codes.dtype != np.float32:
         codes = codes.astype(np.float64, copy=False)
-    _check_values(codes)
+    check_values(codes)
     return first_components(codes) if codes.ndim == 3 else codes
 
 
-def _check_values(codes: np.ndarray) -> None:
+def check_values(codes: np.ndarray) -> None:
     """Refuse NaN, infinite and overflowing values, naming how many rows have them and the first such row."""
     # NaN and infinity survive min and max: the rows are only searched when there is something to report.
     largest = max(-float(codes.min()), float(codes.max()))
@@ -89,49 +103,96 @@ def first_components(tokens: np.ndarray) -> np.ndarray:
     return reduced
 
 
-def sample_points(
-    codes: np.ndarray, grid: FactorGrid, num_points: int, batch_size: int, random_state: np.random.RandomState
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (num_points, n) and factors (num_points, k) of single points.
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Drawn batch by batch, the last one shorter: within a batch each factor is drawn for all points before the next
-    factor, so the batch size changes the points.
+
+def varying(codes: np.ndarray) -> np.ndarray:
+    """Which dimensions (n,) of codes (m, n) take more than one value."""
+    return codes.max(axis=0) > codes.min(axis=0)
+
+
+def sample_points(
+    codes: np.ndarray, grid: Factors, counts: Sequence[int], batch_size: int, random_state: np.random.RandomState
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Codes (count, n) and factors (count, k) of single points, for each of the counts: training, then testing.
+
+    From a grid, points are drawn batch by batch, the last one shorter: within a batch each factor is drawn for all
+    points before the next factor, so the batch size changes the points. From a table, every count takes rows that no
+    other has, at random: drawn with replacement, the same rows would be trained and tested on.
+
+    Raises:
+        ValueError: a table has fewer rows than are asked for.
     """
-    sizes = [min(batch_size, num_points - start) for start in range(0, num_points, batch_size)]
-    factors = np.concatenate([grid.sample(size, random_state) for size in sizes])
-    return codes[grid.index(factors)], factors
+    if isinstance(grid, FactorTable):
+        if sum(counts) > len(grid):
+            asked = " + ".join(str(count) for count in counts)
+            raise ValueError(f"{asked} different rows are asked for, but the labelled sample has {len(grid)}")
+        rows = np.split(random_state.permutation(len(grid))[: sum(counts)], np.cumsum(counts)[:-1])
+        return [(codes[part], grid.values[part]) for part in rows]
+    points = []
+    for count in counts:
+        sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+        factors = np.concatenate([grid.sample(size, random_state) for size in sizes])
+        points.append((codes[grid.index(factors)], factors))
+    return points
+
+
+def check_classes(metric: str, grid: Factors, factors: np.ndarray) -> None:
+    """Refuse training points (num_train, k) in which a factor takes a single value.
+
+    Raises:
+        ValueError: names the metric, the factor and the setting.
+    """
+    for name, factor in zip(grid.names, factors.T, strict=True):
+        if factor.min() == factor.max():
+            raise ValueError(
+                f"{metric}: factor '{name}' takes one value in num_train={len(factors)} points; raise num_train"
+            )
 
 
 def fixed_factor_batches(
-    codes: np.ndarray,
-    grid: FactorGrid,
-    num_batches: int,
-    batch_size: int,
-    num_sets: int,
-    random_state: np.random.RandomState,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches in each of which one factor is held, in chunks of bounded memory.
+    grid: Factors, num_batches: int, batch_size: int, num_sets: int, random_state: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in batches in each of which one factor is held.
 
-    For each batch, in this order: the index of the factor to hold, then `num_sets` sets of `batch_size` points. With
-    one set the held factor takes the first point's value in all of them (FactorVAE); with more, every later set takes
-    the first set's values point by point (β-VAE).
+    For each batch a factor is drawn, then `num_sets` sets of `batch_size` points. With one set the held factor has the
+    first point's value in all of them (FactorVAE); with more, every later set has the first set's values point by point
+    (β-VAE). From a grid, in disentanglement_lib's order; from a table, among the rows that have the value.
 
-    Yields:
-        held factor (c,), codes (c, num_sets, batch_size, n).
+    Returns:
+        held factor (num_batches,) int64, rows (num_batches, num_sets, batch_size) int64.
+
+    Raises:
+        ValueError: a value that a single row of the table has.
     """
-    row_bytes = codes.shape[1] * codes.itemsize + grid.num_factors * 8
-    chunk = max(1, CHUNK_BYTES // (num_sets * batch_size * row_bytes))
-    for start in range(0, num_batches, chunk):
-        count = min(chunk, num_batches - start)
-        held = np.empty(count, dtype=np.int64)
-        factors = np.empty((count, num_sets, batch_size, grid.num_factors), dtype=np.int64)
-        for i in range(count):
-            held[i] = random_state.randint(grid.num_factors)
-            for points in factors[i]:
-                points[:] = grid.sample(batch_size, random_state)
-        batch = np.arange(count)
-        # (c, num_sets, batch_size) of the held factor; (c, 1, 1) or (c, 1, batch_size) of what it is held at.
-        values = factors[batch, :, :, held]
-        factors[batch, :, :, held] = values[:, :1, :1] if num_sets == 1 else values[:, :1]
-        rows = grid.index(factors.reshape(-1, grid.num_factors))
-        yield held, codes[rows].reshape(count, num_sets, batch_size, codes.shape[1])
+    if isinstance(grid, FactorTable):
+        return _table_batches(grid, num_batches, batch_size, num_sets, random_state)
+    from ldm.metrics.draws import fixed_factor_rows
+
+    return fixed_factor_rows(grid.sizes, num_batches, batch_size, num_sets, random_state)
+
+
+def _table_batches(
+    table: FactorTable, num_batches: int, batch_size: int, num_sets: int, random_state: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
+    """`fixed_factor_batches` from a labelled sample: points are rows, drawn with replacement."""
+    held = random_state.randint(table.num_factors, size=num_batches)
+    rows = random_state.randint(len(table), size=(num_batches, num_sets, batch_size))
+    for k, name in enumerate(table.names):
+        counts = np.bincount(table.values[:, k], minlength=table.sizes[k])
+        if counts.min() < 2:
+            raise ValueError(
+                f"value number {counts.argmin()} of factor '{name}' has a single row in the labelled sample, so it"
+                " cannot be held: leave that row out, or this metric"
+            )
+        # Rows of each value stand together: value v from begin[v] on.
+        order, begin = np.argsort(table.values[:, k], kind="stable"), np.cumsum(counts) - counts
+        batches = held == k
+        given = rows[batches]
+        values = table.values[given[:, :1, :1] if num_sets == 1 else given[:, :1], k]
+        drawn = order[begin[values] + random_state.randint(counts[np.broadcast_to(values, given.shape)])]
+        drawn[:, 0, : 1 if num_sets == 1 else None] = given[:, 0, : 1 if num_sets == 1 else None]
+        rows[batches] = drawn
+    return held, rows

@@ -10,14 +10,15 @@ from sklearn.metrics import mutual_info_score
 from ldm.metrics.dci import dci
 from ldm.metrics.evaluate import evaluate
 from ldm.metrics.factor_vae import factor_vae
-from ldm.metrics.mig import mutual_information
+from ldm.metrics.information import mutual_information
 from ldm.metrics.sampling import sample_points
 
 
-@pytest.mark.parametrize("metric", ["beta_vae", "factor_vae", "mig"])
+@pytest.mark.parametrize("metric", ["beta_vae", "factor_vae", "mig", "sap", "modularity_explicitness", "irs"])
 def test_equals_the_original_at_its_settings(reference, metric):
     codes, grid, scores = reference
-    assert evaluate(codes, grid, [metric])[metric] == pytest.approx(scores[metric], abs=1e-9)
+    ours = evaluate(codes, grid, [metric])[metric]
+    assert {entry: ours[entry] for entry in scores[metric]} == pytest.approx(scores[metric], abs=1e-9)
 
 
 def draw(grid, size, random):
@@ -91,19 +92,13 @@ def test_factor_vae_follows_a_plain_loop(noisy, grid, threshold):
     }
 
 
-def test_draws_do_not_depend_on_the_chunks(monkeypatch, noisy, grid):
-    settings = {"batch_size": 8, "num_train": 300, "num_eval": 200}
-    whole = evaluate(noisy, grid, ["beta_vae", "factor_vae"], {"beta_vae": settings, "factor_vae": settings})
-    monkeypatch.setattr("ldm.metrics.sampling.CHUNK_BYTES", 5000)
-    assert evaluate(noisy, grid, ["beta_vae", "factor_vae"], {"beta_vae": settings, "factor_vae": settings}) == whole
-
-
 def test_points_are_drawn_in_batches(noisy, grid):
     random = np.random.RandomState(7)
-    expected = np.concatenate([draw(grid, size, random) for size in (16, 16, 5)])
-    codes, factors = sample_points(noisy, grid, 37, 16, np.random.RandomState(7))
-    np.testing.assert_array_equal(factors, expected)
-    np.testing.assert_array_equal(codes, noisy[grid.index(expected)])
+    parts = sample_points(noisy, grid, [37, 20], 16, np.random.RandomState(7))
+    for sizes, (codes, factors) in zip([(16, 16, 5), (16, 4)], parts, strict=True):
+        expected = np.concatenate([draw(grid, size, random) for size in sizes])
+        np.testing.assert_array_equal(factors, expected)
+        np.testing.assert_array_equal(codes, noisy[grid.index(expected)])
 
 
 def test_dci_follows_a_plain_loop(smooth, grid):
@@ -125,9 +120,13 @@ def test_dci_follows_a_plain_loop(smooth, grid):
         "disentanglement": np.sum(by_code * importance.sum(1) / importance.sum()),
         "completeness": np.sum(by_factor * importance.sum(0) / importance.sum()),
     }
+    settings = {"num_train": 90, "num_test": 50}
     for jobs in (1, 3):
-        scores = dci(smooth, grid, np.random.RandomState(0), num_train=90, num_test=50, num_jobs=jobs)
+        scores = dci(smooth, grid, np.random.RandomState(0), **settings, backend="sklearn", num_jobs=jobs)
         assert scores == pytest.approx(expected, abs=1e-12), f"{jobs} jobs"
+    fast = [dci(smooth, grid, np.random.RandomState(0), **settings, num_jobs=jobs) for jobs in (1, 3)]
+    assert fast[0] == fast[1]
+    np.testing.assert_array_equal(fast[0].arrays["importance"], fast[1].arrays["importance"])
 
 
 def test_mutual_information_is_scikit_learns():

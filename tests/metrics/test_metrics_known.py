@@ -67,8 +67,13 @@ def test_every_dimension_twice(perfect, grid):
     assert scores["mig"] == {"discrete_mig": 0}
     assert scores["factor_vae"]["eval_accuracy"] == scores["beta_vae"]["eval_accuracy"] == 1
     assert scores["dci"]["disentanglement"] == pytest.approx(1, abs=1e-6)
-    # Trees choose among equals at random: a factor's importance is split in half between 2 of 6 dimensions.
-    assert scores["dci"]["completeness"] == pytest.approx(1 - np.log(2) / np.log(6), abs=0.02)
+    # Trees choose among equals at random: on average a factor's importance is split in half between 2 of 6 dimensions,
+    # and any other split makes it more complete.
+    twice = np.concatenate([perfect, perfect], axis=1)
+    results = [evaluate(twice, grid, ["dci"], SMALL, seed)["dci"] for seed in range(10)]
+    assert all(result["completeness"] >= 1 - np.log(2) / np.log(6) for result in results)
+    shares = np.array([np.diag(result.arrays["importance"]) for result in results])
+    assert shares.mean() == pytest.approx(1 / 2, abs=0.06) and 0.03 < shares.std() < 0.15
 
 
 def test_constant_codes(grid):

@@ -1,0 +1,370 @@
+"""Gradient boosted trees as scikit-learn's `GradientBoostingClassifier()` grows them, made fast for DCI.
+
+The algorithm is scikit-learn's (Friedman, "Greedy Function Approximation", 2001, with its defaults): 100 rounds of one
+regression tree of depth 3 per class (a single one for two classes) on the residuals of the log-loss, splits by squared
+error at midpoints between values more than 1e-7 apart, one Newton step per leaf, a learning rate of 0.1. Importances
+are the decreases of the squared error, summed over all trees and normalised once.
+
+What makes it fast: the features never change, so they are sorted once for all trees; a level of a tree is one pass over
+each sorted feature, for all its nodes, and for up to 8 classes at a time; and classes and factors run in parallel.
+
+Where features tie for the best split, one of them is taken at random. scikit-learn does the same by visiting them in
+random order; the random numbers are not the same ones.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numba import uintp
+
+ROUNDS, DEPTH, LEARNING_RATE = 100, 3, 0.1
+# Values of a feature closer than this, in float32, are not told apart.
+SAME_VALUE = np.float32(1e-7)
+# Nodes are numbered as in a heap: the root is 1, the children of k are 2k and 2k + 1.
+NODES = 2 ** (DEPTH + 1)
+# Gains that differ by less than rounding can, relative to them, are ties.
+TIE = 1e-10
+MAX_LANES = 8
+# Entries of a node's state during the scan of one feature: sum of centred residuals and number of samples to the left,
+# samples in all, the best gain so far and its position, and the value that the next one must exceed.
+WIDTH = 8
+SUM, LEFT, COUNT, GAIN, POSITION, LIMIT = (uintp(k) for k in range(6))
+
+
+def compiled(function: Callable) -> Any:
+    """`numba.njit` without Python's lock, kept on disk where a folder for it can be written."""
+    try:
+        return numba.njit(function, nogil=True, error_model="numpy", cache=True)
+    except RuntimeError:
+        return numba.njit(function, nogil=True, error_model="numpy")
+
+
+@dataclass(frozen=True)
+class SortedFeatures:
+    """Features in float32, as scikit-learn's trees see them, with the order of each."""
+
+    columns: np.ndarray  # (features, samples) float32
+    order: np.ndarray  # (features, samples) uint32: rows by increasing value
+    values: np.ndarray  # (features, samples) float32: the values in that order
+
+    @classmethod
+    def of(cls, samples: np.ndarray) -> "SortedFeatures":
+        """Sort samples (m, n)."""
+        columns = np.ascontiguousarray(samples.T, dtype=np.float32)
+        order = np.argsort(columns, axis=1, kind="stable")
+        return cls(columns, order.astype(np.uint32), np.take_along_axis(columns, order, axis=1))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What DCI needs of a classifier: importances (n,), predicted labels of the training and test samples."""
+
+    importances: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+
+
+def fit_factors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seeds: np.ndarray, num_jobs: int) -> list[Fit]:
+    """One classifier per factor, with scikit-learn's predictions and importances.
+
+    Args:
+        train: samples (m, n), finite.
+        labels: (m, k) integers: the k factors to predict, of at least two values each.
+        test: samples (t, n) to predict after training.
+        seeds: (k,) of the choices among features that tie.
+        num_jobs: threads. They have no effect on the result.
+    """
+    features, columns = SortedFeatures.of(train), np.ascontiguousarray(test.T, dtype=np.float32)
+    stop = threading.Event()
+    workers, drivers = ThreadPoolExecutor(num_jobs), ThreadPoolExecutor(labels.shape[1])
+    try:
+        # Work is in proportion to the number of classes: those with most of them begin.
+        longest_first = np.argsort(-labels.max(axis=0), kind="stable")
+        futures = {
+            k: drivers.submit(_fit, features, labels[:, k], columns, int(seeds[k]), workers, num_jobs, stop)
+            for k in longest_first
+        }
+        return [futures[k].result() for k in range(labels.shape[1])]
+    finally:
+        # After an interrupt: no further round.
+        stop.set()
+        workers.shutdown(cancel_futures=True)
+        drivers.shutdown(cancel_futures=True)
+
+
+def _fit(
+    features: SortedFeatures,
+    labels: np.ndarray,
+    test: np.ndarray,
+    seed: int,
+    workers: ThreadPoolExecutor,
+    num_jobs: int,
+    stop: threading.Event,
+) -> Fit:
+    """Boost the trees of one factor, the classes of a round side by side."""
+    classes, numbers = np.unique(labels, return_inverse=True)
+    labels = numbers.astype(np.int64)
+    raw = np.tile(_prior(np.bincount(labels) / len(labels)), (len(labels), 1))
+    raw_test = np.tile(raw[:1], (test.shape[1], 1))
+    trees = raw.shape[1]
+    residual, importances = np.empty_like(raw), np.zeros((trees, len(test)))
+    # Odd, since xorshift must not start from 0.
+    random = np.random.SeedSequence(seed).generate_state(trees, np.uint64) | np.uint64(1)
+    groups = np.array_split(np.arange(trees), min(max(-(-trees // MAX_LANES), num_jobs), -(-trees // 2)))
+    blocks = np.array_split(np.arange(len(labels)), num_jobs)
+
+    def residuals(rows: np.ndarray) -> None:
+        if len(rows):
+            _residuals(raw, labels, rows[0], rows[-1] + 1, residual)
+
+    def grow(lanes: np.ndarray) -> None:
+        _grow(
+            features.order,
+            features.values,
+            features.columns,
+            labels,
+            residual,
+            lanes[0],
+            len(lanes),
+            raw,
+            test,
+            raw_test,
+            random,
+            importances,
+        )
+
+    for _ in range(ROUNDS):
+        if stop.is_set():
+            break
+        # All trees of a round see the residuals from before it.
+        list(workers.map(residuals, blocks))
+        list(workers.map(grow, groups))
+    total = importances.sum(axis=0)
+    return Fit(total / total.sum() if total.sum() > 0 else total, classes[_decide(raw)], classes[_decide(raw_test)])
+
+
+def _prior(shares: np.ndarray) -> np.ndarray:
+    """Raw predictions (1,) or (classes,) to begin with, of the classes' shares."""
+    if len(shares) == 2:
+        return np.log(shares[1:] / shares[:1])
+    return np.log(shares) - np.log(shares).mean()
+
+
+def _decide(raw: np.ndarray) -> np.ndarray:
+    """Class numbers (m,) of raw predictions (m, 1) or (m, classes)."""
+    return (raw[:, 0] >= 0).astype(np.int64) if raw.shape[1] == 1 else raw.argmax(axis=1)
+
+
+@compiled
+def _residuals(raw, labels, start, stop, residual):
+    """Negative gradient of the log-loss for rows from start to stop: one-hot label minus predicted probability."""
+    classes = raw.shape[1]
+    for i in range(start, stop):
+        if classes == 1:
+            residual[i, 0] = labels[i] - 1.0 / (1.0 + np.exp(-raw[i, 0]))
+            continue
+        largest = raw[i].max()
+        total = 0.0
+        for k in range(classes):
+            residual[i, k] = np.exp(raw[i, k] - largest)
+            total += residual[i, k]
+        for k in range(classes):
+            residual[i, k] = (labels[i] == k) - residual[i, k] / total
+
+
+@compiled
+def _grow(order, values, columns, labels, residual, first, lanes, raw, test, raw_test, random, importances):
+    """Grow one tree for each of the classes from `first` on, `lanes` many, and add them to the raw predictions.
+
+    `random` (classes,) is the state of each class's random numbers, `importances` (classes, features) is added to.
+    Arrays of nodes and lanes are flat: entry (k, lane) is at k * lanes + lane.
+    """
+    samples = len(labels)
+    size = NODES * lanes
+    node = np.ones(samples * lanes, dtype=np.uint8)
+    centred = np.empty(samples * lanes)
+    state = np.zeros(size * WIDTH)
+    is_open = np.zeros(size, dtype=np.bool_)
+    feature = np.full(size, -1)
+    threshold = np.zeros(size)
+    gain = np.empty(size)
+    position = np.empty(size, dtype=np.int64)
+    ties = np.empty(size, dtype=np.int64)
+    for depth in range(DEPTH):
+        level = 2**depth
+        if not _open_nodes(residual, first, lanes, level, node, centred, state, is_open):
+            break
+        gain[:] = -1.0
+        for f in range(len(order)):
+            for j in range(level * lanes, 2 * level * lanes):
+                b = j * WIDTH
+                state[b + SUM], state[b + LEFT] = 0.0, 0.0
+                state[b + GAIN], state[b + POSITION], state[b + LIMIT] = -1.0, -1.0, -np.inf
+            if depth == 0:
+                _scan_root(order[f], values[f], lanes, centred, state)
+            else:
+                _scan_level(order[f], values[f], lanes, node, centred, state)
+            _keep_best(f, first, lanes, level, state, is_open, feature, gain, position, ties, random)
+        for j in range(level * lanes, 2 * level * lanes):
+            f = feature[j]
+            if f >= 0:
+                threshold[j] = _threshold(order[f], values[f], node, lanes, j, position[j])
+                # The decrease of the sum of squared residuals that the split brings.
+                importances[first + j % lanes, f] += gain[j] * state[j * WIDTH + COUNT] / samples
+        _descend(columns, lanes, level, feature, threshold, node)
+    _add_leaves(labels, residual, first, lanes, node, raw, test, raw_test, feature, threshold)
+
+
+@compiled
+def _open_nodes(residual, first, lanes, level, node, centred, state, is_open):
+    """Mark the nodes of a level that may be split, centre the residuals in each; False if there is none."""
+    samples = len(residual)
+    size = NODES * lanes
+    total, square = np.zeros(size), np.zeros(size)
+    is_open[:] = False
+    for j in range(level * lanes, 2 * level * lanes):
+        state[j * WIDTH + COUNT] = 0.0
+    for i in range(samples):
+        for lane in range(lanes):
+            j = node[i * lanes + lane] * lanes + lane
+            r = residual[i, first + lane]
+            total[j] += r
+            square[j] += r * r
+            if j >= level * lanes:
+                state[j * WIDTH + COUNT] += 1.0
+    found = False
+    for j in range(level * lanes, 2 * level * lanes):
+        count = state[j * WIDTH + COUNT]
+        if count >= 2:
+            total[j] /= count
+            is_open[j] = square[j] / count - total[j] ** 2 > np.finfo(np.float64).eps
+            found |= is_open[j]
+    for i in range(samples):
+        for lane in range(lanes):
+            j = node[i * lanes + lane] * lanes + lane
+            centred[i * lanes + lane] = residual[i, first + lane] - total[j]
+    return found
+
+
+@compiled
+def _scan_root(order, values, lanes, centred, state):
+    """Find the split of the root at which a feature decreases the squared error most.
+
+    With residuals centred in the node, a split into l and r samples with sum s to the left decreases the sum of squares
+    by s² (l + r) / (l r); compared is s² / (l r), without a division.
+    """
+    samples = len(order)
+    limit = -np.inf
+    for p in range(samples):
+        i = uintp(order[p]) * uintp(lanes)
+        if values[p] > limit:
+            scale = np.float64(p) * np.float64(samples - p)
+            for lane in range(uintp(lanes)):
+                b = (uintp(lanes) + lane) * uintp(WIDTH)
+                s = state[b + SUM]
+                if s * s > state[b + GAIN] * scale:
+                    state[b + GAIN] = s * s / scale
+                    state[b + POSITION] = p
+                state[b + SUM] = s + centred[i + lane]
+        else:
+            for lane in range(uintp(lanes)):
+                state[(uintp(lanes) + lane) * uintp(WIDTH) + SUM] += centred[i + lane]
+        limit = np.float64(values[p] + SAME_VALUE)
+
+
+@compiled
+def _scan_level(order, values, lanes, node, centred, state):
+    """The same for all nodes of a level in one pass: each sample finds the state of the node that it is in."""
+    for p in range(len(order)):
+        i = uintp(order[p]) * uintp(lanes)
+        value = np.float64(values[p])
+        limit = np.float64(values[p] + SAME_VALUE)
+        for lane in range(uintp(lanes)):
+            b = (uintp(node[i + lane]) * uintp(lanes) + lane) * uintp(WIDTH)
+            s, left = state[b + SUM], state[b + LEFT]
+            if value > state[b + LIMIT]:
+                scale = left * (state[b + COUNT] - left)
+                if s * s > state[b + GAIN] * scale:
+                    state[b + GAIN] = s * s / scale
+                    state[b + POSITION] = p
+            state[b + SUM] = s + centred[i + lane]
+            state[b + LEFT] = left + 1.0
+            state[b + LIMIT] = limit
+
+
+@compiled
+def _keep_best(f, first, lanes, level, state, is_open, feature, gain, position, ties, random):
+    """Put feature f's best split of each open node in the place of a worse one; among equals each is as likely."""
+    for j in range(level * lanes, 2 * level * lanes):
+        found = state[j * WIDTH + GAIN]
+        if not is_open[j] or state[j * WIDTH + POSITION] < 0 or found < gain[j] * (1 - TIE):
+            continue
+        if gain[j] >= 0 and found <= gain[j] * (1 + TIE):
+            ties[j] += 1
+            x = random[first + j % lanes]
+            x ^= x << np.uint64(13)
+            x ^= x >> np.uint64(7)
+            x ^= x << np.uint64(17)
+            random[first + j % lanes] = x
+            if (x >> np.uint64(11)) % np.uint64(ties[j]) != np.uint64(0):
+                continue
+        else:
+            ties[j] = 1
+        gain[j], feature[j], position[j] = found, f, np.int64(state[j * WIDTH + POSITION])
+
+
+@compiled
+def _threshold(order, values, node, lanes, j, position):
+    """Half way between the value at the split's position and the one before it in the node."""
+    k, lane = j // lanes, j % lanes
+    before = position - 1
+    while node[order[before] * lanes + lane] != k:
+        before -= 1
+    return np.float64(values[before]) / 2.0 + np.float64(values[position]) / 2.0
+
+
+@compiled
+def _descend(columns, lanes, level, feature, threshold, node):
+    """Move the samples of the nodes that were split to their children."""
+    for i in range(columns.shape[1]):
+        for lane in range(lanes):
+            k = node[i * lanes + lane]
+            j = k * lanes + lane
+            if k >= level and feature[j] >= 0:
+                node[i * lanes + lane] = 2 * k + (columns[feature[j], i] > threshold[j])
+
+
+@compiled
+def _add_leaves(labels, residual, first, lanes, node, raw, test, raw_test, feature, threshold):
+    """One Newton step per leaf, times the learning rate, added to the raw predictions of its samples."""
+    size = NODES * lanes
+    numerator, denominator, count = np.zeros(size), np.zeros(size), np.zeros(size)
+    trees = raw.shape[1]
+    for i in range(len(labels)):
+        for lane in range(lanes):
+            j = node[i * lanes + lane] * lanes + lane
+            r = residual[i, first + lane]
+            probability = (labels[i] == (1 if trees == 1 else first + lane)) - r
+            numerator[j] += r
+            denominator[j] += probability * (1.0 - probability)
+            count[j] += 1.0
+    # Friedman's factor for more than two classes, as in scikit-learn.
+    factor = 1.0 if trees == 1 else (trees - 1.0) / trees
+    step = np.zeros(size)
+    for j in range(size):
+        if count[j] > 0 and abs(denominator[j] / count[j]) >= 1e-150:
+            step[j] = LEARNING_RATE * factor * numerator[j] / denominator[j]
+    for i in range(len(labels)):
+        for lane in range(lanes):
+            raw[i, first + lane] += step[node[i * lanes + lane] * lanes + lane]
+    for i in range(test.shape[1]):
+        for lane in range(lanes):
+            k = 1
+            while feature[k * lanes + lane] >= 0:
+                k = 2 * k + (test[feature[k * lanes + lane], i] > threshold[k * lanes + lane])
+            raw_test[i, first + lane] += step[k * lanes + lane]

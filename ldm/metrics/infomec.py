@@ -1,0 +1,97 @@
+"""InfoMEC: modularity, explicitness and compactness by information (Hsu et al., "Disentanglement via Latent
+Quantization", NeurIPS 2023, Section 4), by its authors' protocol for continuous latents and discrete sources."""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ldm.metrics.information import entropies, neighbour_information
+from ldm.metrics.sampling import Factors, Scores, available_cores, check_classes, sample_points, scalar_codes
+
+
+def infomec(
+    codes: np.ndarray,
+    grid: Factors,
+    random_state: np.random.RandomState,
+    num_train: int = 10000,
+    num_neighbors: int = 10,
+    active_range: float = 0.05,
+    batch_size: int = 16,
+) -> Scores:
+    """InfoM: does each dimension know about one factor; InfoC: is each factor in one dimension; InfoE: can factors be
+    read off linearly.
+
+    InfoM and InfoC come from the mutual information of dimensions and factors, estimated from nearest neighbours and
+    divided by the factor's entropy: the share of the largest in each dimension's (each factor's) sum, rescaled so that
+    equal shares give 0. Dimensions whose range is at most `active_range` of the widest one's are left out. InfoE is
+    the log-loss that an unregularised logistic regression with balanced classes saves, over that of guessing.
+
+    Deliberate departures: the loss of guessing is the logarithm of the number of values, which the authors' fit of a
+    constant converges to; a dimension without any information counts as equally shared (0/0 there); with a single
+    active dimension InfoC is 1 if it has information; constant codes score 0.
+
+    Args:
+        codes: (m, n) or tokens (m, n, d), in grid order.
+        grid: the factors of the rows.
+        random_state: source of the draws, and of the noise of 1e-10 that separates equal values.
+        num_train: points to estimate from.
+        num_neighbors: of the estimator of mutual information.
+        active_range: from 0 to 1.
+        batch_size: points are drawn in batches of this size.
+
+    Returns:
+        `infom`, `infoe`, `infoc`, `num_active_dims`; `arrays["normalized_information"]` (n, k), `arrays["active"]`.
+
+    Raises:
+        ValueError: unusable codes or grid, or so few points that a factor takes one value.
+    """
+    codes = scalar_codes(codes, grid)
+    ((codes, factors),) = sample_points(codes, grid, [num_train], batch_size, random_state)
+    check_classes("infomec", grid, factors)
+    codes = codes.astype(np.float64)
+    ranges = codes.max(axis=0) - codes.min(axis=0)
+    active = ranges > ranges.max() * active_range
+    normalized = np.zeros((codes.shape[1], grid.num_factors))
+    arrays = {"normalized_information": normalized, "active": active}
+    if not active.any():
+        return Scores(infom=0.0, infoe=0.0, infoc=0.0, num_active_dims=0, arrays=arrays)
+    std = codes.std(axis=0)
+    x = (codes - codes.mean(axis=0)) / np.where(ranges > 0, std, 1)
+    noise = 1e-10 * np.maximum(1, np.abs(x).mean(axis=0)) * random_state.standard_normal(x.shape)
+    for n in np.flatnonzero(ranges > 0):
+        for k, factor in enumerate(factors.T):
+            normalized[n, k] = neighbour_information(x[:, n] + noise[:, n], factor, num_neighbors)
+    normalized /= entropies(factors)
+    with ThreadPoolExecutor(available_cores()) as pool:
+        explicitness = list(pool.map(lambda k: _explicitness(x, factors[:, k]), range(grid.num_factors)))
+    return Scores(
+        infom=share_of_the_largest(normalized[active]),
+        infoe=float(np.mean(explicitness)),
+        infoc=share_of_the_largest(normalized[active].T),
+        num_active_dims=int(active.sum()),
+        arrays=arrays,
+    )
+
+
+def share_of_the_largest(information: np.ndarray) -> float:
+    """Mean over rows of the largest entry's share in the row's sum, rescaled from [1 / columns, 1] to [0, 1]."""
+    total, columns = information.sum(axis=1), information.shape[1]
+    if columns == 1:
+        return float(np.mean(total > 0))
+    shares = np.where(total > 0, information.max(axis=1) / np.where(total > 0, total, 1), 1 / columns)
+    return float((shares.mean() - 1 / columns) / (1 - 1 / columns))
+
+
+def _explicitness(x: np.ndarray, y: np.ndarray) -> float:
+    """Share of the log-loss of guessing among equals that a linear classifier of codes x (m, n) saves."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    values, y = np.unique(y, return_inverse=True)
+    with warnings.catch_warnings():
+        # A hundred iterations are the authors'.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probability = LogisticRegression(C=np.inf, class_weight="balanced").fit(x, y).predict_proba(x)
+    own = np.clip(probability[np.arange(len(y)), y], np.finfo(np.float64).eps, 1)
+    return float(1 + np.log(own).mean() / np.log(len(values)))

@@ -1,0 +1,75 @@
+"""Mutual information of codes and factors, from histograms as in disentanglement_lib and from nearest neighbours."""
+
+import numpy as np
+
+
+def equal_width_bins(values: np.ndarray, num_bins: int) -> np.ndarray:
+    """Bin numbers (m,) from 0 of values (m,), in bins of equal width between the least and the largest value."""
+    try:
+        edges = np.histogram_bin_edges(values, num_bins)
+    except ValueError:
+        # NumPy cannot cut a range of a few rounding errors: as good as constant. (The original stops here.)
+        return np.zeros(len(values), dtype=np.int64)
+    return np.digitize(values, edges[:-1]) - 1
+
+
+def bin_columns(codes: np.ndarray, num_bins: int) -> np.ndarray:
+    """`equal_width_bins` of every column of codes (m, n)."""
+    return np.stack([equal_width_bins(column, num_bins) for column in codes.T], axis=1)
+
+
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Mutual information in nats of two columns (m,) of integers from 0, never below 0: `mutual_info_score`."""
+    num_b = int(b.max()) + 1
+    joint = np.bincount(a * num_b + b, minlength=(int(a.max()) + 1) * num_b).reshape(-1, num_b) / len(a)
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    seen = joint > 0
+    return max(0.0, float(np.sum(joint[seen] * np.log(joint[seen] / independent[seen]))))
+
+
+def information_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mutual information (n, k) in nats of every column of a (m, n) with every column of b (m, k), integers from 0."""
+    return np.array([[mutual_information(y, x) for y in b.T] for x in a.T])
+
+
+def entropies(columns: np.ndarray) -> np.ndarray:
+    """Entropy (k,) in nats of each column of integers from 0 (m, k)."""
+    return np.array([mutual_information(column, column) for column in columns.T])
+
+
+def neighbour_information(values: np.ndarray, labels: np.ndarray, num_neighbors: int) -> float:
+    """Mutual information in nats of real numbers (m,) and classes (m,), by nearest neighbours.
+
+    The estimator of Ross, "Mutual Information between Discrete and Continuous Data Sets" (2014), and the numbers of
+    scikit-learn's `mutual_info_classif` for the same values, without a tree: in one dimension a point's neighbours
+    stand beside it in sorted order. Classes of a single point are left out.
+    """
+    from scipy.special import digamma
+
+    counts = np.bincount(labels)
+    kept = counts[labels] > 1
+    values, labels = values[kept], labels[kept]
+    if not len(values):
+        return 0.0
+    radius, neighbors = np.empty(len(values)), np.empty(len(values))
+    for label in np.flatnonzero(counts > 1):
+        rows = np.flatnonzero(labels == label)
+        rows = rows[np.argsort(values[rows], kind="stable")]
+        k = min(num_neighbors, len(rows) - 1)
+        radius[rows], neighbors[rows] = np.nextafter(_neighbor_distance(values[rows], k), 0), k
+    ordered = np.sort(values)
+    within = np.searchsorted(ordered, values + radius, "right") - np.searchsorted(ordered, values - radius, "left")
+    means = digamma(neighbors).mean() - digamma(counts[labels]).mean() - digamma(within).mean()
+    return max(0.0, float(digamma(len(values)) + means))
+
+
+def _neighbor_distance(ordered: np.ndarray, k: int) -> np.ndarray:
+    """Distance (m,) of each of the ordered values (m,) to its k-th nearest other one."""
+    best = np.full(len(ordered), np.inf)
+    # The k nearest and the point itself are k + 1 values in a row; the point is one of them.
+    for before in range(k + 1):
+        first = np.arange(len(ordered)) - before
+        inside = (first >= 0) & (first + k < len(ordered))
+        centre, first = ordered[inside], first[inside]
+        best[inside] = np.minimum(best[inside], np.maximum(centre - ordered[first], ordered[first + k] - centre))
+    return best
