@@ -12,9 +12,10 @@ Where features tie for the best split, one of them is taken at random. scikit-le
 random order; the random numbers are not the same ones.
 """
 
+import itertools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,10 @@ def fit_factors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seeds: 
             k: drivers.submit(_fit, features, labels[:, k], columns, int(seeds[k]), workers, num_jobs, stop)
             for k in longest_first
         }
+        wait(futures.values(), return_when=FIRST_EXCEPTION)
         return [futures[k].result() for k in range(labels.shape[1])]
     finally:
-        # After an interrupt: no further round.
+        # After an interrupt or an error: no further round.
         stop.set()
         workers.shutdown(cancel_futures=True)
         drivers.shutdown(cancel_futures=True)
@@ -116,11 +118,14 @@ def _fit(
     # Odd, since xorshift must not start from 0.
     random = np.random.SeedSequence(seed).generate_state(trees, np.uint64) | np.uint64(1)
     groups = np.array_split(np.arange(trees), min(max(-(-trees // MAX_LANES), num_jobs), -(-trees // 2)))
-    blocks = np.array_split(np.arange(len(labels)), num_jobs)
+    edges = np.linspace(0, len(labels), num_jobs + 1).astype(int)
+    blocks = [slice(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
 
-    def residuals(rows: np.ndarray) -> None:
-        if len(rows):
-            _residuals(raw, labels, rows[0], rows[-1] + 1, residual)
+    def residuals(rows: slice) -> None:
+        _shift(raw[rows], residual[rows])
+        # NumPy's exponential is several times faster than the compiled loop's.
+        np.exp(residual[rows], out=residual[rows])
+        _residuals(labels[rows], residual[rows])
 
     def grow(lanes: np.ndarray) -> None:
         _grow(
@@ -161,20 +166,25 @@ def _decide(raw: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def _residuals(raw, labels, start, stop, residual):
-    """Negative gradient of the log-loss for rows from start to stop: one-hot label minus predicted probability."""
-    classes = raw.shape[1]
-    for i in range(start, stop):
+def _shift(raw, shifted):
+    """Exponents of the log-loss (m, classes): raw predictions minus the row's largest; of two classes, minus raw."""
+    for i in range(len(raw)):
+        largest = raw[i].max() if raw.shape[1] > 1 else 2 * raw[i, 0]
+        for k in range(raw.shape[1]):
+            shifted[i, k] = raw[i, k] - largest
+
+
+@compiled
+def _residuals(labels, exponentials):
+    """Negative gradient of the log-loss, in place of the exponentials: one-hot label minus predicted probability."""
+    classes = exponentials.shape[1]
+    for i in range(len(labels)):
         if classes == 1:
-            residual[i, 0] = labels[i] - 1.0 / (1.0 + np.exp(-raw[i, 0]))
+            exponentials[i, 0] = labels[i] - 1.0 / (1.0 + exponentials[i, 0])
             continue
-        largest = raw[i].max()
-        total = 0.0
+        total = exponentials[i].sum()
         for k in range(classes):
-            residual[i, k] = np.exp(raw[i, k] - largest)
-            total += residual[i, k]
-        for k in range(classes):
-            residual[i, k] = (labels[i] == k) - residual[i, k] / total
+            exponentials[i, k] = (labels[i] == k) - exponentials[i, k] / total
 
 
 @compiled
@@ -223,31 +233,27 @@ def _grow(order, values, columns, labels, residual, first, lanes, raw, test, raw
 @compiled
 def _open_nodes(residual, first, lanes, level, node, centred, state, is_open):
     """Mark the nodes of a level that may be split, centre the residuals in each; False if there is none."""
-    samples = len(residual)
     size = NODES * lanes
-    total, square = np.zeros(size), np.zeros(size)
+    mean, square, counts = np.zeros(size), np.zeros(size), np.zeros(size)
     is_open[:] = False
-    for j in range(level * lanes, 2 * level * lanes):
-        state[j * WIDTH + COUNT] = 0.0
-    for i in range(samples):
-        for lane in range(lanes):
-            j = node[i * lanes + lane] * lanes + lane
-            r = residual[i, first + lane]
-            total[j] += r
+    for i in range(uintp(len(residual))):
+        for lane in range(uintp(lanes)):
+            j = uintp(node[i * uintp(lanes) + lane]) * uintp(lanes) + lane
+            r = residual[i, uintp(first) + lane]
+            mean[j] += r
             square[j] += r * r
-            if j >= level * lanes:
-                state[j * WIDTH + COUNT] += 1.0
+            counts[j] += 1.0
     found = False
     for j in range(level * lanes, 2 * level * lanes):
-        count = state[j * WIDTH + COUNT]
-        if count >= 2:
-            total[j] /= count
-            is_open[j] = square[j] / count - total[j] ** 2 > np.finfo(np.float64).eps
+        state[j * WIDTH + COUNT] = counts[j]
+        if counts[j] >= 2:
+            mean[j] /= counts[j]
+            is_open[j] = square[j] / counts[j] - mean[j] ** 2 > np.finfo(np.float64).eps
             found |= is_open[j]
-    for i in range(samples):
-        for lane in range(lanes):
-            j = node[i * lanes + lane] * lanes + lane
-            centred[i * lanes + lane] = residual[i, first + lane] - total[j]
+    for i in range(uintp(len(residual))):
+        for lane in range(uintp(lanes)):
+            j = uintp(node[i * uintp(lanes) + lane]) * uintp(lanes) + lane
+            centred[i * uintp(lanes) + lane] = residual[i, uintp(first) + lane] - mean[j]
     return found
 
 
@@ -331,12 +337,12 @@ def _threshold(order, values, node, lanes, j, position):
 @compiled
 def _descend(columns, lanes, level, feature, threshold, node):
     """Move the samples of the nodes that were split to their children."""
-    for i in range(columns.shape[1]):
-        for lane in range(lanes):
-            k = node[i * lanes + lane]
-            j = k * lanes + lane
+    for i in range(uintp(columns.shape[1])):
+        for lane in range(uintp(lanes)):
+            k = uintp(node[i * uintp(lanes) + lane])
+            j = k * uintp(lanes) + lane
             if k >= level and feature[j] >= 0:
-                node[i * lanes + lane] = 2 * k + (columns[feature[j], i] > threshold[j])
+                node[i * uintp(lanes) + lane] = 2 * k + (columns[uintp(feature[j]), i] > threshold[j])
 
 
 @compiled
@@ -345,11 +351,11 @@ def _add_leaves(labels, residual, first, lanes, node, raw, test, raw_test, featu
     size = NODES * lanes
     numerator, denominator, count = np.zeros(size), np.zeros(size), np.zeros(size)
     trees = raw.shape[1]
-    for i in range(len(labels)):
-        for lane in range(lanes):
-            j = node[i * lanes + lane] * lanes + lane
-            r = residual[i, first + lane]
-            probability = (labels[i] == (1 if trees == 1 else first + lane)) - r
+    for i in range(uintp(len(labels))):
+        for lane in range(uintp(lanes)):
+            j = uintp(node[i * uintp(lanes) + lane]) * uintp(lanes) + lane
+            r = residual[i, uintp(first) + lane]
+            probability = (uintp(labels[i]) == (uintp(1) if trees == 1 else uintp(first) + lane)) - r
             numerator[j] += r
             denominator[j] += probability * (1.0 - probability)
             count[j] += 1.0
@@ -359,12 +365,13 @@ def _add_leaves(labels, residual, first, lanes, node, raw, test, raw_test, featu
     for j in range(size):
         if count[j] > 0 and abs(denominator[j] / count[j]) >= 1e-150:
             step[j] = LEARNING_RATE * factor * numerator[j] / denominator[j]
-    for i in range(len(labels)):
-        for lane in range(lanes):
-            raw[i, first + lane] += step[node[i * lanes + lane] * lanes + lane]
-    for i in range(test.shape[1]):
-        for lane in range(lanes):
-            k = 1
-            while feature[k * lanes + lane] >= 0:
-                k = 2 * k + (test[feature[k * lanes + lane], i] > threshold[k * lanes + lane])
-            raw_test[i, first + lane] += step[k * lanes + lane]
+    for i in range(uintp(len(labels))):
+        for lane in range(uintp(lanes)):
+            raw[i, uintp(first) + lane] += step[uintp(node[i * uintp(lanes) + lane]) * uintp(lanes) + lane]
+    for i in range(uintp(test.shape[1])):
+        for lane in range(uintp(lanes)):
+            j = uintp(lanes) + lane
+            while feature[j] >= 0:
+                right = test[uintp(feature[j]), i] > threshold[j]
+                j = (uintp(2) * (j // uintp(lanes)) + uintp(right)) * uintp(lanes) + lane
+            raw_test[i, uintp(first) + lane] += step[j]
