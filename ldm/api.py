@@ -72,17 +72,18 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
 
 
 @torch.no_grad()
-def encode(model: Any, dataset: Any, batch_size: int = 256, progress: bool = True) -> np.ndarray:
-    """Scalars of every image of a data set, in its order.
+def encode(model: Any, dataset: Any, batch_size: int = 256, progress: bool = True, tokens: bool = False) -> np.ndarray:
+    """Scalars, or tokens, of every image of a data set, in its order.
 
     Args:
         model: a `LatentDiffusion` with a concept encoder.
         dataset: of `ldm.data`, with `fetch`.
         batch_size: images at a time.
         progress: show a bar.
+        tokens: give the concept tokens instead.
 
     Returns:
-        (m, n) float32: what `ldm.metrics.evaluate.evaluate` takes.
+        scalars (m, n) or tokens (m, n, d), float32: what `ldm.metrics.evaluate.evaluate` takes.
     """
     was_training = model.training
     model.eval()
@@ -90,7 +91,8 @@ def encode(model: Any, dataset: Any, batch_size: int = 256, progress: bool = Tru
     for start in tqdm(range(0, len(dataset), batch_size), desc="encoding", disable=not progress, leave=False):
         images = dataset.fetch(np.arange(start, min(start + batch_size, len(dataset))))["image"]
         x = model.get_input({"image": to_unit_range(images.to(model.device))}, "image")
-        parts.append(model.cond_stage_model.encoding(x).float().cpu())
+        scalars = model.cond_stage_model.encoding(x)
+        parts.append((model.cond_stage_model.warp(scalars) if tokens else scalars).float().cpu())
     model.train(was_training)
     return torch.cat(parts).numpy()
 

@@ -1,7 +1,9 @@
 """Scores as people look at them: a table, a JSON record, heat-maps."""
 
 import json
+import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ def score_table(
 ) -> str:
     """Scores as text: a line per entry, the entry that papers report marked, the rows and sample counts below.
 
+    Entries of single factors are left to the record.
+
     Args:
         scores: of `evaluate`.
         grid: the factors.
@@ -35,12 +39,15 @@ def score_table(
     lines = []
     for metric, entries in scores.items():
         for entry, value in entries.items():
+            if "_factor_" in entry:
+                continue
             number = f"{value}" if isinstance(value, int) else f"{value:.4f}"
             mark = "*" if HEADLINES.get(metric) == entry else " "
             lines.append(f"{mark} {metric:<{width}}  {entry:<40}{number:>10}")
     counts = [f"{metric} {_counts(values)}" for metric, values in settings.items() if _counts(values)]
     kind = "grid" if isinstance(grid, FactorGrid) else "labelled sample"
-    return "\n".join([*lines, f"{kind}: {grid.describe()} = {len(grid):,} rows; samples: {', '.join(counts)}"])
+    below = [f"{kind}: {grid.describe()} = {len(grid):,} rows", f"samples: {', '.join(counts)}"]
+    return "\n".join([*lines, *(textwrap.fill(line, 110, subsequent_indent="  ") for line in below)])
 
 
 def _counts(settings: Mapping[str, Any]) -> str:
@@ -50,15 +57,23 @@ def _counts(settings: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, whole or not at all. Infinite scores are written as `Infinity`, as Python reads them."""
+    """Write a record as JSON, whole or not at all. What is not finite is null: JSON has no word for it."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+    part.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+    """Mappings, sequences, arrays and numbers as JSON knows them."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def write_heatmaps(

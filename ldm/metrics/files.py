@@ -1,0 +1,65 @@
+"""Codes and factors of other projects, from files."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from ldm.factors import FactorTable
+
+
+def read_codes(path: str | Path) -> np.ndarray:
+    """Codes (m, n) or (m, n, d) from a `.npy` file, mapped into memory, or the only array of a `.npz` file.
+
+    Raises:
+        ValueError: no such file, or none of these; names the file.
+    """
+    return _read_array(Path(path), "codes")
+
+
+def read_factors(path: str | Path) -> FactorTable:
+    """The factors of a labelled sample, from a `.npy` or `.npz` file (m, k), or a `.csv` file with names first.
+
+    Raises:
+        ValueError: no such file, none of these, or unusable factors; names the file.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".csv":
+            return _read_csv(path)
+        return FactorTable(_read_array(path, "factors"))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def _read_array(path: Path, what: str) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        # Never unpickled: a file of anybody's must not run code.
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is no NumPy file of numbers ({error}); write it by np.save(path, {what})") from error
+    if isinstance(content, np.ndarray):
+        return content
+    with content:
+        names = list(content)
+        if len(names) != 1:
+            raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}); expected {what} alone")
+        return content[names[0]]
+
+
+def _read_csv(path: Path) -> FactorTable:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = [line for line in csv.reader(file) if line]
+    if len(lines) < 2:
+        raise ValueError(f"{path} has no rows; expected names of the factors in the first line, then a line per row")
+    names, rows = [name.strip() for name in lines[0]], lines[1:]
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(names):
+            raise ValueError(f"{path}: line {number} has {len(row)} entries, the first line names {len(names)} factors")
+        if "" in (entry.strip() for entry in row):
+            raise ValueError(f"{path}: line {number} has an empty entry; leave out the rows without a label")
+    return FactorTable(np.array([[entry.strip() for entry in row] for row in rows]), names)
