@@ -90,7 +90,8 @@ def fit_factors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seeds: 
             k: drivers.submit(_fit, features, labels[:, k], columns, int(seeds[k]), workers, num_jobs, stop)
             for k in longest_first
         }
-        wait(futures.values(), return_when=FIRST_EXCEPTION)
+        for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
+            future.result()
         return [futures[k].result() for k in range(labels.shape[1])]
     finally:
         # After an interrupt or an error: no further round.

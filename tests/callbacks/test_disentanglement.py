@@ -134,7 +134,7 @@ def test_no_encoder_no_set_no_grid():
 
 def test_table():
     table = score_table({"mig": {"discrete_mig": 0.25}}, GRID, {"mig": {"num_train": 12}})
-    assert "mig" in table and "0.2500" in table and "hue 3 × scale 4 = 12 images; samples: mig 12" in table
+    assert "mig" in table and "0.2500" in table and "hue 3 × scale 4 = 12 rows\nsamples: mig 12" in table
 
 
 def test_codes_that_cannot_be_scored_are_told(callback, tmp_path, monkeypatch):

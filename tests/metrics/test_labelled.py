@@ -1,0 +1,132 @@
+"""Labelled samples in the place of a factor grid."""
+
+import numpy as np
+import pytest
+
+from ldm.factors import FactorGrid, FactorTable
+from ldm.metrics.evaluate import check_settings, defined_metrics, evaluate
+from ldm.metrics.sampling import fixed_factor_batches, sample_points
+
+SMALL = {
+    "beta_vae": {"num_train": 1000, "num_eval": 1000},
+    "factor_vae": {"num_train": 1000, "num_eval": 1000},
+    "dci": {"num_train": 1000, "num_test": 500},
+}
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """2,000 random rows of a large grid, with codes: the values, noisy, and a dimension of noise."""
+    random = np.random.RandomState(0)
+    values = np.stack([random.randint(size, size=2000) for size in (4, 3, 6)], axis=1)
+    codes = np.concatenate([values / [4, 3, 6], random.uniform(size=(2000, 1))], axis=1)
+    return codes + 0.1 * random.standard_normal(codes.shape), FactorTable(values, ("hue", "shape", "scale"))
+
+
+def test_table_numbers_its_values():
+    table = FactorTable(np.array([["red", "2"], ["blue", "10"], ["red", "2"], ["blue", "2"]]), ("colour", "size"))
+    np.testing.assert_array_equal(table.values, [[1, 1], [0, 0], [1, 1], [0, 1]])
+    assert table.sizes == (2, 2) and len(table) == 4 and table.describe() == "colour 2, size 2"
+    assert FactorTable(np.array([-1, 1, 1, -1])).values.tolist() == [[0], [1], [1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "message"),
+    [
+        (np.zeros((2, 2, 2)), (), r"table \(rows, factors\), got the shape \(2, 2, 2\)"),
+        (np.zeros((0, 2)), (), r"got the shape \(0, 2\)"),
+        (np.array([[1.0], [np.nan]]), (), "must be finite"),
+        (np.array([[None]]), (), "numbers or text, got an array of object"),
+        (np.zeros((4, 2)), ("one",), "2 factors but 1 names"),
+        (np.random.RandomState(0).uniform(size=(50, 1)), ("angle",), "'angle' has 50 values in 50 rows.*continuous"),
+    ],
+)
+def test_bad_tables(values, names, message):
+    with pytest.raises(ValueError, match=message):
+        FactorTable(values, names)
+
+
+def test_a_sample_scores_about_as_its_grid():
+    """A labelled sample of a grid so large that the grid's own draws hardly test what they train on."""
+    grid = FactorGrid((10, 8, 10, 8, 12))
+    factors = grid.factors(np.arange(len(grid)))
+    random = np.random.RandomState(1)
+    codes = factors / np.array(grid.sizes) + 0.15 * random.standard_normal(factors.shape)
+    codes[:, 1] += 0.5 * codes[:, 0]
+    rows = random.permutation(len(grid))[:3000]
+    metrics = [name for name in defined_metrics(grid) if name not in ("downstream_logistic_regression",)]
+    settings = SMALL | {name: {"num_train": 2000, "num_test": 1000} for name in ("dci", "sap")}
+    settings |= {"modularity_explicitness": {"num_train": 2000, "num_test": 1000}}
+    settings |= {"downstream_gbt": {"num_train": [1000], "num_test": 1000}}
+    settings |= {name: {"num_train": 2000} for name in ("mig", "irs", "unsupervised", "infomec")}
+    whole = evaluate(codes, grid, metrics, settings)
+    part = evaluate(codes[rows], FactorTable(factors[rows]), metrics, settings)
+    for metric in metrics:
+        for entry, value in whole[metric].items():
+            # Trees fit a sample whose rows repeat less: the training accuracy says nothing here.
+            if "train" not in entry:
+                assert part[metric][entry] == pytest.approx(value, abs=0.06), (metric, entry)
+
+
+def test_no_row_is_trained_and_tested_on(sample):
+    codes, table = sample
+    numbered = np.stack([np.arange(len(codes)), np.arange(len(codes))], axis=1).astype(float)
+    train, test = sample_points(numbered, table, [1200, 700], 16, np.random.RandomState(0))
+    rows = np.concatenate([train[0][:, 0], test[0][:, 0]]).astype(int)
+    assert len(set(rows)) == 1900
+    np.testing.assert_array_equal(np.concatenate([train[1], test[1]]), table.values[rows])
+    with pytest.raises(ValueError, match=r"1500 \+ 700 different rows are asked for, but the labelled sample has 2000"):
+        sample_points(codes, table, [1500, 700], 16, np.random.RandomState(0))
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_batches_hold_a_factor(sample, sets):
+    table = sample[1]
+    held, rows = fixed_factor_batches(table, 300, 16, sets, np.random.RandomState(3))
+    values = table.values[rows]  # (batches, sets, points, factors)
+    own = values[np.arange(300), :, :, held]
+    if sets == 1:
+        assert np.all(own == own[:, :, :1])
+    else:
+        np.testing.assert_array_equal(own[:, 0], own[:, 1])
+    # The others vary, every row is drawn, and every factor is held about as often.
+    others = [values[i, 0, :, k] for i in range(300) for k in range(3) if k != held[i]]
+    assert np.mean([len(set(column)) > 1 for column in others]) > 0.99
+    assert len(np.unique(rows)) > 1900 * (1 - np.exp(-300 * 16 * sets / 2000))
+    assert np.all(np.abs(np.bincount(held) / 300 - 1 / 3) < 0.1)
+
+
+def test_a_value_of_a_single_row_cannot_be_held(sample):
+    codes, table = sample
+    values = table.values.copy()
+    values[7, 1] = 9
+    for metric in ("beta_vae", "factor_vae"):
+        with pytest.raises(ValueError, match=r"value number 3 of factor 'shape' has a single row.*leave that row out"):
+            evaluate(codes, FactorTable(values, table.names), [metric], SMALL)
+
+
+def test_defaults_shrink_to_the_sample_and_explicit_numbers_do_not(sample):
+    codes, table = sample
+    metrics = defined_metrics(table)
+    assert metrics == [name for name in defined_metrics(FactorGrid((2, 3)))]
+    resolved = check_settings(metrics, {"sap": {"num_test": 500}, "dci": {"num_train": 1990}}, table)
+    assert (resolved["dci"]["num_train"], resolved["dci"]["num_test"]) == (1990, 10)
+    assert (resolved["sap"]["num_train"], resolved["sap"]["num_test"]) == (1500, 500)
+    pair = resolved["modularity_explicitness"]
+    assert (pair["num_train"], pair["num_test"]) == (2000 - 666, 666)
+    assert resolved["mig"]["num_train"] == resolved["irs"]["num_train"] == 2000
+    assert resolved["downstream_gbt"]["num_train"] == [10, 100, 1000] and resolved["downstream_gbt"]["num_test"] == 666
+    # Votes are drawn with replacement.
+    assert resolved["factor_vae"]["num_train"] == resolved["beta_vae"]["num_train"] == 10000
+    for metric, settings in (("mig", {"num_train": 2001}), ("dci", {"num_train": 1500, "num_test": 501})):
+        with pytest.raises(ValueError, match="different rows are asked for, but the labelled sample has 2000"):
+            evaluate(codes, table, [metric], {metric: settings})
+    # A sample that is large enough leaves the defaults alone.
+    large = FactorTable(np.tile(table.values, (10, 1)))
+    assert check_settings(["dci"], None, large) == check_settings(["dci"])
+
+
+def test_wrong_lengths_name_the_table(sample):
+    codes, table = sample
+    with pytest.raises(ValueError, match=r"the table of factors has 2000 rows \(hue 4, .*\), but there are 1999 rows"):
+        evaluate(codes[1:], table, ["mig"])
