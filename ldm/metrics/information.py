@@ -58,9 +58,24 @@ def neighbour_information(values: np.ndarray, labels: np.ndarray, num_neighbors:
         k = min(num_neighbors, len(rows) - 1)
         radius[rows], neighbors[rows] = np.nextafter(_neighbor_distance(values[rows], k), 0), k
     ordered = np.sort(values)
-    within = np.searchsorted(ordered, values + radius, "right") - np.searchsorted(ordered, values - radius, "left")
+    within = _count_below(ordered, values, radius) + _count_below(-ordered[::-1], -values, radius) - len(values)
     means = digamma(neighbors).mean() - digamma(counts[labels]).mean() - digamma(within).mean()
     return max(0.0, float(digamma(len(values)) + means))
+
+
+def _count_below(ordered: np.ndarray, centres: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """How many of the ordered values are not above each centre by more than its radius.
+
+    By differences: the sum of centre and radius may round to the very value that is just outside.
+    """
+    count = np.searchsorted(ordered, centres + radius, "right")
+    padded = np.append(ordered, np.inf)
+    while True:
+        inside = padded[count] - centres <= radius
+        outside = ordered[np.maximum(count - 1, 0)] - centres > radius
+        if not (inside | outside).any():
+            return count
+        count = count + inside - outside
 
 
 def _neighbor_distance(ordered: np.ndarray, k: int) -> np.ndarray:
