@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.factors import FactorGrid, FactorTable
-from ldm.metrics.evaluate import METRICS, check_settings, defined_metrics, evaluate
+from ldm.metrics.evaluate import METRICS, check_seed, check_settings, defined_metrics, evaluate
 from ldm.metrics.files import read_codes, read_factors
 from ldm.metrics.report import score_table, write_heatmaps, write_json
 from ldm.metrics.sampling import Factors, scalar_codes, varying
@@ -242,6 +242,7 @@ def run(options: argparse.Namespace) -> None:
     if options.codes and (options.reconstruction or options.fid or options.of != "scalars"):
         raise ValueError("--reconstruction, --fid and --of are of models, not of --codes")
     check_settings(options.metrics or METRICS, parse_settings(options.settings))
+    check_seed(options.seed)
     scored: list[tuple[str, np.ndarray, Factors]] = []
     for name, out, (codes, factors, images) in sources(options):
         print(f"\n{name}")

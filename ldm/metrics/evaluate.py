@@ -110,8 +110,7 @@ def evaluate(
     """
     metrics = tuple(metrics) if not isinstance(metrics, str) else metrics
     resolved = check_settings(metrics, settings, grid)
-    if not _is_integer(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    check_seed(seed)
     codes = scalar_codes(codes, grid)
     constant = np.flatnonzero(~varying(codes))
     if len(constant):
@@ -171,6 +170,16 @@ def check_settings(
             for name, values in resolved.items():
                 values |= _fitting(values, set(settings.get(name) or {}), len(grid))
     return resolved
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what `RandomState` would not take.
+
+    Raises:
+        ValueError: not a whole number from 0 to 2**32 - 1.
+    """
+    if not _is_integer(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
 
 
 def default_settings(metric: str) -> dict[str, Any]:

@@ -1,0 +1,283 @@
+"""scripts/evaluate.py: models and anybody's codes into tables, JSON and pictures."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import ROOT
+from omegaconf import OmegaConf
+from PIL import Image
+
+import ldm
+from ldm.api import encode, load_config
+from ldm.factors import FactorGrid
+from ldm.metrics.evaluate import METRICS, defined_metrics, evaluate
+from ldm.util import instantiate_from_config
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from data_files import attribute_table, write_celeba
+
+_spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
+assert _spec is not None and _spec.loader is not None
+script = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(script)
+
+FEW = ["dci.num_train=80", "dci.num_test=40", "factor_vae.num_train=50", "factor_vae.num_eval=20"]
+FEW += ["beta_vae.num_train=50", "beta_vae.num_eval=20", "downstream_logistic_regression.num_train=[20]"]
+FEW += ["downstream_gbt.num_train=[20]"]
+
+
+@pytest.fixture
+def codes(tmp_path):
+    """`codes.npy` of a grid 4 × 3 × 5, and the grid."""
+    grid = FactorGrid((4, 3, 5), ("hue", "shape", "scale"))
+    factors = grid.factors(np.arange(60))
+    values = factors / [4, 3, 5] + 0.05 * np.random.RandomState(0).standard_normal((60, 3))
+    np.save(tmp_path / "codes.npy", values)
+    np.save(tmp_path / "factors.npy", factors)
+    return tmp_path / "codes.npy", values, grid
+
+
+def run(*arguments) -> int:
+    return script.main([str(argument) for argument in arguments])
+
+
+def test_codes_of_a_grid(codes, capsys, tmp_path):
+    path, values, grid = codes
+    assert run("--codes", path, "--grid", "4,3,5", "--names", "hue,shape,scale", "--settings", *FEW) == 0
+    folder = tmp_path / "codes_scores"
+    record = json.loads((folder / "scores.json").read_text())
+    assert list(record["scores"]) == defined_metrics(grid) and not record["not_computed"]
+    assert record["factors"] == {"hue": 4, "shape": 3, "scale": 5} and record["kind"] == "grid" and record["rows"] == 60
+    expected = evaluate(values, grid, ["dci", "mig"], {"dci": {"num_train": 80, "num_test": 40}})
+    for metric in expected:
+        assert record["scores"][metric] == expected[metric]
+        for name, matrix in expected[metric].arrays.items():
+            np.testing.assert_allclose(record["matrices"][metric][name], matrix)
+    assert record["settings"]["dci"]["num_train"] == 80 and record["settings"]["mig"]["num_train"] == 10000
+    out = capsys.readouterr().out
+    assert f"* mig {'':<28} discrete_mig {'':<24} {expected['mig']['discrete_mig']:>10.4f}".split() in [
+        line.split() for line in out.splitlines()
+    ]
+    for name in ("dci_importance.png", "mig_mutual_information.png", "infomec_normalized_information.png"):
+        assert str(folder / name) in out
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 200 and len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 20
+    assert not list(folder.glob("*.part"))
+
+
+def test_codes_of_a_labelled_sample(codes, capsys, tmp_path):
+    path, _, grid = codes
+    lines = ["hue,shape,scale", *(f"h{a},{b},{c:.1f}" for a, b, c in grid.factors(np.arange(60)))]
+    (tmp_path / "factors.csv").write_text("\n".join(lines) + "\n")
+    records = []
+    for factors in ("factors.csv", "factors.npy"):
+        out = tmp_path / factors[-3:]
+        assert run("--codes", path, "--factors", tmp_path / factors, "--metrics", "mig", "sap", "--out", out) == 0
+        records.append(json.loads((out / "scores.json").read_text()))
+    assert records[0]["scores"] == records[1]["scores"] and records[0]["kind"] == "labelled sample"
+    assert list(records[0]["factors"]) == ["hue", "shape", "scale"]
+    assert records[0]["settings"]["sap"]["num_train"] == 40, "two thirds of the rows"
+    assert "labelled sample: hue 4, shape 3, scale 5 = 60 rows" in capsys.readouterr().out
+
+
+def test_attributes_get_tad(tmp_path, capsys):
+    attributes = np.random.RandomState(0).randint(2, size=(300, 3))
+    np.save(tmp_path / "codes.npy", attributes + 0.1 * np.random.RandomState(1).standard_normal((300, 3)))
+    np.save(tmp_path / "labels.npy", 2 * attributes - 1)
+    assert run("--codes", tmp_path / "codes.npy", "--factors", tmp_path / "labels.npy", "--metrics", "tad") == 0
+    assert "attributes_captured" in capsys.readouterr().out
+    assert json.loads((tmp_path / "codes_scores" / "scores.json").read_text())["scores"]["tad"]["tad"] > 1
+    assert (tmp_path / "codes_scores" / "tad_auroc.png").is_file()
+
+
+def test_tokens_and_odd_values_are_scored_and_said(codes, capsys, tmp_path):
+    values = codes[1]
+    tokens = np.concatenate([values[:, :, None] * np.ones(4), np.full((60, 1, 4), 0.1)], axis=1)
+    np.save(tmp_path / "tokens.npy", tokens)
+    assert run("--codes", tmp_path / "tokens.npy", "--grid", "4,3,5", "--metrics", "unsupervised", "mig") == 0
+    record = json.loads((tmp_path / "tokens_scores" / "scores.json").read_text())
+    assert record["shape"] == [60, 4, 4] and record["constant_dimensions"] == [3]
+    assert "dimensions with a single value: 3" in capsys.readouterr().out
+    # JSON has no infinity.
+    np.save(tmp_path / "twice.npy", values[:, [0, 0]])
+    assert run("--codes", tmp_path / "twice.npy", "--grid", "4,3,5", "--metrics", "unsupervised") == 0
+    text = (tmp_path / "twice_scores" / "scores.json").read_text()
+    assert "Infinity" not in text
+    assert json.loads(text)["scores"]["unsupervised"]["gaussian_total_correlation"] is None
+
+
+def test_a_metric_that_fails_costs_its_own_scores_only(codes, capsys, tmp_path):
+    path, _, grid = codes
+    factors = grid.factors(np.arange(60))
+    factors[7, 1] = 3
+    np.save(tmp_path / "factors.npy", factors)
+    common = ("--codes", path, "--factors", tmp_path / "factors.npy")
+    assert run(*common, "--settings", *FEW[4:]) == 0
+    record = json.loads((tmp_path / "codes_scores" / "scores.json").read_text())
+    assert set(record["not_computed"]) == {"beta_vae", "factor_vae"} and "mig" in record["scores"]
+    assert "not computed: value number 3 of factor 'factor 1' has a single row" in capsys.readouterr().out
+    # Asked for by name, it is an error.
+    assert run(*common, "--metrics", "factor_vae") == 1
+    assert "error: value number 3" in capsys.readouterr().err
+
+
+def test_several_are_ranked(codes, capsys, tmp_path):
+    path, values, _ = codes
+    np.save(tmp_path / "turned.npy", values[:, ::-1])
+    np.save(tmp_path / "noise.npy", np.random.RandomState(0).standard_normal((60, 3)))
+    files = [path, tmp_path / "turned.npy", tmp_path / "noise.npy"]
+    assert run("--codes", *files, "--grid", "4,3,5", "--metrics", "mig", "--out", tmp_path / "all") == 0
+    record = json.loads((tmp_path / "all" / "udr.json").read_text())
+    assert np.argmin(record["spearman"]["model_scores"]) == 2 and record["codes"] == [str(file) for file in files]
+    assert all((tmp_path / "all" / name / "scores.json").is_file() for name in ("codes", "turned", "noise"))
+    assert "UDR, 60 points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give trained models, or --codes FILE"),
+        (["logs/x", "--codes", "codes.npy", "--grid", "4,3,5"], "give trained models, or --codes FILE"),
+        (["--codes", "codes.npy"], "--codes needs --grid 10,10,8"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--factors", "factors.npy"], "--codes needs --grid"),
+        (["--codes", "codes.npy", "--grid", "4,x"], "--grid 4,x: expected sizes such as 10,10,8"),
+        (
+            ["--codes", "codes.npy", "--grid", "4,3,6"],
+            "72 rows (factor 0 4 × factor 1 3 × factor 2 6), but there are 60",
+        ),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--names", "a,b"], "3 factor sizes (4, 3, 5) but 2 names"),
+        (["--codes", "codes.npy", "--factors", "factors.npy", "--names", "a,b,c"], "--names goes with --grid"),
+        (["--codes", "none.npy", "--grid", "4,3,5"], "there is no file none.npy"),
+        (["--codes", "text.npy", "--grid", "4,3,5"], "text.npy is no NumPy file of numbers"),
+        (["--codes", "pickled.npy", "--grid", "4,3,5"], "pickled.npy is no NumPy file of numbers"),
+        (["--codes", "two.npz", "--grid", "4,3,5"], "two.npz holds 2 arrays (a, b); expected codes alone"),
+        (["--codes", "nan.npy", "--grid", "4,3,5"], "1 of 60 rows of codes have values that are NaN or infinite"),
+        (["--codes", "codes.npy", "--factors", "short.csv"], "short.csv: line 3 has 1 entries, the first line names 2"),
+        (["--codes", "codes.npy", "--factors", "empty.csv"], "empty.csv has no rows"),
+        (["--codes", "codes.npy", "--factors", "gap.csv"], "gap.csv: line 2 has an empty entry"),
+        (["--codes", "codes.npy", "--factors", "angles.npy"], "angles.npy: factor 'factor 0' has 60 values in 60 rows"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--metrics", "dcy"], "unknown metric 'dcy'; did you mean 'dci'?"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--settings", "dci=3"], "--settings dci=3: expected metric.name"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--settings", "dci.num=3"], "unknown setting 'num' of dci"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--metrics", "tad"], "tad needs a table of binary attributes"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--seed", "-1"], "seed must be an integer"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--fid", "9"], "--fid and --of are of models"),
+        (["logs/none"], "there is no log directory or checkpoint 'logs/none'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(codes, monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    values = codes[1].copy()
+    values[4, 1] = np.nan
+    np.save("nan.npy", values)
+    np.save("pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez("two.npz", a=values, b=values)
+    np.save("angles.npy", np.random.RandomState(0).uniform(size=(60, 2)))
+    Path("text.npy").write_text("1 2 3")
+    Path("short.csv").write_text("a,b\n1,2\n3\n")
+    Path("empty.csv").write_text("a,b\n")
+    Path("gap.csv").write_text("a,b\n1,\n")
+    before = set(tmp_path.iterdir())
+    assert run(*arguments) == 1
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-1].startswith("error: ") and message in told.err.splitlines()[-1]
+    assert set(tmp_path.iterdir()) == before, "nothing is written"
+
+
+def test_it_needs_neither_torch_nor_a_model(codes):
+    code = (
+        "import runpy, sys; sys.argv = ['evaluate.py', '--codes', sys.argv[1], *'--grid 4,3,5 --metrics mig'.split()]\n"
+        "try: runpy.run_path('scripts/evaluate.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(codes[0])], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.strip().splitlines()[-1] == "False", done.stderr
+
+
+# ---- models
+
+
+@pytest.fixture(scope="module")
+def run_of(trained_encdiff):
+    """A trained model, its data set, and its codes."""
+    model = ldm.load(trained_encdiff.logdir)
+    data = instantiate_from_config(load_config(trained_encdiff.logdir).data, "data")
+    data.setup()
+    return trained_encdiff.logdir, model, data.datasets["validation"]
+
+
+def test_a_log_directory(run_of, capsys, tmp_path):
+    logdir, model, dataset = run_of
+    out = tmp_path / "out"
+    assert run(logdir, "--metrics", "mig", "factor_vae", "--settings", *FEW[2:4], "--out", out, "--save-codes") == 0
+    record = json.loads((out / "scores.json").read_text())
+    codes = encode(model, dataset, progress=False)
+    np.testing.assert_allclose(np.load(out / "codes.npy"), codes, atol=1e-6)
+    assert list(record["factors"]) == list(dataset.grid.names) and record["of"] == "scalars"
+    assert record["scores"]["mig"] == evaluate(np.load(out / "codes.npy"), dataset.grid, ["mig"])["mig"]
+    assert "mig" in capsys.readouterr().out
+    # A checkpoint in it is the same model.
+    assert run(logdir / "checkpoints" / "last.ckpt", "--metrics", "mig", "--out", out / "file") == 0
+    assert json.loads((out / "file" / "scores.json").read_text())["scores"]["mig"] == record["scores"]["mig"]
+
+
+@pytest.mark.parametrize(("of", "per_token"), [("tokens", 1), ("components", None)])
+def test_tokens_of_a_model(run_of, tmp_path, of, per_token):
+    logdir, model, dataset = run_of
+    assert run(logdir, "--of", of, "--metrics", "mig", "--out", tmp_path, "--save-codes") == 0
+    tokens = encode(model, dataset, progress=False, tokens=True)
+    expected = tokens if of == "tokens" else tokens.reshape(len(tokens), -1)
+    saved = np.load(tmp_path / "codes.npy")
+    np.testing.assert_allclose(saved, expected, atol=1e-5)
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["shape"] == list(expected.shape) and record["of"] == of
+    assert record["scores"]["mig"] == evaluate(saved, dataset.grid, ["mig"])["mig"]
+
+
+def test_reconstructions(run_of, first_stage, capsys, tmp_path):
+    logdir, _, _ = run_of
+    options = ("--reconstruction", 4, "--steps", 2, "--lpips", "none", "--metrics", "mig", "--out", tmp_path)
+    assert run(logdir, *options) == 0
+    record = json.loads((tmp_path / "images.json").read_text())["reconstruction"]
+    assert record["mse"] > 0 and record["images"] == 4 and "DDIM, 2 steps, eta 1" in record["protocol"]
+    assert record["protocol"] in capsys.readouterr().out
+    # A first stage has no codes, but images.
+    assert run(first_stage, "--reconstruction", 4, "--lpips", "none", "--out", tmp_path / "first") == 0
+    assert json.loads((tmp_path / "first" / "images.json").read_text())["reconstruction"]["mse"] > 0
+    assert run(first_stage, "--out", tmp_path / "none") == 1
+    assert "is a first stage without codes to score" in capsys.readouterr().err
+    # The scores before are kept where LPIPS cannot be had: AlexNet needs larger images.
+    assert run(logdir, *options[:5], "alex", "--metrics", "mig", "--out", tmp_path / "alex") == 1
+    assert "needs images of at least 31 pixels, not 16" in capsys.readouterr().err
+    assert (tmp_path / "alex" / "scores.json").is_file()
+
+
+def test_faces_are_scored_against_their_attributes(run_of, capsys, tmp_path):
+    logdir = run_of[0]
+    write_celeba(tmp_path, 40)
+    config = load_config(logdir)
+    size = config.model.params.cond_stage_config.params.image_size
+    split = {"target": "ldm.data.dis.CelebATrain", "params": {"path": str(tmp_path), "image_size": size}}
+    config.data.params = {"batch_size": 8, "train": split, "validation": split}
+    faces = tmp_path / "faces"
+    (faces / "configs").mkdir(parents=True)
+    OmegaConf.save(config, faces / "configs" / "x-project.yaml")
+    shutil.copytree(logdir / "checkpoints", faces / "checkpoints")
+    assert run(faces, "--metrics", "tad") == 0, capsys.readouterr().err
+    record = json.loads((faces / "evaluation" / "scores.json").read_text())
+    values = attribute_table(40)[1]
+    assert record["rows"] == 40 and len(record["factors"]) == values.shape[1] and "tad" in record["scores"]
+
+
+def test_help_names_every_metric(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(name in out for name in METRICS)
