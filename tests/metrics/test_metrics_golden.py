@@ -21,6 +21,13 @@ def test_equals_the_original_at_its_settings(reference, metric):
     assert {entry: ours[entry] for entry in scores[metric]} == pytest.approx(scores[metric], abs=1e-9)
 
 
+def test_dci_equals_the_unseeded_original_but_for_the_seed(reference):
+    codes, grid, scores = reference
+    ours = evaluate(codes, grid, ["dci"])["dci"]
+    assert ours == pytest.approx(scores["dci"], abs=2e-3)
+    np.testing.assert_allclose(ours.arrays["importance"].sum(axis=0), 1)
+
+
 def draw(grid, size, random):
     """Factor values, each factor for all points before the next."""
     factors = np.zeros((size, grid.num_factors), dtype=np.int64)

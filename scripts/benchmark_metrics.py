@@ -1,0 +1,85 @@
+"""Time the release's validation suite on codes of the real data sets' grids, and DCI against scikit-learn's.
+
+python scripts/benchmark_metrics.py                        all three grids, our trees
+python scripts/benchmark_metrics.py --sklearn shapes3d     scikit-learn's too, on one core as released: 5 to 20 minutes
+python scripts/benchmark_metrics.py --samples shapes3d     DCI's time by number of training points
+"""
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ldm.factors import FactorGrid
+from ldm.metrics.evaluate import SUITE, evaluate
+from ldm.metrics.sampling import Scores, available_cores
+
+GRIDS = {"shapes3d": (10, 10, 10, 8, 4, 15), "mpi3d": (6, 6, 2, 3, 3, 40, 40), "cars3d": (4, 24, 183)}
+
+
+def example_codes(grid: FactorGrid, width: int = 20) -> np.ndarray:
+    """Codes (m, width) float32: every factor in a dimension of its own with noise, one mixture, the rest noise."""
+    factors = grid.factors(np.arange(len(grid))) / np.array(grid.sizes)
+    codes = 0.25 * np.random.RandomState(11).standard_normal((len(grid), width))
+    codes[:, : grid.num_factors] += factors
+    codes[:, grid.num_factors] += factors[:, 0] * factors[:, 1]
+    return codes.astype(np.float32)
+
+
+def timed(codes: np.ndarray, grid: FactorGrid, metric: str, **settings: object) -> tuple[Scores, float]:
+    """Scores of one metric, and the seconds it took."""
+    start = time.perf_counter()
+    scores = evaluate(codes, grid, [metric], {metric: settings})[metric]
+    return scores, time.perf_counter() - start
+
+
+def peak_memory() -> float:
+    """Largest memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grids", nargs="*", default=list(GRIDS), metavar="GRID", help=f"of {', '.join(GRIDS)}")
+    parser.add_argument("--sklearn", action="store_true", help="time DCI by scikit-learn on one core as well")
+    parser.add_argument("--samples", action="store_true", help="time DCI for several numbers of training points")
+    options = parser.parse_args()
+    for name in options.grids:
+        if name not in GRIDS:
+            parser.error(f"unknown grid '{name}'; known are {', '.join(GRIDS)}")
+    small = FactorGrid((3, 4))
+    start = time.perf_counter()
+    # Compiled at first use, and then kept on disk.
+    evaluate(example_codes(small, 4), small, SUITE, {m: {"num_train": 50} for m in SUITE})
+    print(f"compiling or loading: {time.perf_counter() - start:.1f} s; {available_cores()} cores")
+    for name in options.grids:
+        grid = FactorGrid(GRIDS[name])
+        codes = example_codes(grid)
+        before = peak_memory()
+        results = {metric: timed(codes, grid, metric) for metric in SUITE}
+        total = sum(seconds for _, seconds in results.values())
+        parts = ", ".join(f"{metric} {seconds:.2f}" for metric, (_, seconds) in results.items())
+        print(f"{name}: {total:.1f} s ({parts}); {peak_memory() - before:.0f} MiB more than the codes and libraries")
+        if options.samples:
+            for count in (2500, 5000, 10000, 20000, 40000):
+                seconds = timed(codes, grid, "dci", num_train=count)[1]
+                print(f"  {count:>6} training points: {seconds:6.2f} s, {1e3 * seconds / count:.3f} ms each")
+        if options.sklearn:
+            theirs, seconds = timed(codes, grid, "dci", backend="sklearn", num_jobs=1)
+            ours, own = results["dci"]
+            print(f"  DCI by scikit-learn, one core: {seconds:.1f} s, {seconds / own:.1f} times as long")
+            for entry, value in ours.items():
+                print(f"    {entry:<24}{value:.4f}, scikit-learn's {theirs[entry]:.4f}")
+            rest = total - own
+            print(f"  with the other metrics' {rest:.1f} s: {(seconds + rest) / total:.1f} times as long")
+
+
+if __name__ == "__main__":
+    main()
