@@ -1,6 +1,6 @@
-"""How well a trained model gives images back: SSIM, LPIPS and MSE (paper, Table 10), and FID (Table 2)."""
+"""How well a trained model gives images back: MSE, SSIM and LPIPS (paper, Table 10)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +38,6 @@ BACKBONES = {
 }
 # Smaller images vanish in the backbone's poolings, or are narrower than the mirrored border of SSIM.
 SMALLEST = {"alex": 31, "vgg": 16, None: 6}
-# Ported from TensorFlow's network of 2015, with which published figures are measured.
-_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-_INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
-INCEPTION = Weights("Inception", _INCEPTION_FILE, _INCEPTION_URL, "name its path by weights=PATH")
-FEATURES = "2048"  # of Inception's last pooling
 
 
 @torch.no_grad()
@@ -66,7 +61,7 @@ def reconstruct(
     Raises:
         UserError: no such model, images of another shape than it makes, steps or eta out of range.
     """
-    _check_model(model, steps, eta)
+    check_model(model, steps, eta)
     if images.ndim != 4 or not images.is_floating_point():
         raise UserError(f"images: expected floats of shape (b, c, h, w), got {images.dtype} {tuple(images.shape)}")
     x = images.to(model.device)
@@ -98,7 +93,7 @@ def _draw(
     return model.decode_first_stage(latents)
 
 
-def _check_model(model: Any, steps: int, eta: float) -> None:
+def check_model(model: Any, steps: int, eta: float) -> None:
     """Refuse what `reconstruct` cannot use."""
     if isinstance(model, LatentDiffusion):
         if not model.conditioned:
@@ -158,7 +153,7 @@ def reconstruction_scores(
     Raises:
         UserError: see `reconstruct`; fewer than two images, too small ones, or weights that cannot be had.
     """
-    _check_model(model, steps, eta)
+    check_model(model, steps, eta)
     images = min(images, len(dataset))
     require_at_least(2, "reconstruction_scores", images=images)
     require_at_least(1, "reconstruction_scores", batch_size=batch_size)
@@ -170,7 +165,7 @@ def reconstruction_scores(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     rows = np.linspace(0, len(dataset) - 1, images).round().astype(np.int64)
     parts = []
-    for batch in _batches(dataset, rows, batch_size, progress, "reconstructing"):
+    for batch in image_batches(dataset, rows, batch_size, progress, "reconstructing"):
         x = to_unit_range(batch.to(model.device))
         parts.append(_compare(x, reconstruct(model, x, steps, eta, generator), distance))
     result: dict[str, Any] = {}
@@ -179,8 +174,8 @@ def reconstruction_scores(
         result |= {name: float(values.mean()), f"{name}_standard_error": float(values.std() / images**0.5)}
     protocol = (
         f"{images} of {len(dataset)} images at even distances, {dataset.image_size}×{dataset.image_size} pixels;"
-        f" {_way(model, steps, eta, seed, batch_size)}; clamped, not rounded; MSE and SSIM (Gaussian window 11, sigma"
-        f" 1.5, mirrored border) of images in [0, 1]; LPIPS: {network}"
+        f" {way_of_drawing(model, steps, eta, seed, batch_size)}; clamped, not rounded; MSE and SSIM (Gaussian window"
+        f" 11, sigma 1.5, mirrored border) of images in [0, 1]; LPIPS: {network}"
     )
     return {**result, "images": images, "protocol": protocol}
 
@@ -196,100 +191,13 @@ def _compare(x: torch.Tensor, made: torch.Tensor, distance: nn.Module | None) ->
     return {name: values.cpu() for name, values in scores.items()}
 
 
-@torch.no_grad()
-def fid(
-    model_or_images: Any,
-    dataset: Any,
-    images: int = 10_000,
-    steps: int = 200,
-    eta: float = 1.0,
-    seed: int = 0,
-    weights: str | Path | None = None,
-    batch_size: int = 100,
-    real_images: int | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Fréchet Inception distance (Heusel et al., 2017) by torch-fidelity, on images of whole numbers 0–255.
-
-    The set is shuffled by the seed. The tokens of its first `images` steer the samples, its last `real_images` are
-    what they are compared with: no image is in both, unless the set is too small. With fewer images than the 2,048
-    features, covariances are singular, and the figure says little.
-
-    Args:
-        model_or_images: see `reconstruct` (of a first stage, its reconstructions are taken); or images (n, c, h, w)
-            uint8, which are all used.
-        dataset: of `ldm.data`, with `fetch`.
-        images: number of samples; tokens of a smaller set are used again.
-        steps, eta: of DDIM. seed: of the shuffling and of the noise.
-        weights: path of Inception's weights; torch hub's folder, into which they are fetched, if left out.
-        batch_size: images at a time; none are kept.
-        real_images: as many as samples if left out, as in the release's script; at most all.
-        progress: show bars.
-
-    Returns:
-        `fid`; the numbers of `images` and `real_images`; and what was done, as `protocol`.
-
-    Raises:
-        UserError: see `reconstruct`; fewer than two images, torch-fidelity is not installed, or no weights.
-    """
-    given = isinstance(model_or_images, torch.Tensor | np.ndarray)
-    images = len(model_or_images) if given else images
-    real = min(images if real_images is None else real_images, len(dataset))
-    require_at_least(2, "fid", images=images, real_images=real)
-    require_at_least(1, "fid", batch_size=batch_size)
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    if given:
-        batches, device, way = _given(model_or_images, batch_size)
-    else:
-        rows = np.sort(np.resize(order, images))
-        batches, device, way = _sampled(model_or_images, dataset, rows, steps, eta, seed, batch_size, progress)
-    reals = _batches(dataset, np.sort(order[len(order) - real :]), batch_size, progress, "real images")
-    distance, network = _inception(weights, device, progress)
-    protocol = (
-        f"{images} images ({way}) against the last {real} of {len(dataset)} images shuffled by seed {seed},"
-        f" {dataset.image_size}×{dataset.image_size} pixels; rounded to 0–255; {network}"
-    )
-    return {"fid": distance(batches, reals), "images": images, "real_images": real, "protocol": protocol}
-
-
-def _given(images: Any, batch_size: int) -> tuple[Iterator[torch.Tensor], torch.device, str]:
-    """Batches (b, c, h, w) of images that a user gave, their device, and a description."""
-    images = torch.as_tensor(images)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise UserError(f"images: expected uint8 of shape (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
-    return iter(images.split(batch_size)), images.device, f"given, {images.shape[3]}×{images.shape[2]} pixels"
-
-
-def _sampled(
-    model: Any, dataset: Any, rows: np.ndarray, steps: int, eta: float, seed: int, batch_size: int, progress: bool
-) -> tuple[Iterator[torch.Tensor], torch.device, str]:
-    """Batches (b, c, h, w) uint8 of what a model makes of rows, each made when asked for; its device; a description."""
-    _check_model(model, steps, eta)
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    inputs = _batches(dataset, rows, batch_size, progress, "sampling")
-    made = (reconstruct(model, to_unit_range(x.to(model.device)), steps, eta, generator) for x in inputs)
-    way = f"{_way(model, steps, eta, seed, batch_size)}, the first of the set shuffled by seed {seed}"
-    return (((x + 1) * 127.5).round().to(torch.uint8) for x in made), model.device, way
-
-
-def _statistics(batches: Iterable[torch.Tensor], inception: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
-    """Mean `mu` (d,) and covariance `sigma` (d, d) of the features of images (b, c, h, w) uint8, both float64."""
-    count, total, products = 0, torch.zeros(()), torch.zeros(())
-    for batch in batches:
-        features = inception(batch.to(device).expand(-1, 3, -1, -1))[0].cpu().double()
-        count += len(features)
-        total, products = total + features.sum(dim=0), products + features.T @ features
-    mean = total / count
-    return {"mu": mean.numpy(), "sigma": ((products - count * torch.outer(mean, mean)) / (count - 1)).numpy()}
-
-
-def _batches(dataset: Any, rows: np.ndarray, size: int, progress: bool, title: str) -> Iterator[torch.Tensor]:
+def image_batches(dataset: Any, rows: np.ndarray, size: int, progress: bool, title: str) -> Iterator[torch.Tensor]:
     """Images (b, c, h, w) uint8 of rows, with a bar."""
     for start in tqdm(range(0, len(rows), size), desc=title, disable=not progress, leave=False):
         yield rearrange(dataset.fetch(rows[start : start + size])["image"], "b h w c -> b c h w")
 
 
-def _way(model: Any, steps: int, eta: float, seed: int, batch_size: int) -> str:
+def way_of_drawing(model: Any, steps: int, eta: float, seed: int, batch_size: int) -> str:
     """How reconstructions are made, in words."""
     if not isinstance(model, LatentDiffusion):
         return "images of the set encoded and decoded by the first stage"
@@ -298,7 +206,7 @@ def _way(model: Any, steps: int, eta: float, seed: int, batch_size: int) -> str:
     return f"DDIM, {count} steps, eta {eta:g}, {noise}, each under the tokens of an image of the set"
 
 
-def _network(weights: Weights, path: str | Path | None, progress: bool, build: Callable[[Path], Any]) -> Any:
+def pretrained(weights: Weights, path: str | Path | None, progress: bool, build: Callable[[Path], Any]) -> Any:
     """A network built from the file of its weights: the one named, else torch hub's, fetched if it is not there.
 
     Raises:
@@ -334,31 +242,5 @@ def _alex(file: Path) -> nn.Module:
 def _lpips(backbone: str, path: str | Path | None, device: torch.device, progress: bool) -> tuple[nn.Module, str]:
     """LPIPS between images in [-1, 1], and its description."""
     weights = BACKBONES[backbone]
-    network = _network(weights, path, progress, LPIPS if backbone == "vgg" else _alex)
+    network = pretrained(weights, path, progress, LPIPS if backbone == "vgg" else _alex)
     return network.to(device).eval(), f"{weights.network}, {Path(path or weights.file).name}"
-
-
-def _inception(
-    path: str | Path | None, device: torch.device, progress: bool
-) -> tuple[Callable[[Iterable[torch.Tensor], Iterable[torch.Tensor]], float], str]:
-    """The FID between two series of batches (b, c, h, w) uint8, and its description."""
-    try:
-        import torch_fidelity
-        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-    except ImportError as error:
-        raise UserError('FID needs the package torch-fidelity: pip install -e ".[fid]"') from error
-
-    def build(file: Path) -> nn.Module:
-        torch.load(file, map_location="cpu", weights_only=True)  # torch-fidelity would run what else a file holds
-        return torch_fidelity.FeatureExtractorInceptionV3(
-            "inception-v3-compat", [FEATURES], feature_extractor_weights_path=str(file)
-        )
-
-    network = _network(INCEPTION, path, progress, build).to(device)
-
-    def distance(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> float:
-        statistics = [_statistics(batches, network, device) for batches in (a, b)]
-        return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
-
-    file = Path(path or INCEPTION.file).name
-    return distance, f"{file}, layer {FEATURES}, torch-fidelity {torch_fidelity.__version__}"

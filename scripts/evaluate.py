@@ -186,7 +186,8 @@ def model_codes(
         raise ValueError(f"{path}: its configuration has no data.params.{options.split}; choose another --split")
 
     def images() -> dict:
-        from ldm.reconstruction import fid, reconstruction_scores
+        from ldm.fid import fid
+        from ldm.reconstruction import reconstruction_scores
 
         common = {"batch_size": options.batch_size, "steps": options.steps, "eta": options.eta, "seed": options.seed}
         results = {}

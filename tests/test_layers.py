@@ -40,7 +40,7 @@ def room_of(module: str) -> str:
     """The room of a dotted module name: `ldm.data.dis` -> data; the command line's files are one room."""
     parts = module.split(".")
     name = parts[1] if len(parts) > 1 else ""
-    return "cli" if name in ("config", "api", "reconstruction") or name.split("_")[0] == "cli" else name
+    return "cli" if name in ("config", "api", "reconstruction", "fid") or name.split("_")[0] == "cli" else name
 
 
 def imports(path: Path) -> set[str]:

@@ -15,12 +15,13 @@ from command_line import DDCONFIG, encdiff_config
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from ldm import reconstruction
+from ldm import fid as fid_module
 from ldm.data.rendered import RenderedTrain
+from ldm.fid import fid
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.reconstruction import fid, reconstruct, reconstruction_scores
+from ldm.reconstruction import reconstruct, reconstruction_scores
 from ldm.util import UserError
 
 IDENTITY = {"target": "torch.nn.Identity"}
@@ -342,7 +343,7 @@ def inception(tmp_path_factory) -> Path:
 @pytest.fixture
 def shallow(monkeypatch):
     """The first 64 features instead of the last 2,048: a tenth of the time."""
-    monkeypatch.setattr(reconstruction, "FEATURES", "64")
+    monkeypatch.setattr(fid_module, "FEATURES", "64")
 
 
 def features(path: Path, layer: str, images: torch.Tensor) -> np.ndarray:
