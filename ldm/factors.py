@@ -1,7 +1,8 @@
-"""The grid of ground-truth factors of a data set: names, sizes, and the way from row numbers to factor values."""
+"""Ground-truth factors of a data set: a grid of all combinations, or a table of the values of a labelled sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -116,3 +117,12 @@ class FactorTable:
     def describe(self) -> str:
         """`floor hue 10, wall hue 10, …`, for tables and messages."""
         return ", ".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))
+
+
+def factors_of(dataset: Any) -> FactorGrid | FactorTable | None:
+    """What a data set of `ldm.data` can be scored against: its factor grid, a table of its attributes, or nothing."""
+    if getattr(dataset, "grid", None) is not None:
+        return dataset.grid
+    if getattr(dataset, "attributes", None) is not None:
+        return FactorTable(dataset.attributes, dataset.attribute_names)
+    return None

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.factors import FactorGrid, FactorTable
+from ldm.factors import FactorGrid, factors_of
 from ldm.metrics.evaluate import METRICS, check_seed, check_settings, defined_metrics, evaluate
 from ldm.metrics.files import read_codes, read_factors
 from ldm.metrics.report import score_table, write_heatmaps, write_json
@@ -204,9 +204,7 @@ def model_codes(
         if not options.reconstruction and not options.fid:
             raise ValueError(f"{path} is a first stage without codes to score: ask for --reconstruction N or --fid N")
         return None, None, images
-    factors: Factors | None = getattr(dataset, "grid", None)
-    if factors is None and getattr(dataset, "attributes", None) is not None:
-        factors = FactorTable(dataset.attributes, dataset.attribute_names)
+    factors = factors_of(dataset)
     if factors is None and not options.reconstruction and not options.fid:
         raise ValueError(f"{path}: its data have neither a factor grid nor attributes to score against")
     codes = encode(model, dataset, options.batch_size, tokens=options.of != "scalars") if factors is not None else None

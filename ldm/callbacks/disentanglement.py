@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from ldm.factors import FactorGrid
+from ldm.factors import factors_of
 from ldm.metrics.evaluate import HEADLINES, SUITE, check_settings, evaluate
 from ldm.metrics.report import score_table, write_heatmaps, write_json
-from ldm.metrics.sampling import Scores
+from ldm.metrics.sampling import Factors, Scores
 from ldm.util import UserError, plain, require_at_least
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ WHERE = "lightning.callbacks.disentanglement.params"
 
 
 class DisentanglementCallback(Callback):
-    """Encodes the validation set into scalars and scores them against its factor grid.
+    """Encodes the validation set into scalars and scores them against its factor grid, or its table of attributes.
 
     Codes are collected batch by batch over the whole set, also over several processes, and put into grid order by the
     batch's `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, the matrices
@@ -54,7 +54,7 @@ class DisentanglementCallback(Callback):
         self.metrics, self.settings = tuple(metrics), plain(settings) or {}
         self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
         self.logdir = logdir
-        self.grid: FactorGrid | None = None
+        self.grid: Factors | None = None
         self._validations = 0
         self._codes: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
@@ -82,7 +82,7 @@ class DisentanglementCallback(Callback):
             limit_val_batches: the trainer's setting.
 
         Raises:
-            UserError: no concept encoder, no averages of it, no validation set, no factor grid, or a limit on the
+            UserError: no concept encoder, no averages of it, no validation set, no factors, or a limit on the
                 validation batches.
         """
         if not self.metrics:
@@ -98,10 +98,12 @@ class DisentanglementCallback(Callback):
         dataset = datasets.get("validation")
         if dataset is None:
             raise UserError(f"scores need a validation set: give data.params.validation, or {off}")
-        self.grid = getattr(dataset, "grid", None)
+        self.grid = factors_of(dataset)
         if self.grid is None:
             kind = type(dataset).__name__
-            raise UserError(f"data.params.validation ({kind}) has no factor grid to score against: {off}")
+            raise UserError(
+                f"data.params.validation ({kind}) has neither a factor grid nor attributes to score against: {off}"
+            )
         if limit_val_batches not in (None, 1.0) or isinstance(limit_val_batches, int):
             raise UserError(
                 f"limit_val_batches is {limit_val_batches}: scores of part of the codes would mean nothing."
@@ -187,7 +189,7 @@ class DisentanglementCallback(Callback):
         seen[index] = True
         if not seen.all():
             raise UserError(
-                f"{int((~seen).sum())} of the {rows} rows of the grid were not validated: scores need them all"
+                f"{int((~seen).sum())} of the {rows} rows of the set were not validated: scores need them all"
                 " (is limit_val_batches set, or does the validation loader leave images out?)"
             )
         return codes

@@ -128,7 +128,7 @@ def test_no_encoder_no_set_no_grid():
         callback.check({"validation": dataset()}, nn.Identity())
     with pytest.raises(UserError, match=r"data\.params\.validation"):
         callback.check({}, Model())
-    with pytest.raises(UserError, match="no factor grid"):
+    with pytest.raises(UserError, match="neither a factor grid nor attributes"):
         callback.check({"validation": dataset(None)}, Model())
 
 
