@@ -101,7 +101,7 @@ def test_the_overlay_trains_scores_and_resumes(cli, first_stage):
     assert run.status == 0, run.err
     assert "learning rate 1.00e-04" in run.log
     # The whole set of 64 rooms is one batch.
-    assert [path.name for path in sorted((run.logdir / "metrics").glob("*"))] == ["000001.json", "000002.json"]
+    assert [path.name for path in sorted((run.logdir / "metrics").glob("*.json"))] == ["000001.json", "000002.json"]
     resumed = cli.run("-r", run.logdir, "-t", "--max_steps", 3)
     assert resumed.status == 0, resumed.err
     model = ldm.load(run.logdir, weights="ema")
