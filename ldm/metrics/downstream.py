@@ -6,11 +6,10 @@ Locatello et al., "Challenging Common Assumptions in the Unsupervised Learning o
 
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ldm.metrics.sampling import Factors, Scores, available_cores, sample_points, scalar_codes
+from ldm.metrics.sampling import Factors, Scores, available_cores, parallel_map, sample_points, scalar_codes
 
 Points = tuple[np.ndarray, np.ndarray]
 
@@ -118,11 +117,11 @@ def _logistic_regression(train: Points, test: Points, random_state: np.random.Ra
         model.fit(train[0], y)
         return model.score(train[0], y), model.score(test[0], test[1][:, k])
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(available_cores()) as pool:
+    with warnings.catch_warnings():
         # A hundred iterations are the original's; and what scikit-learn will change in its next versions.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        return list(pool.map(accuracy, range(train[1].shape[1])))
+        return parallel_map(accuracy, range(train[1].shape[1]))
 
 
 def _constant(y: np.ndarray, y_test: np.ndarray) -> tuple[float, float]:

@@ -2,12 +2,11 @@
 Quantization", NeurIPS 2023, Section 4), by its authors' protocol for continuous latents and discrete sources."""
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ldm.metrics.information import entropies, neighbour_information
-from ldm.metrics.sampling import Factors, Scores, available_cores, check_classes, sample_points, scalar_codes
+from ldm.metrics.sampling import Factors, Scores, check_classes, parallel_map, sample_points, scalar_codes
 
 
 def infomec(
@@ -46,6 +45,8 @@ def infomec(
     Raises:
         ValueError: unusable codes or grid, or so few points that a factor takes one value.
     """
+    from sklearn.exceptions import ConvergenceWarning
+
     codes = scalar_codes(codes, grid)
     ((codes, factors),) = sample_points(codes, grid, [num_train], batch_size, random_state)
     check_classes("infomec", grid, factors)
@@ -63,8 +64,10 @@ def infomec(
         for k, factor in enumerate(factors.T):
             normalized[n, k] = neighbour_information(x[:, n] + noise[:, n], factor, num_neighbors)
     normalized /= entropies(factors)
-    with ThreadPoolExecutor(available_cores()) as pool:
-        explicitness = list(pool.map(lambda k: _explicitness(x, factors[:, k]), range(grid.num_factors)))
+    with warnings.catch_warnings():
+        # A hundred iterations are the authors'. (Filters are the whole process's: not to be set by each thread.)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        explicitness = parallel_map(lambda k: _explicitness(x, factors[:, k]), range(grid.num_factors))
     return Scores(
         infom=share_of_the_largest(normalized[active]),
         infoe=float(np.mean(explicitness)),
@@ -85,13 +88,9 @@ def share_of_the_largest(information: np.ndarray) -> float:
 
 def _explicitness(x: np.ndarray, y: np.ndarray) -> float:
     """Share of the log-loss of guessing among equals that a linear classifier of codes x (m, n) saves."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     values, y = np.unique(y, return_inverse=True)
-    with warnings.catch_warnings():
-        # A hundred iterations are the authors'.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        probability = LogisticRegression(C=np.inf, class_weight="balanced").fit(x, y).predict_proba(x)
+    probability = LogisticRegression(C=np.inf, class_weight="balanced").fit(x, y).predict_proba(x)
     own = np.clip(probability[np.arange(len(y)), y], np.finfo(np.float64).eps, 1)
     return float(1 + np.log(own).mean() / np.log(len(values)))

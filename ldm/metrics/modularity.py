@@ -1,12 +1,10 @@
 """Modularity and explicitness (Ridgeway and Mozer, "Learning Deep Disentangled Embeddings with the F-Statistic Loss",
 NeurIPS 2018, Section 3), by disentanglement_lib's protocol."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
 from ldm.metrics.information import bin_columns, information_matrix
-from ldm.metrics.sampling import Factors, Scores, available_cores, check_classes, sample_points, scalar_codes
+from ldm.metrics.sampling import Factors, Scores, check_classes, parallel_map, sample_points, scalar_codes
 
 
 def modularity_explicitness(
@@ -49,9 +47,8 @@ def modularity_explicitness(
     mean, std = train[0].mean(axis=0), train[0].std(axis=0)
     std[train[0].max(axis=0) == train[0].min(axis=0)] = np.inf
     x, x_test = (train[0] - mean) / std, (test[0] - mean) / std
-    with ThreadPoolExecutor(available_cores()) as pool:
-        pairs = pool.map(lambda k: _explicitness(x, train[1][:, k], x_test, test[1][:, k]), range(grid.num_factors))
-        of_train, of_test = np.mean(list(pairs), axis=0)
+    pairs = parallel_map(lambda k: _explicitness(x, train[1][:, k], x_test, test[1][:, k]), range(grid.num_factors))
+    of_train, of_test = np.mean(pairs, axis=0)
     return Scores(
         modularity_score=modularity(information),
         explicitness_score_train=float(of_train),

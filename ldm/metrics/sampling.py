@@ -1,7 +1,8 @@
 """What the metrics share: codes checked and reduced to scalars, and points drawn in disentanglement_lib's order."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,15 @@ def first_components(tokens: np.ndarray) -> np.ndarray:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallel_map(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Results of a function for items, in their order, in threads: for scikit-learn's solvers, which release Python's
+    lock. Linear algebra keeps to one thread meanwhile, or the threads would stand in each other's way."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(available_cores()) as pool:
+        return list(pool.map(function, items))
 
 
 def varying(codes: np.ndarray) -> np.ndarray:

@@ -1,11 +1,9 @@
 """The separated attribute predictability score (Kumar et al., "Variational Inference of Disentangled Latent Concepts
 from Unlabeled Observations", ICLR 2018, Section 3), by disentanglement_lib's protocol."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
-from ldm.metrics.sampling import Factors, Scores, available_cores, check_classes, sample_points, scalar_codes
+from ldm.metrics.sampling import Factors, Scores, check_classes, parallel_map, sample_points, scalar_codes
 
 
 def sap(
@@ -55,8 +53,7 @@ def _accuracies(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np
         return float(np.mean(model.predict(test[0][:, n : n + 1]) == test[1][:, k]))
 
     shape = train[0].shape[1], train[1].shape[1]
-    with ThreadPoolExecutor(available_cores()) as pool:
-        return np.array(list(pool.map(accuracy, np.ndindex(shape)))).reshape(shape)
+    return np.array(parallel_map(accuracy, np.ndindex(shape))).reshape(shape)
 
 
 def _correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
