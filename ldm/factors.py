@@ -1,5 +1,6 @@
 """Ground-truth factors of a data set: a grid of all combinations, or a table of the values of a labelled sample."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +17,25 @@ class FactorGrid:
         names: one name per factor; `factor 0`, `factor 1`, … if left out.
 
     Raises:
-        ValueError: a size below 1, no factor, or a number of names other than the number of sizes.
+        ValueError: a size below 1 or not whole, no factor, equal names, or a number of names other than that of sizes.
     """
 
     sizes: tuple[int, ...]
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(size != int(size) for size in self.sizes):
+            raise ValueError(f"the sizes of a factor grid are whole numbers, got {tuple(self.sizes)}")
         sizes = tuple(int(size) for size in self.sizes)
         names = tuple(self.names) or tuple(f"factor {k}" for k in range(len(sizes)))
         if not sizes or min(sizes) < 1:
             raise ValueError(f"a factor grid needs at least one factor and sizes of at least 1, got sizes {sizes}")
         if len(names) != len(sizes):
             raise ValueError(f"{len(sizes)} factor sizes {sizes} but {len(names)} names {names}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"names of factors must differ, got {names}")
+        if math.prod(sizes) >= 2**62:
+            raise ValueError(f"a factor grid of sizes {sizes} has more rows than can be counted")
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "names", names)
 
@@ -92,6 +99,8 @@ class FactorTable:
         self.names = tuple(names) or tuple(f"factor {k}" for k in range(values.shape[1]))
         if len(self.names) != values.shape[1]:
             raise ValueError(f"{values.shape[1]} factors but {len(self.names)} names {self.names}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"names of factors must differ, got {self.names}")
         columns, sizes = [], []
         for name, column in zip(self.names, values.T, strict=True):
             distinct, numbers = np.unique(column, return_inverse=True)

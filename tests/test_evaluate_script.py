@@ -86,6 +86,17 @@ def test_codes_of_a_labelled_sample(codes, capsys, tmp_path):
     assert "labelled sample: hue 4, shape 3, scale 5 = 60 rows" in capsys.readouterr().out
 
 
+def test_numbers_in_a_csv_file_are_numbers(codes, tmp_path):
+    """In the order of their values, not of their text: 2 before 10."""
+    from ldm.metrics.files import read_factors
+
+    numbers = np.arange(60) % 12
+    (tmp_path / "f.csv").write_text("angle, kind\n" + "\n".join(f"{5 * n}, k{n % 3}" for n in numbers) + "\n")
+    table = read_factors(tmp_path / "f.csv")
+    np.testing.assert_array_equal(table.values, np.stack([numbers, numbers % 3], axis=1))
+    assert table.names == ("angle", "kind")
+
+
 def test_attributes_get_tad(tmp_path, capsys):
     attributes = np.random.RandomState(0).randint(2, size=(300, 3))
     np.save(tmp_path / "codes.npy", attributes + 0.1 * np.random.RandomState(1).standard_normal((300, 3)))

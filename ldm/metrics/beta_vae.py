@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ldm.metrics.sampling import Factors, Scores, fixed_factor_batches, scalar_codes
+from ldm.metrics.sampling import Factors, Scores, fixed_factor_batches, quiet_solvers, scalar_codes
 
 
 def beta_vae(
@@ -38,7 +38,8 @@ def beta_vae(
     points, labels = _differences(codes, grid, num_train, batch_size, random_state)
     if len(np.unique(labels)) < 2:
         raise ValueError(f"beta_vae: all of num_train={num_train} points drew the same factor; raise num_train")
-    model = LogisticRegression(random_state=random_state).fit(points, labels)
+    with quiet_solvers():
+        model = LogisticRegression(random_state=random_state).fit(points, labels)
     train_accuracy = np.mean(model.predict(points) == labels)
     points, labels = _differences(codes, grid, num_eval, batch_size, random_state)
     eval_accuracy = np.mean(model.predict(points) == labels)

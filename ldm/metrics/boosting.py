@@ -8,8 +8,9 @@ are the decreases of the squared error, summed over all trees and normalised onc
 What makes it fast: the features never change, so they are sorted once for all trees; a level of a tree is one pass over
 each sorted feature, for all its nodes, and for up to 8 classes at a time; and classes and factors run in parallel.
 
-Where features tie for the best split, one of them is taken at random. scikit-learn does the same by visiting them in
-random order; the random numbers are not the same ones.
+Where features tie for the best split, one of them is taken at random. scikit-learn does the same, by visiting them in
+random order, where the gains are equal to the last bit, as those of equal features are. Gains of different splits that
+are equal but for rounding it leaves to rounding, which here decides nothing: they are drawn for as well.
 """
 
 import itertools
@@ -120,12 +121,13 @@ def _fit(
     random = np.random.SeedSequence(seed).generate_state(trees, np.uint64) | np.uint64(1)
     groups = np.array_split(np.arange(trees), min(max(-(-trees // MAX_LANES), num_jobs), -(-trees // 2)))
     edges = np.linspace(0, len(labels), num_jobs + 1).astype(int)
-    blocks = [slice(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
+    blocks = [slice(start, end) for start, end in itertools.pairwise(edges) if end > start]
 
     def residuals(rows: slice) -> None:
         _shift(raw[rows], residual[rows])
-        # NumPy's exponential is several times faster than the compiled loop's.
-        np.exp(residual[rows], out=residual[rows])
+        # NumPy's exponential is several times faster than the compiled loop's. An infinite one is a probability of 0.
+        with np.errstate(over="ignore"):
+            np.exp(residual[rows], out=residual[rows])
         _residuals(labels[rows], residual[rows])
 
     def grow(lanes: np.ndarray) -> None:

@@ -42,11 +42,13 @@ def dci(
 
     Returns:
         `informativeness_train`, `informativeness_test`, `disentanglement`, `completeness`;
-        `arrays["importance"]` (n, k), every column of which sums to 1.
+        `arrays["importance"]` (n, k), every column of which sums to 1, or is 0 where no dimension is of use.
 
     Raises:
         ValueError: unusable codes or grid, or so few points that a factor takes one value.
     """
+    if backend not in ("fast", "sklearn"):
+        raise ValueError(f"dci: backend '{backend}' is neither fast nor sklearn")
     codes = scalar_codes(codes, grid)
     train, test = sample_points(codes, grid, [num_train, num_test], batch_size, random_state)
     check_classes("dci", grid, train[1])

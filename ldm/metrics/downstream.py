@@ -1,15 +1,23 @@
 """Accuracy of classifiers of the factors from few and many samples, by disentanglement_lib's protocol.
 
 Locatello et al., "Challenging Common Assumptions in the Unsupervised Learning of Disentangled Representations", ICML
-2019, Section 5.4.
+2019.
 """
 
-import warnings
+import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ldm.metrics.sampling import Factors, Scores, available_cores, parallel_map, sample_points, scalar_codes
+from ldm.metrics.sampling import (
+    Factors,
+    Scores,
+    available_cores,
+    parallel_map,
+    quiet_solvers,
+    sample_points,
+    scalar_codes,
+)
 
 Points = tuple[np.ndarray, np.ndarray]
 
@@ -25,9 +33,8 @@ def downstream_logistic_regression(
     """Accuracy of logistic regression, its strength chosen by cross-validation: `LogisticRegressionCV(Cs=10,
     cv=KFold(5))`.
 
-    Deliberate departure: with so few samples that a fold or the whole lacks values of a factor, scikit-learn's class
-    cannot choose (the original was run with a version that could): the plain `LogisticRegression()` is then taken,
-    and of a single value, that value is predicted.
+    Deliberate departure: where scikit-learn's class refuses to choose (fewer than five points, or folds without enough
+    values of a factor), the plain `LogisticRegression()` is taken; of a single value, that value is predicted.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
@@ -74,9 +81,7 @@ def _accuracies(
     for size in num_train:
         train, test = sample_points(codes, grid, [size, num_test], batch_size, random_state)
         # The classifiers' seeds come from a copy, so that the points of the next size are the original's.
-        copy = np.random.RandomState()
-        copy.set_state(random_state.get_state())
-        accuracies = np.array(fit(train, test, copy))
+        accuracies = np.array(fit(train, test, copy.deepcopy(random_state)))
         for j, part in enumerate(("train", "test")):
             scores[f"{size}:mean_{part}_accuracy"] = float(accuracies[:, j].mean())
         for j, part in enumerate(("train", "test")):
@@ -102,7 +107,6 @@ def _boosted_trees(train: Points, test: Points, random_state: np.random.RandomSt
 
 
 def _logistic_regression(train: Points, test: Points, random_state: np.random.RandomState) -> list[tuple[float, float]]:
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
     from sklearn.model_selection import KFold
 
@@ -111,16 +115,13 @@ def _logistic_regression(train: Points, test: Points, random_state: np.random.Ra
         values = np.unique(y)
         if len(values) == 1:
             return _constant(y, test[1][:, k])
-        folds = list(KFold(5).split(y)) if len(y) >= 5 else []
-        choosable = folds and all(len(np.unique(y[fitted])) == len(values) for fitted, _ in folds)
-        model = LogisticRegressionCV(Cs=10, cv=KFold(5)) if choosable else LogisticRegression()
-        model.fit(train[0], y)
+        try:
+            model = LogisticRegressionCV(Cs=10, cv=KFold(5), scoring="accuracy").fit(train[0], y)
+        except ValueError:
+            model = LogisticRegression().fit(train[0], y)
         return model.score(train[0], y), model.score(test[0], test[1][:, k])
 
-    with warnings.catch_warnings():
-        # A hundred iterations are the original's; and what scikit-learn will change in its next versions.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", FutureWarning)
+    with quiet_solvers():
         return parallel_map(accuracy, range(train[1].shape[1]))
 
 

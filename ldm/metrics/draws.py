@@ -27,7 +27,7 @@ def fixed_factor_rows(
     rows = np.empty((num_batches, num_sets, batch_size), dtype=np.int64)
     # A value takes 2^bits / size words on average, fewer than two.
     expected = num_batches * (2 + num_sets * batch_size * sum(2 ** int(high - 1).bit_length() / high for high in highs))
-    before = random_state.get_state()
+    before = random_state.get_state(legacy=False)
     words = int(1.05 * expected) + 1000
     while True:
         stream = random_state.randint(0, 2**32, size=words, dtype=np.uint32)

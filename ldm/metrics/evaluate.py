@@ -199,12 +199,14 @@ def _fitting(values: Mapping[str, Any], given: set[str], rows: int) -> dict[str,
         return {}
     if isinstance(train, Sequence):
         test = test if "num_test" in given else max(1, min(test, rows // 3))
-        sizes = train if "num_train" in given else [size for size in train if size + test <= rows] or [rows - test]
+        fitting = [size for size in train if size + test <= rows] or [max(1, rows - test)]
+        sizes = train if "num_train" in given else fitting
         return {"num_train": list(sizes), "num_test": test}
     if train + test <= rows or {"num_train", "num_test"} & set(values) <= given:
         return {}
     if "num_test" in values and not {"num_train", "num_test"} & given:
-        train, test = rows - rows // 3, rows // 3
+        test = max(1, rows // 3)
+        train = max(1, rows - test)
     elif "num_train" in given:
         test = max(1, rows - train)
     else:

@@ -62,4 +62,17 @@ def _read_csv(path: Path) -> FactorTable:
             raise ValueError(f"{path}: line {number} has {len(row)} entries, the first line names {len(names)} factors")
         if "" in (entry.strip() for entry in row):
             raise ValueError(f"{path}: line {number} has an empty entry; leave out the rows without a label")
-    return FactorTable(np.array([[entry.strip() for entry in row] for row in rows]), names)
+    columns = [_numbered([row[k].strip() for row in rows]) for k in range(len(names))]
+    return FactorTable(np.stack(columns, axis=1), names)
+
+
+def _numbered(entries: list[str]) -> np.ndarray:
+    """Numbers (m,) from 0 of the distinct entries, in the order of values if all are numbers, else of the text."""
+    try:
+        values: np.ndarray = np.array([float(entry) for entry in entries])
+    except ValueError:
+        values = np.array(entries)
+    else:
+        if not np.isfinite(values).all():
+            raise ValueError("factor values must be finite: leave out the rows without a label")
+    return np.unique(values, return_inverse=True)[1].reshape(-1)

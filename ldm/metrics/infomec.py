@@ -1,12 +1,18 @@
 """InfoMEC: modularity, explicitness and compactness by information (Hsu et al., "Disentanglement via Latent
 Quantization", NeurIPS 2023, Section 4), by its authors' protocol for continuous latents and discrete sources."""
 
-import warnings
-
 import numpy as np
 
 from ldm.metrics.information import entropies, neighbour_information
-from ldm.metrics.sampling import Factors, Scores, check_classes, parallel_map, sample_points, scalar_codes
+from ldm.metrics.sampling import (
+    Factors,
+    Scores,
+    check_classes,
+    parallel_map,
+    quiet_solvers,
+    sample_points,
+    scalar_codes,
+)
 
 
 def infomec(
@@ -45,8 +51,6 @@ def infomec(
     Raises:
         ValueError: unusable codes or grid, or so few points that a factor takes one value.
     """
-    from sklearn.exceptions import ConvergenceWarning
-
     codes = scalar_codes(codes, grid)
     ((codes, factors),) = sample_points(codes, grid, [num_train], batch_size, random_state)
     check_classes("infomec", grid, factors)
@@ -58,15 +62,13 @@ def infomec(
     if not active.any():
         return Scores(infom=0.0, infoe=0.0, infoc=0.0, num_active_dims=0, arrays=arrays)
     std = codes.std(axis=0)
-    x = (codes - codes.mean(axis=0)) / np.where(ranges > 0, std, 1)
+    x = (codes - codes.mean(axis=0)) / np.where((ranges > 0) & (std > 0), std, 1)
     noise = 1e-10 * np.maximum(1, np.abs(x).mean(axis=0)) * random_state.standard_normal(x.shape)
     for n in np.flatnonzero(ranges > 0):
         for k, factor in enumerate(factors.T):
             normalized[n, k] = neighbour_information(x[:, n] + noise[:, n], factor, num_neighbors)
     normalized /= entropies(factors)
-    with warnings.catch_warnings():
-        # A hundred iterations are the authors'. (Filters are the whole process's: not to be set by each thread.)
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with quiet_solvers():
         explicitness = parallel_map(lambda k: _explicitness(x, factors[:, k]), range(grid.num_factors))
     return Scores(
         infom=share_of_the_largest(normalized[active]),

@@ -36,7 +36,8 @@ def irs(
         batch_size: points are drawn in batches of this size. All defaults are the release's.
 
     Returns:
-        `IRS`, `num_active_dims`; `arrays["robustness"]` (n, k), with NaN for constant dimensions.
+        `IRS`, at most 1, and by rounding below 0 where codes are far from 0; `num_active_dims`;
+        `arrays["robustness"]` (n, k), with NaN for constant dimensions.
 
     Raises:
         ValueError: unusable codes or grid, or so few points that a factor takes one value.

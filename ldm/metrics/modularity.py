@@ -4,7 +4,16 @@ NeurIPS 2018, Section 3), by disentanglement_lib's protocol."""
 import numpy as np
 
 from ldm.metrics.information import bin_columns, information_matrix
-from ldm.metrics.sampling import Factors, Scores, check_classes, parallel_map, sample_points, scalar_codes
+from ldm.metrics.sampling import (
+    Factors,
+    Scores,
+    check_classes,
+    parallel_map,
+    quiet_solvers,
+    sample_points,
+    scalar_codes,
+    varying,
+)
 
 
 def modularity_explicitness(
@@ -38,16 +47,19 @@ def modularity_explicitness(
         `arrays["mutual_information"]` (n, k) in nats.
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that a factor takes one value.
+        ValueError: unusable codes or grid, or so few points that a factor takes one value in training or testing.
     """
     codes = scalar_codes(codes, grid)
     train, test = sample_points(codes, grid, [num_train, num_test], batch_size, random_state)
     check_classes("modularity_explicitness", grid, train[1])
+    check_classes("modularity_explicitness", grid, test[1], "num_test")
     information = information_matrix(bin_columns(train[0], num_bins), train[1])
     mean, std = train[0].mean(axis=0), train[0].std(axis=0)
-    std[train[0].max(axis=0) == train[0].min(axis=0)] = np.inf
+    # Of a constant, rounding may leave a deviation; of tiny values, underflow may leave none.
+    std[~varying(train[0]) | (std == 0)] = np.inf
     x, x_test = (train[0] - mean) / std, (test[0] - mean) / std
-    pairs = parallel_map(lambda k: _explicitness(x, train[1][:, k], x_test, test[1][:, k]), range(grid.num_factors))
+    with quiet_solvers():
+        pairs = parallel_map(lambda k: _explicitness(x, train[1][:, k], x_test, test[1][:, k]), range(grid.num_factors))
     of_train, of_test = np.mean(pairs, axis=0)
     return Scores(
         modularity_score=modularity(information),

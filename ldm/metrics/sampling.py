@@ -1,8 +1,11 @@
 """What the metrics share: codes checked and reduced to scalars, and points drawn in disentanglement_lib's order."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from ldm.factors import FactorGrid, FactorTable
 
 # Squares of larger values, summed, leave the range of float32.
 LARGEST_CODE = 1e15
+_FILTERS = threading.Lock()
 
 Factors = FactorGrid | FactorTable
 
@@ -118,6 +122,20 @@ def parallel_map(function: Callable[[Any], Any], items: Iterable[Any]) -> list[A
         return list(pool.map(function, items))
 
 
+@contextmanager
+def quiet_solvers() -> Iterator[None]:
+    """Without scikit-learn's warnings of too few iterations, whose number is the originals', and of its next versions.
+
+    Filters are the whole process's: one thread at a time may set them.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def varying(codes: np.ndarray) -> np.ndarray:
     """Which dimensions (n,) of codes (m, n) take more than one value."""
     return codes.max(axis=0) > codes.min(axis=0)
@@ -149,8 +167,8 @@ def sample_points(
     return points
 
 
-def check_classes(metric: str, grid: Factors, factors: np.ndarray) -> None:
-    """Refuse training points (num_train, k) in which a factor takes a single value.
+def check_classes(metric: str, grid: Factors, factors: np.ndarray, setting: str = "num_train") -> None:
+    """Refuse points (m, k) in which a factor takes a single value; `setting` is what their number is called.
 
     Raises:
         ValueError: names the metric, the factor and the setting.
@@ -158,7 +176,8 @@ def check_classes(metric: str, grid: Factors, factors: np.ndarray) -> None:
     for name, factor in zip(grid.names, factors.T, strict=True):
         if factor.min() == factor.max():
             raise ValueError(
-                f"{metric}: factor '{name}' takes one value in num_train={len(factors)} points; raise num_train"
+                f"{metric}: factor '{name}' takes one value in {setting}={len(factors)} points; raise {setting}"
+                + (", for which a larger sample may be needed" if isinstance(grid, FactorTable) else "")
             )
 
 

@@ -3,7 +3,15 @@ from Unlabeled Observations", ICLR 2018, Section 3), by disentanglement_lib's pr
 
 import numpy as np
 
-from ldm.metrics.sampling import Factors, Scores, check_classes, parallel_map, sample_points, scalar_codes
+from ldm.metrics.sampling import (
+    Factors,
+    Scores,
+    check_classes,
+    parallel_map,
+    quiet_solvers,
+    sample_points,
+    scalar_codes,
+)
 
 
 def sap(
@@ -53,11 +61,13 @@ def _accuracies(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np
         return float(np.mean(model.predict(test[0][:, n : n + 1]) == test[1][:, k]))
 
     shape = train[0].shape[1], train[1].shape[1]
-    return np.array(parallel_map(accuracy, np.ndindex(shape))).reshape(shape)
+    with quiet_solvers():
+        return np.array(parallel_map(accuracy, np.ndindex(shape))).reshape(shape)
 
 
 def _correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Squared correlation (n, k) of each dimension and each factor; 0 where the dimension is constant."""
+    codes = codes.astype(np.float64)
     x, y = codes - codes.mean(axis=0), factors - factors.mean(axis=0)
     covariance = x.T @ y / (len(x) - 1)
     of_codes, of_factors = codes.var(axis=0, ddof=1), factors.var(axis=0, ddof=1)

@@ -26,7 +26,8 @@ def udr(
     correlation squared over the sum; a model's score is the median of its pairs'.
 
     Deliberate departures: without `kl`, for models that are not variational, dimensions that are constant are left
-    out; models may have different numbers of dimensions.
+    out; models may have different numbers of dimensions; `kl_threshold` is the only one (the original also sets
+    dimensions to 0 at 0.01, whatever is asked for).
 
     Args:
         codes: one array (m, n) or (m, n, d) per model, of the same images: rows of the grid, or of the table.

@@ -43,7 +43,7 @@ def unsupervised(
     ((codes, _),) = sample_points(codes, grid, [num_train], batch_size, random_state)
     if len(codes) < 2:
         raise ValueError(f"unsupervised: a covariance needs two points, num_train={num_train}; raise num_train")
-    active = varying(codes)
+    active = varying(codes) & (codes.var(axis=0, dtype=np.float64) > 0)
     covariance = np.cov(codes[:, active], rowvar=False).reshape(active.sum(), active.sum())
     wasserstein = wasserstein_correlation(covariance)
     variance = float(np.trace(covariance))

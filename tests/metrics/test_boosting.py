@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def smooth_problem(seed, classes):
 def untied_problem(seed, classes):
     """Classes of even size of one feature alone, or of several cut in two: every split has one best feature."""
     random = np.random.RandomState(seed)
-    x = random.standard_normal((80 * classes + 500, 4 + seed))
+    x = random.standard_normal((60 * classes + 400, 4 + seed))
     if classes == 4 and seed:
         y = sum((x[:, k] > random.uniform(-0.3, 0.3)) * 2**k for k in range(classes.bit_length() - 1))
     else:
@@ -167,6 +168,36 @@ def test_labels_need_not_be_numbered_without_gaps():
     expected = ours(x, y, test)
     np.testing.assert_array_equal(train, np.array([4, 9, 30])[expected[1]])
     np.testing.assert_array_equal(tested, np.array([4, 9, 30])[expected[2]])
+
+
+def test_a_rare_class_raises_no_warning():
+    """Its probability becomes 0 by an infinite exponential."""
+    random = np.random.RandomState(0)
+    x, y = random.uniform(size=(3000, 4)), np.ones(3000, dtype=int)
+    x[:3, 0], y[:3] = 9, 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importances, train, _ = ours(x, y, x[:10])
+    np.testing.assert_array_equal(train, y)
+    assert importances[0] > 0.99
+
+
+def test_an_error_of_one_factor_stops_the_others(monkeypatch):
+    x, y, test = smooth_problem(0, 3)
+    rounds = []
+    grow = boosting._grow
+
+    def failing(order, values, columns, labels, *rest):
+        rounds.append(len(rounds))
+        time.sleep(0.01)
+        if labels.max() == 1 and len(rounds) > 5:
+            raise MemoryError("no more")
+        grow(order, values, columns, labels, *rest)
+
+    monkeypatch.setattr(boosting, "_grow", failing)
+    with pytest.raises(MemoryError, match="no more"):
+        fit_factors(x, np.stack([y, np.minimum(y, 1)], axis=1), test, np.arange(2), 1)
+    assert len(rounds) < 40
 
 
 def test_an_interrupt_stops_between_rounds(monkeypatch):

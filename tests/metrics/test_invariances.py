@@ -104,6 +104,13 @@ def test_a_constant_dimension_is_no_harm(codes, plain, metric):
     assert score == pytest.approx(expected, abs=TOLERANCE.get(metric, 1e-6))
 
 
+@pytest.mark.parametrize("metric", defined_metrics(GRID))
+@pytest.mark.parametrize("scale", [1e-30, np.array([1, 10, 1e3, 1e5])])
+def test_codes_of_odd_scales_raise_no_warning(codes, metric, scale):
+    score = scores_of((codes * scale).astype(np.float32), [metric])[metric]
+    assert all(np.isfinite(entry) for entry in score.values())
+
+
 def test_random_codes_tell_nothing():
     grid = FactorGrid((10, 8, 10, 6))
     codes = np.random.RandomState(0).standard_normal((len(grid), 5))

@@ -38,6 +38,7 @@ def test_table_numbers_its_values():
         (np.array([[1.0], [np.nan]]), (), "must be finite"),
         (np.array([[None]]), (), "numbers or text, got an array of object"),
         (np.zeros((4, 2)), ("one",), "2 factors but 1 names"),
+        (np.zeros((4, 2)), ("one", "one"), "names of factors must differ"),
         (np.random.RandomState(0).uniform(size=(50, 1)), ("angle",), "'angle' has 50 values in 50 rows.*continuous"),
     ],
 )
@@ -124,6 +125,29 @@ def test_defaults_shrink_to_the_sample_and_explicit_numbers_do_not(sample):
     # A sample that is large enough leaves the defaults alone.
     large = FactorTable(np.tile(table.values, (10, 1)))
     assert check_settings(["dci"], None, large) == check_settings(["dci"])
+
+
+@pytest.mark.parametrize("rows", [3, 5, 12])
+def test_tiny_samples_have_scores_or_one_clear_line(rows):
+    table = FactorTable(np.stack([np.arange(rows) % 2, np.arange(rows) // 2 % 2], axis=1))
+    codes = table.values + 0.1 * np.random.RandomState(0).standard_normal((rows, 2))
+    for metric in ("dci", "sap", "modularity_explicitness", "mig", "irs", "infomec", "downstream_gbt"):
+        resolved = check_settings([metric], None, table)[metric]
+        numbers = np.hstack([resolved.get("num_train", 1), resolved.get("num_test", 1)])
+        assert numbers.min() >= 1
+        try:
+            scores = evaluate(codes, table, [metric])[metric]
+        except ValueError as error:
+            assert "takes one value in" in str(error) and "\n" not in str(error), error
+        else:
+            assert all(np.isfinite(value) for value in scores.values())
+
+
+def test_more_tests_than_rows_are_refused(sample):
+    codes, table = sample
+    for metric in ("downstream_gbt", "dci"):
+        with pytest.raises(ValueError, match=r"1 \+ 9000 different rows are asked for"):
+            evaluate(codes, table, [metric], {metric: {"num_test": 9000}})
 
 
 def test_wrong_lengths_name_the_table(sample):

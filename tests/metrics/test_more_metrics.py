@@ -106,6 +106,14 @@ def test_sap(square, mixed):
     assert score["SAP_score"] == pytest.approx(np.mean(ordered[-1] - ordered[-2]))
 
 
+def test_correlations_are_taken_in_double_precision(mixed):
+    codes, grid = mixed
+    values = settings("sap", num_train=2000, num_test=10, continuous_factors=True)
+    expected = evaluate(codes, grid, ["sap"], values)["sap"]["SAP_score"]
+    far = (codes + 1e4).astype(np.float32)
+    assert evaluate(far, grid, ["sap"], values)["sap"]["SAP_score"] == pytest.approx(expected, abs=0.01)
+
+
 def test_sap_of_two_binary_factors():
     grid = FactorGrid((2, 2))
     identity = grid.factors(np.arange(4)).astype(float)
@@ -145,7 +153,10 @@ def test_modularity_and_explicitness(square):
 
 def test_explicitness_leaves_out_values_that_are_not_tested(mixed):
     codes, grid = mixed
-    values = settings("modularity_explicitness", num_train=500, num_test=4)
+    with pytest.raises(ValueError, match="takes one value in num_test=1 points; raise num_test"):
+        few = settings("modularity_explicitness", num_train=500, num_test=1)
+        evaluate(codes, grid, ["modularity_explicitness"], few)
+    values = settings("modularity_explicitness", num_train=500, num_test=5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score = evaluate(codes, grid, ["modularity_explicitness"], values)["modularity_explicitness"]
@@ -271,11 +282,9 @@ def test_downstream_follows_a_plain_loop(mixed):
         for k in range(4):
             model = GradientBoostingClassifier(random_state=0).fit(train[0], train[1][:, k])
             trees.append((model.score(train[0], train[1][:, k]), model.score(test[0], test[1][:, k])))
-            folds = [len(np.unique(train[1][fitted, k])) for fitted, _ in KFold(5).split(train[0])]
-            complete = min(folds) == len(np.unique(train[1][:, k]))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = LogisticRegressionCV(Cs=10, cv=KFold(5)) if complete else LogisticRegression()
+                model = LogisticRegressionCV(Cs=10, cv=KFold(5), scoring="accuracy")
                 model.fit(train[0], train[1][:, k])
             linear.append((model.score(train[0], train[1][:, k]), model.score(test[0], test[1][:, k])))
         for name, expected, tolerance in zip(names, (trees, linear), (0.03, 1e-12), strict=True):
