@@ -15,7 +15,7 @@ from ldm.util import UserError, require_at_least
 # Ported from TensorFlow's network of 2015, with which published figures are measured.
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
-INCEPTION = Weights("Inception", _INCEPTION_FILE, _INCEPTION_URL, "name its path by weights=PATH")
+INCEPTION = Weights("Inception", _INCEPTION_FILE, _INCEPTION_URL, "name its path by weights (--inception-weights)")
 FEATURES = "2048"  # of Inception's last pooling
 
 

@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     remedy: str
 
 
-_LPIPS_REMEDY = "name its path by lpips_weights=PATH, or leave LPIPS out by lpips=None"
+_LPIPS_REMEDY = "name its path by lpips_weights (--lpips-weights), or leave LPIPS out: lpips=None (--lpips none)"
 _ALEX_FILE = "alexnet-owt-7be5be79.pth"
 BACKBONES = {
     "alex": Weights("AlexNet", _ALEX_FILE, f"https://download.pytorch.org/models/{_ALEX_FILE}", _LPIPS_REMEDY),

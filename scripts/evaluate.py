@@ -31,6 +31,13 @@ from ldm.metrics.sampling import Factors, scalar_codes, varying
 from ldm.metrics.udr import udr
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,12 +62,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--split", choices=("validation", "train"), default="validation", help="of the model's data")
     model.add_argument("--weights", choices=("live", "ema"), default="live", help="live as released, or averaged")
     model.add_argument("--device", help="cpu, cuda:0, ... (default: cuda if there is one)")
-    model.add_argument("--batch-size", type=int, default=100, help="images at a time (default: 100)")
+    model.add_argument("--batch-size", type=positive, default=100, help="images at a time (default: 100)")
     model.add_argument("--save-codes", action="store_true", help="write codes.npy, to be scored again by --codes")
     images = parser.add_argument_group("reconstructions and samples of models (MSE, SSIM, LPIPS; FID)")
-    images.add_argument("--reconstruction", type=int, default=0, metavar="N", help="compare N images (Table 10)")
-    images.add_argument("--fid", type=int, default=0, metavar="N", help="FID of N samples; needs torch-fidelity")
-    images.add_argument("--steps", type=int, default=200, help="of DDIM (default: 200)")
+    images.add_argument("--reconstruction", type=positive, default=0, metavar="N", help="compare N images (Table 10)")
+    images.add_argument("--fid", type=positive, default=0, metavar="N", help="FID of N samples; needs torch-fidelity")
+    images.add_argument("--steps", type=positive, default=200, help="of DDIM (default: 200)")
     images.add_argument("--eta", type=float, default=1.0, help="of DDIM (default: 1)")
     images.add_argument("--lpips", choices=("alex", "vgg", "none"), default="alex", help="its backbone (default: alex)")
     images.add_argument("--lpips-weights", type=Path, metavar="FILE", help="the backbone's weights")
@@ -118,7 +125,25 @@ def score(codes: np.ndarray, factors: Factors, options: argparse.Namespace, abou
     names = options.metrics or defined_metrics(factors)
     settings = check_settings(names, parse_settings(options.settings), factors)
     scalars = scalar_codes(codes, factors)
-    scores, seconds, failed = {}, {}, {}
+    scores: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    make_folder(out)
+    constant = [int(n) for n in np.flatnonzero(~varying(scalars))]
+    record = {
+        **about,
+        "rows": len(codes),
+        "shape": list(codes.shape),
+        "constant_dimensions": constant,
+        "factors": dict(zip(factors.names, factors.sizes, strict=True)),
+        "kind": "grid" if isinstance(factors, FactorGrid) else "labelled sample",
+        "random_state": options.seed,
+        "settings": settings,
+        "scores": scores,
+        "matrices": {},
+        "seconds": seconds,
+        "not_computed": failed,
+    }
     bar = tqdm(settings, desc="scoring", leave=False)
     for name in bar:
         bar.set_postfix_str(name)
@@ -130,29 +155,27 @@ def score(codes: np.ndarray, factors: Factors, options: argparse.Namespace, abou
                 raise
             failed[name] = str(error)
         seconds[name] = round(time.perf_counter() - start, 3)
-    constant = [int(n) for n in np.flatnonzero(~varying(scalars))]
-    record = {
-        **about,
-        "rows": len(codes),
-        "shape": list(codes.shape),
-        "constant_dimensions": constant,
-        "factors": dict(zip(factors.names, factors.sizes, strict=True)),
-        "kind": "grid" if isinstance(factors, FactorGrid) else "labelled sample",
-        "random_state": options.seed,
-        "settings": {name: settings[name] for name in scores},
-        "scores": scores,
-        "matrices": {name: part.arrays for name, part in scores.items() if part.arrays},
-        "seconds": seconds,
-        "not_computed": failed,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "scores.json", record)
+        record["matrices"] = {name: part.arrays for name, part in scores.items() if part.arrays}
+        # After each metric, so that an interrupt costs none that is done.
+        write_json(out / "scores.json", record)
     pictures = write_heatmaps(out, scores, factors.names)
     lines = [score_table(scores, factors, {name: settings[name] for name in scores})] if scores else []
     lines += [f"not computed: {message}" for message in failed.values()]
     lines += [f"dimensions with a single value: {', '.join(map(str, constant))}"] if constant else []
     lines += [f"time: {', '.join(f'{name} {spent:.1f} s' for name, spent in seconds.items())}"]
     return "\n".join([*lines, *(str(path) for path in (out / "scores.json", *pictures))])
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder to write to.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder '{out}' ({error.strerror}): name another one by --out") from error
 
 
 def rank(names: list[str], codes: list[np.ndarray], factors: Factors, options: argparse.Namespace, out: Path) -> str:
@@ -178,6 +201,10 @@ def model_codes(
     from ldm.util import instantiate_from_config
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     model = load(path, device, options.weights)
     data = instantiate_from_config(load_config(path).data, "data")
     data.setup()
@@ -215,19 +242,19 @@ def model_codes(
 
 def sources(options: argparse.Namespace) -> Iterator[tuple[str, Path, Any]]:
     """Name, folder to write to, and codes, factors and images of each model or file."""
-    count = len(options.codes or options.model)
-    if options.codes:
-        factors = parse_factors(options)
-    for path in options.codes or options.model:
-        stem = path.stem if path.is_file() else path.name
+    paths = options.codes or options.model
+    factors = parse_factors(options) if options.codes else None
+    stems = [path.stem if path.is_file() else path.resolve().name for path in paths]
+    for number, (path, stem) in enumerate(zip(paths, stems, strict=True)):
         if options.codes:
-            default, content = path.with_name(f"{stem}_scores"), (read_codes(path), factors, dict)
+            content: Any = (read_codes(path), factors, dict)
+            default = path.with_name(f"{stem}_scores")
         else:
             content = model_codes(path, options)
-            default = (path if path.is_dir() else path.parent) / (
-                "evaluation" if path.is_dir() else f"{stem}_evaluation"
-            )
-        yield str(path), options.out / stem if options.out and count > 1 else options.out or default, content
+            default = path / "evaluation" if path.is_dir() else path.parent / f"{stem}_evaluation"
+        # Files of one name, such as last.ckpt of several runs, must not overwrite each other's scores.
+        own = stem if stems.count(stem) == 1 else f"{number}_{stem}"
+        yield str(path), options.out / own if options.out and len(paths) > 1 else options.out or default, content
 
 
 def run(options: argparse.Namespace) -> None:
@@ -238,8 +265,11 @@ def run(options: argparse.Namespace) -> None:
     """
     if bool(options.codes) == bool(options.model):
         raise ValueError("give trained models, or --codes FILE with --grid or --factors")
-    if options.codes and (options.reconstruction or options.fid or options.of != "scalars"):
-        raise ValueError("--reconstruction, --fid and --of are of models, not of --codes")
+    plain = {"reconstruction": 0, "fid": 0, "of": "scalars", "weights": "live", "split": "validation", "device": None}
+    given = [f"--{name}" for name, value in plain.items() if getattr(options, name) != value]
+    given += ["--save-codes"] if options.save_codes else []
+    if options.codes and given:
+        raise ValueError(f"{', '.join(given)}: of models, not of --codes")
     check_settings(options.metrics or METRICS, parse_settings(options.settings))
     check_seed(options.seed)
     scored: list[tuple[str, np.ndarray, Factors]] = []
@@ -252,7 +282,7 @@ def run(options: argparse.Namespace) -> None:
                 np.save(out / "codes.npy", codes)
         results = images()
         if results:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             write_json(out / "images.json", results)
             for kind, values in results.items():
                 numbers = [f"{key} {value:.6g}" for key, value in values.items() if isinstance(value, float)]
@@ -262,7 +292,7 @@ def run(options: argparse.Namespace) -> None:
         lengths = {len(codes) for _, codes, _ in scored}
         if len(lengths) > 1:
             raise ValueError(f"UDR compares codes of the same images, but there are {sorted(lengths)} rows")
-        out = options.out or Path()
+        out = options.out or Path(scored[0][0]).resolve().parent
         print(f"\n{rank([s[0] for s in scored], [s[1] for s in scored], scored[0][2], options, out)}")
 
 

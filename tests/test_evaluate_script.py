@@ -178,7 +178,12 @@ def test_several_are_ranked(codes, capsys, tmp_path):
         (["--codes", "codes.npy", "--grid", "4,3,5", "--settings", "dci.num=3"], "unknown setting 'num' of dci"),
         (["--codes", "codes.npy", "--grid", "4,3,5", "--metrics", "tad"], "tad needs a table of binary attributes"),
         (["--codes", "codes.npy", "--grid", "4,3,5", "--seed", "-1"], "seed must be an integer"),
-        (["--codes", "codes.npy", "--grid", "4,3,5", "--fid", "9"], "--fid and --of are of models"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--fid", "9"], "--fid: of models, not of --codes"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--metrics", "mig", "--out", "text.npy"], "the folder 'text.npy'"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--save-codes"], "--save-codes: of models"),
+        (["--codes", ".", "--grid", "4,3,5"], "there is no file ."),
+        (["--codes", "codes.npy", "--factors", "numbers.csv"], "numbers.csv: the first line holds numbers"),
+        (["--codes", "codes.npy", "--factors", "latin.csv"], "latin.csv is no text in UTF-8"),
         (["logs/none"], "there is no log directory or checkpoint 'logs/none'"),
     ],
 )
@@ -194,6 +199,8 @@ def test_mistakes_are_told_in_one_line(codes, monkeypatch, capsys, tmp_path, arg
     Path("short.csv").write_text("a,b\n1,2\n3\n")
     Path("empty.csv").write_text("a,b\n")
     Path("gap.csv").write_text("a,b\n1,\n")
+    Path("numbers.csv").write_text("1,2\n1,2\n")
+    Path("latin.csv").write_bytes(b"a,b\n\xe9,1\n")
     before = set(tmp_path.iterdir())
     assert run(*arguments) == 1
     told = capsys.readouterr()
@@ -285,6 +292,35 @@ def test_faces_are_scored_against_their_attributes(run_of, capsys, tmp_path):
     record = json.loads((faces / "evaluation" / "scores.json").read_text())
     values = attribute_table(40)[1]
     assert record["rows"] == 40 and len(record["factors"]) == values.shape[1] and "tad" in record["scores"]
+
+
+def test_wrong_devices_and_numbers(run_of, capsys, tmp_path):
+    for device in ("nothing", "cuda:99"):
+        assert run(run_of[0], "--device", device, "--metrics", "mig", "--out", tmp_path / "x") == 1
+        assert f"error: --device {device} cannot be used" in capsys.readouterr().err
+    for flag in ("--steps", "--batch-size", "--reconstruction", "--fid"):
+        with pytest.raises(SystemExit):
+            run(run_of[0], flag, "0")
+        assert f"{flag}: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(codes, tmp_path):
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "codes.npy", codes[1][:, ::-1])
+    files = [codes[0], tmp_path / "other" / "codes.npy"]
+    assert run("--codes", *files, "--grid", "4,3,5", "--metrics", "mig", "--out", tmp_path / "all") == 0
+    assert sorted(path.parent.name for path in (tmp_path / "all").glob("*/scores.json")) == ["0_codes", "1_codes"]
+
+
+def test_an_interrupt_keeps_the_metrics_that_are_done(codes, monkeypatch, capsys, tmp_path):
+    def stop(codes, grid, random_state):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METRICS, "irs", stop)
+    assert run("--codes", codes[0], "--grid", "4,3,5", "--metrics", "mig", "irs", "sap") == 130
+    record = json.loads((tmp_path / "codes_scores" / "scores.json").read_text())
+    assert list(record["scores"]) == ["mig"] and "stopped" in capsys.readouterr().err
 
 
 def test_help_names_every_metric(capsys):

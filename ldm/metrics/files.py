@@ -52,11 +52,17 @@ def _read_array(path: Path, what: str) -> np.ndarray:
 def _read_csv(path: Path) -> FactorTable:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = [line for line in csv.reader(file) if line]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such") from error
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter) if line]
     if len(lines) < 2:
         raise ValueError(f"{path} has no rows; expected names of the factors in the first line, then a line per row")
     names, rows = [name.strip() for name in lines[0]], lines[1:]
+    if all(_is_number(name) for name in names):
+        raise ValueError(f"{path}: the first line holds numbers; expected the names of the factors there")
     for number, row in enumerate(rows, 2):
         if len(row) != len(names):
             raise ValueError(f"{path}: line {number} has {len(row)} entries, the first line names {len(names)} factors")
@@ -68,11 +74,17 @@ def _read_csv(path: Path) -> FactorTable:
 
 def _numbered(entries: list[str]) -> np.ndarray:
     """Numbers (m,) from 0 of the distinct entries, in the order of values if all are numbers, else of the text."""
-    try:
-        values: np.ndarray = np.array([float(entry) for entry in entries])
-    except ValueError:
-        values = np.array(entries)
-    else:
-        if not np.isfinite(values).all():
-            raise ValueError("factor values must be finite: leave out the rows without a label")
+    if not all(_is_number(entry) for entry in entries):
+        return np.unique(entries, return_inverse=True)[1].reshape(-1)
+    values = np.array([float(entry) for entry in entries])
+    if not np.isfinite(values).all():
+        raise ValueError("factor values must be finite: leave out the rows without a label")
     return np.unique(values, return_inverse=True)[1].reshape(-1)
+
+
+def _is_number(entry: str) -> bool:
+    try:
+        float(entry)
+    except ValueError:
+        return False
+    return True
