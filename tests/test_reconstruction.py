@@ -466,7 +466,7 @@ def test_fid_says_what_is_missing(small, tmp_path, monkeypatch):
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "trap.pth")
     for name in ("other.pth", "trap.pth", "missing.pth"):
-        with pytest.raises(UserError, match=f"Inception's weights.*{name}.*weights=PATH"):
+        with pytest.raises(UserError, match=f"Inception's weights.*{name}.*--inception-weights"):
             fid(Perfect(), small, 2, weights=tmp_path / name, **QUIET)
     assert not (tmp_path / "sprung").exists(), "nothing that a file holds is run"
 
