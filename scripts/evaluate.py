@@ -10,10 +10,12 @@ several files of codes each is scored, and all are ranked against each other by 
 """
 
 import argparse
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     scores.add_argument("--metrics", nargs="+", metavar="NAME", help=f"of {', '.join(METRICS)} (default: all defined)")
     scores.add_argument("--settings", nargs="+", default=[], metavar="metric.name=value", help="dci.num_train=2000 ...")
     scores.add_argument("--seed", type=int, default=0, help="of every metric's draws (default: 0)")
-    scores.add_argument("--out", type=Path, help="folder to write to (default: evaluation in the log directory)")
+    scores.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write to (default: evaluation in the log directory, or <file>_scores beside codes)",
+    )
     model = parser.add_argument_group("models")
     model.add_argument("--of", choices=("scalars", "tokens", "components"), default="scalars", help=(
         "what is scored: the scalars; the tokens, by their first principal components (Table 11); all components of"
@@ -117,8 +123,10 @@ def parse_factors(options: argparse.Namespace) -> Factors:
     return FactorGrid(sizes, names)
 
 
-def score(codes: np.ndarray, factors: Factors, options: argparse.Namespace, about: dict[str, Any], out: Path) -> str:
-    """Score codes by each metric in turn, write everything down, give the table.
+def score(
+    codes: np.ndarray, factors: Factors, options: argparse.Namespace, about: dict[str, Any], out: Path
+) -> tuple[str, dict[str, str]]:
+    """Score codes by each metric in turn, write everything down, give the table and what failed.
 
     A metric that cannot be computed for these codes costs its own scores only; why is in the table and in the record.
     """
@@ -151,8 +159,6 @@ def score(codes: np.ndarray, factors: Factors, options: argparse.Namespace, abou
         try:
             scores |= evaluate(scalars, factors, [name], settings, options.seed)
         except ValueError as error:
-            if options.metrics:
-                raise
             failed[name] = str(error)
         seconds[name] = round(time.perf_counter() - start, 3)
         record["matrices"] = {name: part.arrays for name, part in scores.items() if part.arrays}
@@ -160,10 +166,10 @@ def score(codes: np.ndarray, factors: Factors, options: argparse.Namespace, abou
         write_json(out / "scores.json", record)
     pictures = write_heatmaps(out, scores, factors.names)
     lines = [score_table(scores, factors, {name: settings[name] for name in scores})] if scores else []
-    lines += [f"not computed: {message}" for message in failed.values()]
+    lines += [f"not computed: {name}: {message}" for name, message in failed.items()]
     lines += [f"dimensions with a single value: {', '.join(map(str, constant))}"] if constant else []
     lines += [f"time: {', '.join(f'{name} {spent:.1f} s' for name, spent in seconds.items())}"]
-    return "\n".join([*lines, *(str(path) for path in (out / "scores.json", *pictures))])
+    return "\n".join([*lines, *(str(path) for path in (out / "scores.json", *pictures))]), failed
 
 
 def make_folder(out: Path) -> None:
@@ -206,6 +212,11 @@ def model_codes(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     model = load(path, device, options.weights)
+    if options.weights == "ema" and getattr(model, "ema_parameters", "all") != "all":
+        raise ValueError(
+            f"{path}: its averages are of the U-Net alone (ema_parameters: {model.ema_parameters}), and the encoder is"
+            " what is scored: leave --weights out"
+        )
     data = instantiate_from_config(load_config(path).data, "data")
     data.setup()
     dataset = data.datasets.get(options.split)
@@ -240,6 +251,22 @@ def model_codes(
     return codes, factors, images
 
 
+def about(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of its source: whose codes, of which weights and images, by which versions."""
+    packages = ("encdiff", "numpy", "scikit-learn", "scipy", "numba")
+    versions = {package: version(package) for package in packages if package_installed(package)}
+    model = {"of": options.of, "weights": options.weights, "split": options.split} if options.model else {}
+    return {"source": name, **model, "versions": versions}
+
+
+def package_installed(package: str) -> bool:
+    """Whether a package's version is known: of a plain checkout it may not be."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
 def sources(options: argparse.Namespace) -> Iterator[tuple[str, Path, Any]]:
     """Name, folder to write to, and codes, factors and images of each model or file."""
     paths = options.codes or options.model
@@ -251,7 +278,11 @@ def sources(options: argparse.Namespace) -> Iterator[tuple[str, Path, Any]]:
             default = path.with_name(f"{stem}_scores")
         else:
             content = model_codes(path, options)
-            default = path / "evaluation" if path.is_dir() else path.parent / f"{stem}_evaluation"
+            # What is not the same is not written to the same place.
+            kinds = [options.of, options.weights, options.split]
+            marks = [k for k, usual in zip(kinds, ("scalars", "live", "validation"), strict=True) if k != usual]
+            folder = "-".join(["evaluation", *marks])
+            default = path / folder if path.is_dir() else path.parent / f"{stem}_{folder}"
         # Files of one name, such as last.ckpt of several runs, must not overwrite each other's scores.
         own = stem if stems.count(stem) == 1 else f"{number}_{stem}"
         yield str(path), options.out / own if options.out and len(paths) > 1 else options.out or default, content
@@ -268,32 +299,48 @@ def run(options: argparse.Namespace) -> None:
     plain = {"reconstruction": 0, "fid": 0, "of": "scalars", "weights": "live", "split": "validation", "device": None}
     given = [f"--{name}" for name, value in plain.items() if getattr(options, name) != value]
     given += ["--save-codes"] if options.save_codes else []
+    if options.model and (options.grid or options.names or options.factors):
+        raise ValueError(
+            "--grid, --names and --factors go with --codes: a model is scored on the data of its configuration"
+        )
     if options.codes and given:
         raise ValueError(f"{', '.join(given)}: of models, not of --codes")
     check_settings(options.metrics or METRICS, parse_settings(options.settings))
     check_seed(options.seed)
     scored: list[tuple[str, np.ndarray, Factors]] = []
+    failures: list[str] = []
     for name, out, (codes, factors, images) in sources(options):
         print(f"\n{name}")
         if codes is not None and factors is not None:
-            print(score(codes, factors, options, {"codes": name, "of": options.of}, out))
+            try:
+                text, failed = score(codes, factors, options, about(name, options), out)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            print(text)
+            failures += [f"{name}: {metric}: {message}" for metric, message in failed.items()]
             scored.append((name, codes, factors))
             if options.save_codes:
                 np.save(out / "codes.npy", codes)
         results = images()
         if results:
             make_folder(out)
-            write_json(out / "images.json", results)
+            path = out / "images.json"
+            earlier = json.loads(path.read_text()) if path.is_file() else {}
+            write_json(path, {**earlier, **about(name, options), **results})
             for kind, values in results.items():
                 numbers = [f"{key} {value:.6g}" for key, value in values.items() if isinstance(value, float)]
                 print(f"{kind}: {', '.join(numbers)}\n  {values['protocol']}")
-            print(out / "images.json")
+            print(path)
     if len(scored) > 1:
         lengths = {len(codes) for _, codes, _ in scored}
         if len(lengths) > 1:
             raise ValueError(f"UDR compares codes of the same images, but there are {sorted(lengths)} rows")
         out = options.out or Path(scored[0][0]).resolve().parent
         print(f"\n{rank([s[0] for s in scored], [s[1] for s in scored], scored[0][2], options, out)}")
+
+    if options.metrics and failures:
+        # Asked for by name: the rest is written, but this is a mistake.
+        raise ValueError("; ".join(failures))
 
 
 def main(argv: list[str] | None = None) -> int:

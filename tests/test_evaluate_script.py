@@ -132,10 +132,12 @@ def test_a_metric_that_fails_costs_its_own_scores_only(codes, capsys, tmp_path):
     assert run(*common, "--settings", *FEW[4:]) == 0
     record = json.loads((tmp_path / "codes_scores" / "scores.json").read_text())
     assert set(record["not_computed"]) == {"beta_vae", "factor_vae"} and "mig" in record["scores"]
-    assert "not computed: value number 3 of factor 'factor 1' has a single row" in capsys.readouterr().out
+    assert "not computed: beta_vae: value number 3 of factor 'factor 1' has a single row" in capsys.readouterr().out
     # Asked for by name, it is an error.
-    assert run(*common, "--metrics", "factor_vae") == 1
-    assert "error: value number 3" in capsys.readouterr().err
+    out = tmp_path / "named"
+    assert run(*common, "--metrics", "factor_vae", "mig", "--out", out) == 1
+    assert "factor_vae: value number 3" in capsys.readouterr().err
+    assert set(json.loads((out / "scores.json").read_text())["scores"]) == {"mig"}, "the rest is kept"
 
 
 def test_several_are_ranked(codes, capsys, tmp_path):
@@ -292,6 +294,22 @@ def test_faces_are_scored_against_their_attributes(run_of, capsys, tmp_path):
     record = json.loads((faces / "evaluation" / "scores.json").read_text())
     values = attribute_table(40)[1]
     assert record["rows"] == 40 and len(record["factors"]) == values.shape[1] and "tad" in record["scores"]
+
+
+def test_what_is_not_the_same_is_not_written_to_the_same_place(run_of, capsys, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_of[0], copy)
+    for more in ((), ("--of", "tokens"), ("--split", "train")):
+        assert run(copy, "--metrics", "mig", *more) == 0
+    records = {path.parent.name: json.loads(path.read_text()) for path in copy.glob("evaluation*/scores.json")}
+    assert set(records) == {"evaluation", "evaluation-tokens", "evaluation-train"}
+    assert records["evaluation-tokens"]["of"] == "tokens" and records["evaluation-train"]["split"] == "train"
+    assert records["evaluation"]["versions"]["numpy"] == np.__version__ and records["evaluation"]["weights"] == "live"
+    # The averages are of the U-Net, which no score sees.
+    assert run(copy, "--metrics", "mig", "--weights", "ema") == 1
+    assert "averages are of the U-Net alone" in capsys.readouterr().err
+    assert run(copy, "--metrics", "mig", "--grid", "4,3,5") == 1
+    assert "--grid, --names and --factors go with --codes" in capsys.readouterr().err
 
 
 def test_wrong_devices_and_numbers(run_of, capsys, tmp_path):

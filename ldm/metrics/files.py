@@ -39,7 +39,7 @@ def _read_array(path: Path, what: str) -> np.ndarray:
         # Never unpickled: a file of anybody's must not run code.
         content = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no NumPy file of numbers ({error}); write it by np.save(path, {what})") from error
+        raise ValueError(f"{path} is no NumPy file of numbers; write it by np.save(path, {what})") from error
     if isinstance(content, np.ndarray):
         return content
     with content:
