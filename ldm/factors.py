@@ -99,8 +99,8 @@ class FactorTable:
         self.names = tuple(names) or tuple(f"factor {k}" for k in range(values.shape[1]))
         if len(self.names) != values.shape[1]:
             raise ValueError(f"{values.shape[1]} factors but {len(self.names)} names {self.names}")
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"names of factors must differ, got {self.names}")
+        if len(set(self.names)) < len(self.names) or "" in self.names:
+            raise ValueError(f"names of factors must differ and not be empty, got {self.names}")
         columns, sizes = [], []
         for name, column in zip(self.names, values.T, strict=True):
             distinct, numbers = np.unique(column, return_inverse=True)

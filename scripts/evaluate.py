@@ -94,9 +94,14 @@ def parse_settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
         if not (equals and dot and name):
             raise ValueError(f"--settings {pair}: expected metric.name=value, such as dci.num_train=2000")
         try:
-            settings.setdefault(metric, {})[name] = yaml.safe_load(value)
+            parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--settings {pair}: '{value}' is no value of YAML") from error
+        try:
+            # YAML 1.1 takes 1e-2 for a text.
+            settings.setdefault(metric, {})[name] = float(parsed) if isinstance(parsed, str) else parsed
+        except ValueError:
+            settings[metric][name] = parsed
     return settings
 
 
@@ -299,12 +304,19 @@ def run(options: argparse.Namespace) -> None:
     plain = {"reconstruction": 0, "fid": 0, "of": "scalars", "weights": "live", "split": "validation", "device": None}
     given = [f"--{name}" for name, value in plain.items() if getattr(options, name) != value]
     given += ["--save-codes"] if options.save_codes else []
+    arrays = [path for path in options.model if path.suffix in (".npy", ".npz")]
+    if arrays:
+        raise ValueError(f"{arrays[0]} is no model: give codes by --codes {arrays[0]}")
     if options.model and (options.grid or options.names or options.factors):
         raise ValueError(
             "--grid, --names and --factors go with --codes: a model is scored on the data of its configuration"
         )
     if options.codes and given:
         raise ValueError(f"{', '.join(given)}: of models, not of --codes")
+    if options.metrics:
+        options.metrics = [name for text in options.metrics for name in text.split(",") if name]
+        if "udr" in options.metrics:
+            raise ValueError("--metrics udr: UDR ranks several models or files of codes; it comes with them by itself")
     check_settings(options.metrics or METRICS, parse_settings(options.settings))
     check_seed(options.seed)
     scored: list[tuple[str, np.ndarray, Factors]] = []

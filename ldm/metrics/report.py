@@ -100,7 +100,7 @@ def _heatmap(path: Path, matrix: np.ndarray, names: Sequence[str], title: str) -
     shown = min(rows, 100)
     figure = Figure(figsize=(2.5 + 0.7 * columns, 2 + 0.3 * shown), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(matrix[:shown], aspect="auto", cmap="viridis")
+    picture = axes.imshow(matrix[:shown], aspect="auto", cmap="viridis", vmin=min(0.0, np.nanmin(matrix)))
     figure.colorbar(picture, ax=axes)
     axes.set_xticks(range(columns), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(shown), [str(n) for n in range(shown)], fontsize=8)

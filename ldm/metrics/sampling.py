@@ -33,6 +33,8 @@ def check_grid(grid: Factors) -> None:
     Raises:
         ValueError: says which factor, and what to do.
     """
+    if not isinstance(grid, FactorGrid | FactorTable):
+        raise ValueError(f"factors must be a FactorGrid or a FactorTable, got {type(grid).__name__}")
     single = [name for name, size in zip(grid.names, grid.sizes, strict=True) if size == 1]
     if single:
         raise ValueError(

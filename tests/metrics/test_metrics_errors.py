@@ -85,6 +85,8 @@ def test_bad_seed(perfect, grid, seed):
 
 
 def test_grids_on_which_nothing_is_defined():
+    with pytest.raises(ValueError, match="FactorGrid or a FactorTable, got tuple"):
+        evaluate(np.zeros((4, 2)), (2, 2), ["mig"])
     with pytest.raises(ValueError, match=r"factor 'shape' has one value.* leave it out \(hue 4 × shape 1\)"):
         check_settings(["mig"], grid=FactorGrid((4, 1), ("hue", "shape")))
     with pytest.raises(ValueError, match="at least two factors, but there is only hue 4"):
