@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,11 @@ def parse_settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--settings {pair}: '{value}' is no value of YAML") from error
-        try:
-            # YAML 1.1 takes 1e-2 for a text.
-            settings.setdefault(metric, {})[name] = float(parsed) if isinstance(parsed, str) else parsed
-        except ValueError:
-            settings[metric][name] = parsed
+        if isinstance(parsed, str):
+            # YAML 1.1 takes 1e-2 for a text; other texts stay what they are.
+            with suppress(ValueError):
+                parsed = float(parsed)
+        settings.setdefault(metric, {})[name] = parsed
     return settings
 
 

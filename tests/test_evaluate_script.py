@@ -152,6 +152,11 @@ def test_several_are_ranked(codes, capsys, tmp_path):
     assert "UDR, 60 points" in capsys.readouterr().out
 
 
+def test_settings_are_numbers_or_texts():
+    parsed = script.parse_settings(["dci.backend=sklearn", "dci.num_train=20", "irs.diff_quantile=1e-2"])
+    assert parsed == {"dci": {"backend": "sklearn", "num_train": 20}, "irs": {"diff_quantile": 0.01}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -36,7 +36,7 @@ def dci(
         random_state: source of the draws and of the trees' seeds.
         num_train, num_test: points to fit and to test on.
         batch_size: points are drawn in batches of this size. The defaults up to here are the release's.
-        backend: `fast`, or `sklearn`: the same trees by scikit-learn, which takes some fifty times as long and breaks
+        backend: `fast`, or `sklearn`: the same trees by scikit-learn, which takes some forty times as long and breaks
             ties between features by other random numbers.
         num_jobs: threads; 0 for one per core of this process. No effect on the scores.
 
