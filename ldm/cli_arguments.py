@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli_trainer import RENAMED_SWITCHES, WAYS, check_counts
-from ldm.config import find_config, load_yaml
+from ldm.config import find_config, load_bases, load_yaml
 from ldm.util import UserError, check_keys, nearest, plain, unused_keys
 
 TRAINER_FLAGS = tuple(n for n in inspect.signature(pl.Trainer.__init__).parameters if n not in ("self", "plugins"))
@@ -142,7 +142,7 @@ def locate_run(opt: argparse.Namespace) -> Run:
         if not checkpoint.is_file():
             raise UserError(f"--resume_from_checkpoint: there is no file '{checkpoint}'")
     logdir = _unused(Path(opt.logdir or "logs") / f"{now}_{name}{opt.postfix}")
-    return Run(logdir, now, checkpoint, [load_yaml(path) for path in bases])
+    return Run(logdir, now, checkpoint, load_bases(bases))
 
 
 def _unused(logdir: Path) -> Path:
@@ -177,7 +177,7 @@ def _locate_resumed(path: Path, now: str, bases: list[Path]) -> Run:
         logdir,
         now,
         checkpoint,
-        [*(load_yaml(file, "-r") for file in saved), *(load_yaml(file) for file in bases)],
+        [*(load_yaml(file, "-r") for file in saved), *load_bases(bases)],
         fresh=False,
     )
 

@@ -209,6 +209,7 @@ def check_model(model: pl.LightningModule, datasets: Mapping[str, Any], monitor:
                 raise UserError(f"{where}.quantize_denoised: {kind} has no codebook; set it to false")
         if isinstance(callback, DisentanglementCallback):
             scores += callback.metrics
+            scores += [f"tokens_{metric}" for metric in callback.metrics if callback.score_tokens]
     if monitor is not None and tried:
         _check_monitor(model, str(monitor), parts, scores, "validation" in datasets)
 

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import logging
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,40 @@ def load_yaml(path: str | Path, named_by: str = "--base") -> DictConfig:
     return config
 
 
+def load_bases(paths: Sequence[Path]) -> list[DictConfig]:
+    """The YAML files of `--base`.
+
+    An overlay may name others that it makes no sense with, as `excludes: {stem or pattern: reason}` at its top.
+
+    Raises:
+        UserError: see `load_yaml`; or two files of which one excludes the other.
+    """
+    configs = [load_yaml(path) for path in paths]
+    for path, config in zip(paths, configs, strict=True):
+        excludes = config.get("excludes")
+        if excludes is None:
+            continue
+        if not isinstance(excludes, DictConfig):
+            raise UserError(f"--base: '{path}': excludes: expected names of files and reasons, found {excludes!r}")
+        for other in paths:
+            for pattern in map(str, excludes):
+                if other != path and fnmatch(other.stem, pattern):
+                    raise UserError(f"--base: '{path}' and '{other}' do not go together: {excludes[pattern]}")
+    return configs
+
+
 def merge(configs: Sequence[DictConfig]) -> DictConfig:
-    """Merge left to right. A later node of another `target` replaces the earlier one's `params`.
+    """Merge left to right.
+
+    A later node of another `target` replaces the earlier one's `params`; but where the new class derives from the old
+    one, as the paper's variants do, it takes them over.
 
     Raises:
         UserError: configurations that do not fit together.
     """
     merged: Any = OmegaConf.create({})
     for config in configs:
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "excludes"])  # see `load_bases`
         _drop_replaced(merged, config)
         try:
             merged = OmegaConf.merge(merged, config)
@@ -107,7 +134,7 @@ def _conflict(old: DictConfig, new: DictConfig, where: str = "") -> str | None:
     return None
 
 
-def _drop_replaced(old: DictConfig, new: DictConfig) -> None:
+def _drop_replaced(old: DictConfig, new: DictConfig, where: str = "") -> None:
     for key in map(str, new):
         unresolved = (OmegaConf.is_missing, OmegaConf.is_interpolation)
         if key not in old or any(check(node, key) for check in unresolved for node in (old, new)):
@@ -117,8 +144,55 @@ def _drop_replaced(old: DictConfig, new: DictConfig) -> None:
             continue
         targets = [node.get("target") for node in (before, after)]
         if all(isinstance(t, str) for t in targets) and resolve_target(targets[0]) != resolve_target(targets[1]):
-            before.pop("params", None)
-        _drop_replaced(before, after)
+            classes = _classes(targets)
+            if not (classes and issubclass(classes[1], classes[0])):
+                if classes:
+                    _refuse_siblings(classes[0], classes[1], before, after, f"{where}{key}")
+                before.pop("params", None)
+        _drop_replaced(before, after, f"{where}{key}.")
+
+
+def _classes(targets: Sequence[str]) -> list[type] | None:
+    """The classes that targets name; None where one of them is none, which `check_config` tells."""
+    try:
+        found = [get_obj_from_str(target, "target") for target in targets]
+    except UserError:
+        return None
+    return found if all(map(inspect.isclass, found)) else None
+
+
+def _refuse_siblings(old: type, new: type, before: DictConfig, after: DictConfig, where: str) -> None:
+    """A variant may replace another one of the same class by its own parameters, if nothing of meaning is lost.
+
+    Raises:
+        UserError: the new one needs parameters that it does not bring, or the old one was given a part, a node with a
+            target, that the new one could have and that would be lost.
+    """
+    common = next((base for base in new.__mro__ if base in old.__mro__ and base.__module__.startswith("ldm.")), None)
+    if common is None or common in (old, new):
+        return
+    params = after.get("params") or {}
+    if any(name not in params for name in required_keys(new)):
+        raise UserError(
+            f"{where}.target: {old.__name__} and {new.__name__} are two variants of {common.__name__}, of which a"
+            " configuration takes one: leave out the file of one of them"
+        )
+    for name in map(str, before.get("params") or {}):
+        part = before.params[name] if not OmegaConf.is_missing(before.params, name) else None
+        if isinstance(part, DictConfig) and "target" in part and name not in params and takes_key(new, name):
+            raise UserError(
+                f"{where}.target: {new.__name__} would replace {old.__name__} and, with its parameters,"
+                f" {name} ({part.target}): give the file that sets {name} after the one that sets {new.__name__}"
+            )
+
+
+def takes_key(cls: type, key: str) -> bool:
+    """Whether a class has this parameter."""
+    try:
+        check_keys(cls, [key], "")
+    except UserError:
+        return False
+    return True
 
 
 def from_dotlist(items: Sequence[str]) -> DictConfig:
@@ -232,11 +306,30 @@ def _check_node_keys(cls: Any, node: DictConfig, where: str) -> None:
         raise UserError(f"unknown key '{where}.{key}'; did you mean '{where}.params.{key}'?")
 
 
+def required_keys(cls: type) -> list[str]:
+    """The parameters of a class without a default; of our own classes, also those that they hand on to their bases.
+
+    A class of somebody else's may give its base what the configuration does not name.
+    """
+    found: dict[str, bool] = {}
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = inspect.signature(vars(owner)["__init__"]).parameters
+        for name, parameter in parameters.items():
+            kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+            if parameter.kind in kinds and name != "self":
+                found.setdefault(name, parameter.default is inspect.Parameter.empty)
+        handed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        if not handed_on or not owner.__module__.startswith("ldm."):
+            break
+    return [name for name, required in found.items() if required]
+
+
 def _check_required(cls: type, params: DictConfig, where: str) -> None:
     """Name a parameter without a default that is not given."""
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
-        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        required = parameter.default is inspect.Parameter.empty and parameter.kind in kinds
-        # The command line itself gives callbacks and loggers what it knows.
-        if required and name not in ("self", *params) and not where.startswith("lightning."):
+    if where.startswith("lightning."):
+        return  # the command line itself gives callbacks and loggers what it knows
+    for name in required_keys(cls):
+        if name not in params:
             raise UserError(f"{where}.params.{name} is missing: {cls.__name__} needs it")

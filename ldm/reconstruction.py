@@ -13,7 +13,6 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from ldm.data.images import to_unit_range
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.schedule import ddim_timesteps
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -89,7 +88,7 @@ def _draw(
         raise UserError(f"images: {error}") from error
     shape = (model.channels, model.image_size, model.image_size)
     options: dict[str, Any] = {"log_every_t": model.num_timesteps, "verbose": False}
-    latents, _ = DDIMSampler(model).sample(steps, len(x), shape, tokens, eta, generator=generator, **options)
+    latents, _ = model.sampler().sample(steps, len(x), shape, tokens, eta, generator=generator, **options)
     return model.decode_first_stage(latents)
 
 

@@ -33,6 +33,8 @@ class DisentanglementCallback(Callback):
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
         every_n_validations: score in every so-manieth validation.
         weights: `live`, as released, or `ema`.
+        score_tokens: score the concept tokens too, by their first principal component each (paper, Table 11): logged as
+            `val/tokens_<metric>`, and `scores_of_tokens` in the file.
         seed: of the metrics' random states.
         logdir: directory under which `metrics/` is made; the trainer's `default_root_dir` if left out.
     """
@@ -43,6 +45,7 @@ class DisentanglementCallback(Callback):
         settings: Mapping[str, Any] | None = None,
         every_n_validations: int = 1,
         weights: str = "live",
+        score_tokens: bool = False,
         seed: int = 0,
         logdir: str | None = None,
     ) -> None:
@@ -53,10 +56,10 @@ class DisentanglementCallback(Callback):
             raise UserError(f"{WHERE}.seed: expected a whole number from 0 to 2^32 - 1, got {seed}")
         self.metrics, self.settings = tuple(metrics), plain(settings) or {}
         self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
-        self.logdir = logdir
+        self.score_tokens, self.logdir = score_tokens, logdir
         self.grid: Factors | None = None
         self._validations = 0
-        self._codes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._codes: list[tuple[torch.Tensor, ...]] = []
         try:
             if self.metrics:
                 check_settings(self.metrics, self.settings)
@@ -140,7 +143,8 @@ class DisentanglementCallback(Callback):
         model: Any = pl_module
         with model.ema_scope() if self.weights == "ema" else nullcontext():
             scalars = model.cond_stage_model.encoding(model.get_input(batch, model.cond_stage_key))
-        self._codes.append((batch["idx"], scalars.float()))
+            codes = [scalars, model.cond_stage_model.warp(scalars)] if self.score_tokens else [scalars]
+        self._codes.append((batch["idx"], *(code.float() for code in codes)))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the codes into grid order, score them on the first process, and log the scores on all."""
@@ -152,39 +156,53 @@ class DisentanglementCallback(Callback):
             return
         assert self.grid is not None
         codes = self._gather(pl_module, len(self.grid))
-        scores: dict[str, Scores] | str = {}
+        scores: dict[str, dict[str, Scores]] | str = {}
         if trainer.is_global_zero:
-            log.info("scoring %d codes: %s", len(codes), ", ".join(self.metrics))
             try:
-                scores = evaluate(codes, self.grid, self.metrics, self.settings, self.seed)
+                scores = {kind: self._score(trainer, kind, values) for kind, values in codes.items()}
             except ValueError as error:
                 scores = f"the codes of step {trainer.global_step} cannot be scored: {error}"
             else:
                 self._write(trainer, scores)
-                settings = check_settings(self.metrics, self.settings, self.grid)
-                log.info("scores at step %d\n%s", trainer.global_step, score_table(scores, self.grid, settings))
         scores = trainer.strategy.broadcast(scores)
         if isinstance(scores, str):
             # On all processes: otherwise the others would wait for the first one's scores.
             raise UserError(scores)
-        for metric, entries in scores.items():
-            for entry, value in entries.items():
-                headline = HEADLINES.get(metric) == entry
-                name = f"val/{metric}" if headline else f"val/{metric}_{entry}"
-                pl_module.log(name, float(value), prog_bar=headline)
+        for kind, found in scores.items():
+            prefix = "val/" if kind == "scalars" else f"val/{kind}_"
+            for metric, entries in found.items():
+                for entry, value in entries.items():
+                    headline = HEADLINES.get(metric) == entry
+                    name = f"{prefix}{metric}" if headline else f"{prefix}{metric}_{entry}"
+                    pl_module.log(name, float(value), prog_bar=headline and kind == "scalars")
 
-    def _gather(self, pl_module: pl.LightningModule, rows: int) -> np.ndarray:
-        """Codes (rows, n) float32 in grid order, from all processes.
+    def _score(self, trainer: pl.Trainer, kind: str, codes: np.ndarray) -> dict[str, Scores]:
+        """Scores of the scalars, or of the tokens, and the table of them."""
+        assert self.grid is not None
+        log.info("scoring %d codes (%s): %s", len(codes), kind, ", ".join(self.metrics))
+        scores = evaluate(codes, self.grid, self.metrics, self.settings, self.seed)
+        settings = check_settings(self.metrics, self.settings, self.grid)
+        of = "" if kind == "scalars" else f" of the {kind}"
+        log.info("scores%s at step %d\n%s", of, trainer.global_step, score_table(scores, self.grid, settings))
+        return scores
+
+    def _gather(self, pl_module: pl.LightningModule, rows: int) -> dict[str, np.ndarray]:
+        """Scalars (rows, n), or codes (rows, n, w), and tokens (rows, n, d) if asked for: float32 in grid order, from
+        all processes.
 
         Raises:
             UserError: some rows were not validated.
         """
-        gathered: Any = pl_module.all_gather(tuple(torch.cat(parts) for parts in zip(*self._codes, strict=True)))
+        own = tuple(torch.cat(parts) for parts in zip(*self._codes, strict=True))
+        gathered: Any = pl_module.all_gather(own)
         self._codes = []
         index = gathered[0].reshape(-1).cpu().numpy()
-        values = gathered[1].reshape(len(index), -1).cpu().numpy()
-        codes = np.full((rows, values.shape[-1]), np.nan, dtype=np.float32)
-        codes[index] = values
+        codes = {}
+        for kind, mine, parts in zip(("scalars", "tokens"), own[1:], gathered[1:], strict=False):
+            # Of several processes, `gathered` has a dimension more.
+            values = parts.reshape(len(index), *mine.shape[1:]).cpu().numpy()
+            codes[kind] = np.full((rows, *values.shape[1:]), np.nan, dtype=np.float32)
+            codes[kind][index] = values
         seen = np.zeros(rows, dtype=bool)
         seen[index] = True
         if not seen.all():
@@ -194,7 +212,7 @@ class DisentanglementCallback(Callback):
             )
         return codes
 
-    def _write(self, trainer: pl.Trainer, scores: Mapping[str, Any]) -> None:
+    def _write(self, trainer: pl.Trainer, scores: Mapping[str, dict[str, Scores]]) -> None:
         assert self.grid is not None
         folder = Path(self.logdir or trainer.default_root_dir) / "metrics"
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +223,11 @@ class DisentanglementCallback(Callback):
             "weights": self.weights,
             "random_state": self.seed,
             "settings": check_settings(self.metrics, self.settings, self.grid),
-            "scores": scores,
+            "scores": scores["scalars"],
         }
+        if "tokens" in scores:
+            record["scores_of_tokens"] = scores["tokens"]
         write_json(folder / f"{trainer.global_step:06}.json", record)
-        write_heatmaps(folder, scores, self.grid.names, f"{trainer.global_step:06}_")
+        for kind, found in scores.items():
+            prefix = f"{trainer.global_step:06}_" + ("" if kind == "scalars" else f"{kind}_")
+            write_heatmaps(folder, found, self.grid.names, prefix)

@@ -1,8 +1,11 @@
 """The encoder of the paper's Table 8; the release has another (`ldm.modules.encoders.concept.Encoder4`)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
-from ldm.modules.encoders.concept import ConceptEncoder, check_image_size
+from ldm.modules.encoders.concept import ConceptEncoder, build_tokens, check_image_size
 
 
 class PaperEncoder(ConceptEncoder):
@@ -13,10 +16,20 @@ class PaperEncoder(ConceptEncoder):
         latent_unit: number of scalars, and of tokens.
         num_channels: channels of the image.
         image_size: size of the image in pixels, a multiple of 16; 64 in the paper.
+        tokens_config: another way from codes to tokens (see `build_tokens`).
     """
 
-    def __init__(self, context_dim: int, latent_unit: int, num_channels: int = 3, image_size: int = 64) -> None:
+    def __init__(
+        self,
+        context_dim: int,
+        latent_unit: int,
+        num_channels: int = 3,
+        image_size: int = 64,
+        tokens_config: Mapping[str, Any] | None = None,
+    ) -> None:
         check_image_size(type(self).__name__, image_size)
+        tokens = build_tokens(tokens_config, latent_unit, context_dim)
+        codes = latent_unit * (1 if tokens is None else tokens.code_width)
         encoder = nn.Sequential(
             nn.Conv2d(num_channels, 64, 7, padding=3),
             nn.ReLU(),
@@ -33,6 +46,6 @@ class PaperEncoder(ConceptEncoder):
             nn.ReLU(),
             nn.Linear(256, 256),
             nn.ReLU(),
-            nn.Linear(256, latent_unit),
+            nn.Linear(256, codes),
         )
-        super().__init__(encoder, context_dim, latent_unit, num_channels, image_size)
+        super().__init__(encoder, context_dim, latent_unit, num_channels, image_size, tokens)

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.checkpoint import load_weights
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.latents import encode_training_set
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
@@ -303,6 +304,12 @@ class LatentDiffusion(pl.LightningModule):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss at random timesteps: scaled latent (b, c, h, w) and the image (b, c', h', w') to be encoded."""
         cond = self.get_learned_conditioning(image) if self.conditioned and image is not None else None
+        return self.losses_at_random_times(x, cond, generator)
+
+    def losses_at_random_times(
+        self, x: torch.Tensor, cond: torch.Tensor | None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of a scaled latent (b, c, h, w) under its tokens (b, n, d), with timesteps and noise drawn."""
         t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device, generator=generator)
         noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
         return self.p_losses(x, cond, t, noise)
@@ -317,6 +324,10 @@ class LatentDiffusion(pl.LightningModule):
         latent = self.get_first_stage_encoding(encoded, generator)
         image = x if self.cond_stage_key == self.first_stage_key else self.get_input(batch, self.cond_stage_key)
         return self(latent, image, generator)
+
+    def sampler(self) -> DDIMSampler:
+        """What draws latents from this model."""
+        return DDIMSampler(self)
 
     # ---- training
 

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange, repeat
 
-from ldm.models.diffusion.ddim import DDIMSampler
-
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -77,7 +75,7 @@ def diffusion_images(
     shape = (model.channels, model.image_size, model.image_size)
     z = model.get_first_stage_encoding(model.encode_first_stage(x))
     pictures = {"inputs": x, "reconstruction": model.decode_first_stage(z)}
-    sampler = DDIMSampler(model)
+    sampler = model.sampler()
     steps = min(ddim_steps or model.num_timesteps, model.num_timesteps)
 
     def noise(*size: int) -> torch.Tensor:

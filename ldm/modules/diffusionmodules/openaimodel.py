@@ -236,6 +236,13 @@ class UNetModel(nn.Module):
             )
         return context
 
+    def conditions(
+        self, timesteps: torch.Tensor, context: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the residual blocks get, the embedded timestep (b, e), and what the transformers get, the tokens."""
+        dtype = next(self.parameters()).dtype
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype)), self.tokens(context)
+
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """Predict the noise in a noisy latent.
 
@@ -247,8 +254,7 @@ class UNetModel(nn.Module):
         Returns:
             (b, out_channels, h, w).
         """
-        context = self.tokens(context)
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(next(self.parameters()).dtype))
+        emb, context = self.conditions(timesteps, context)
         h, skips = x, []
         for module in self.input_blocks:
             h = module(h, emb, context)

@@ -1,0 +1,65 @@
+"""EncDiff w/ AdaGN (paper, Table 3): the concatenated tokens modulate the group norms; no cross attention."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+
+
+class TokenModulation(nn.Module):
+    """Scale and shift of a group norm from timestep and tokens: z_s (t_s GroupNorm(h) + t_b) + z_b.
+
+    Diff-AE's adaptive group norm (Preechakul et al., CVPR 2022, Eq. 7), whose z_b is 0; here the tokens shift as well,
+    as the paper describes them. Scales are 1 plus what a layer makes, as in the residual blocks.
+
+    Args:
+        timestep: of a `ResBlock`, the layers from the embedded timestep to (t_s - 1, t_b).
+        emb_channels: width of the embedded timestep.
+        token_channels: width of all tokens together.
+        channels: of the group norm.
+    """
+
+    def __init__(self, timestep: nn.Module, emb_channels: int, token_channels: int, channels: int) -> None:
+        super().__init__()
+        self.timestep, self.emb_channels = timestep, emb_channels
+        self.tokens = nn.Sequential(nn.SiLU(), nn.Linear(token_channels, 2 * channels))
+
+    def forward(self, emb: torch.Tensor) -> torch.Tensor:
+        """Timestep and tokens side by side (b, e + n·d) -> scale - 1 and shift (b, 2 · channels)."""
+        t_scale, t_shift = self.timestep(emb[:, : self.emb_channels]).chunk(2, dim=1)
+        z_scale, z_shift = self.tokens(emb[:, self.emb_channels :]).chunk(2, dim=1)
+        return torch.cat([(1 + z_scale) * (1 + t_scale) - 1, (1 + z_scale) * t_shift + z_shift], dim=1)
+
+
+class AdaGNUNet(UNetModel):
+    """The U-Net, whose residual blocks take the tokens, all in one vector, by adaptive group norm.
+
+    The transformers see no tokens: as in LDM's unconditional model, their second attention is over the positions too.
+
+    Args:
+        context_dim: width of a concept token.
+        latent_unit: number of concept tokens.
+        use_scale_shift_norm: must be true, since the norms are what the tokens enter by.
+        settings: of `UNetModel`.
+    """
+
+    def __init__(
+        self, *, context_dim: int, latent_unit: int, use_scale_shift_norm: bool = True, **settings: Any
+    ) -> None:
+        if not use_scale_shift_norm:
+            raise ValueError("AdaGN needs use_scale_shift_norm: true: the tokens scale and shift the group norms")
+        super().__init__(use_scale_shift_norm=True, context_dim=None, latent_unit=latent_unit, **settings)
+        self.context_dim = context_dim
+        emb = self.model_channels * 4
+        blocks: list[Any] = [module for module in self.modules() if isinstance(module, ResBlock)]
+        for block in blocks:
+            channels = block.out_layers[0].num_channels
+            block.emb_layers = TokenModulation(block.emb_layers, emb, latent_unit * context_dim, channels)
+
+    def conditions(self, timesteps: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        """Timestep and tokens side by side (b, e + n·d) for the residual blocks; nothing for the transformers."""
+        emb, tokens = super().conditions(timesteps, context)
+        assert tokens is not None
+        return torch.cat([emb, tokens.flatten(1).to(emb.dtype)], dim=1), None
