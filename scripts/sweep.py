@@ -1,0 +1,328 @@
+"""Train every row of a study with every seed: one after another, spread over GPUs, or as a SLURM array.
+
+Give the same command again to go on: finished runs are skipped, stopped ones resume from their last checkpoint, failed
+ones are tried again.
+"""
+
+import argparse
+import json
+import logging
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ldm.config import check_config, find_config, from_dotlist, load_bases, merge
+from ldm.data.files import atomic_output
+from ldm.util import UserError, nearest, plain
+
+log = logging.getLogger("sweep")
+CKPT_KEY = "model.params.first_stage_config.params.ckpt_path"
+KEYS = ("first_stage", "base", "seeds", "rows", "overrides")
+
+
+@dataclass
+class Job:
+    """One run: what it trains, and where.
+
+    Attributes:
+        row: its name in the study. folder: of its log directories, its output and `run.json`.
+        script: main.py or main_val.py. base: YAML files. overrides: `key=value` arguments.
+    """
+
+    row: str
+    seed: int
+    folder: Path
+    script: str
+    base: list[str]
+    overrides: list[str]
+    overlays: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says of it; empty before it was started."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def logdir(self) -> Path | None:
+        """The newest log directory from which it can go on, or whose results count."""
+        found = [path.parent.parent for path in self.folder.glob("*/checkpoints/last.ckpt")]
+        return max(found, key=lambda path: path.name, default=None)
+
+    def what(self) -> dict[str, Any]:
+        """What makes it this run and no other."""
+        return {"row": self.row, "overlays": self.overlays, "seed": self.seed, "base": self.base} | {
+            "overrides": self.overrides
+        }
+
+    def save(self, **values: Any) -> None:
+        """Write `run.json`."""
+        with atomic_output(self.folder / "run.json") as part:
+            part.write_text(json.dumps(self.what() | values, indent=2) + "\n")
+
+    def command(self, gpus: str | None) -> list[str]:
+        """The command line that starts it, or goes on with it."""
+        logdir = self.logdir()
+        device = ["--gpus", gpus] if gpus is not None else []
+        start = [sys.executable, str(ROOT / self.script)]
+        if logdir is not None:
+            return [*start, "-r", str(logdir), "-t", *device]
+        name = slug(self.row)
+        options = ["-s", str(self.seed), "-n", name, "-l", str(self.folder)]
+        return [*start, "--base", *self.base, "-t", *device, *options, *self.overrides]
+
+
+def slug(text: str) -> str:
+    """A folder's name for a row's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def load_study(path: Path) -> DictConfig:
+    """The study's YAML file.
+
+    Raises:
+        UserError: not a file, an unknown key, or one missing.
+    """
+    try:
+        study = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(study, DictConfig):
+        raise UserError(f"'{path}' must hold the keys {', '.join(KEYS)}")
+    for key in map(str, study):
+        if key not in KEYS:
+            raise UserError(f"'{path}': unknown key '{key}'{nearest(key, KEYS)}")
+    for key in ("base", "seeds", "rows"):
+        if not study.get(key):
+            raise UserError(f"'{path}': '{key}' is missing: a study has files (base), seeds and rows")
+    if not isinstance(study.rows, DictConfig):
+        raise UserError(f"'{path}': rows must map names to lists of overlays, found {study.rows!r}")
+    if not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in study.seeds):
+        raise UserError(f"'{path}': seeds must be whole numbers from 0 to 2^32 - 1, found {plain(study.seeds)}")
+    return study
+
+
+def plan(study: DictConfig, out: Path, seeds: Sequence[int], rows: Sequence[str]) -> tuple[Job | None, list[Job]]:
+    """The first stage's job, if the study has one, and the rows' jobs: seed by seed, so that whole tables come early.
+
+    Raises:
+        UserError: a row that does not build, or two of the same folder.
+    """
+    first = None
+    if study.get("first_stage"):
+        node = study.first_stage
+        base = [str(find_config(path)) for path in node.base]
+        overrides = [str(item) for item in node.get("overrides") or []]
+        first = Job("first stage", int(node.get("seed", 23)), out / "first_stage", "main.py", base, overrides)
+    jobs: list[Job] = []
+    for seed in seeds:
+        for row in rows:
+            overlays = [str(find_config(path)) for path in study.rows[row] or []]
+            base = [str(find_config(path)) for path in study.base] + overlays
+            overrides = [str(item) for item in study.get("overrides") or []]
+            try:
+                config = merge([*load_bases([Path(path) for path in base]), from_dotlist(overrides)])
+                if first is not None and OmegaConf.is_missing(_first_stage(config), "ckpt_path"):
+                    overrides.append(f"{CKPT_KEY}={out / 'first_stage' / 'last.ckpt'}")
+                check_config(merge([config, from_dotlist(overrides)]))
+            except UserError as error:
+                raise UserError(f"row '{row}': {error}") from error
+            stems = [Path(path).stem for path in overlays]
+            jobs.append(Job(row, seed, out / slug(row) / f"seed_{seed}", "main_val.py", base, overrides, stems))
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise UserError("two rows have names that differ in nothing but punctuation, or a seed is given twice")
+    return first, jobs
+
+
+def _first_stage(config: DictConfig) -> DictConfig:
+    return OmegaConf.select(config, "model.params.first_stage_config.params") or OmegaConf.create({})
+
+
+def run_job(job: Job, device: str | None = None) -> str:
+    """Train one run to its end, or go on with it.
+
+    Args:
+        job: the run.
+        device: the number of a GPU; the default of the command line if not given.
+
+    Returns:
+        done, failed, stopped, or elsewhere (another sweep is at it).
+
+    Raises:
+        UserError: its folder holds a run of other settings.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(job.folder / ".lock", timeout=0 if job.script == "main_val.py" else -1):
+            return _run_locked(job, device)
+    except Timeout:
+        return "elsewhere"
+
+
+def _run_locked(job: Job, device: str | None) -> str:
+    record = job.record()
+    if record.get("status") == "done":
+        return "done"
+    changed = [key for key, value in job.what().items() if record and record.get(key) != value]
+    if changed:
+        raise UserError(
+            f"'{job.folder}' holds a run of another {changed[0]} ({record.get(changed[0])}): give another --logdir, or"
+            " delete the folder"
+        )
+    spent, start = float(record.get("seconds", 0)), time.perf_counter()
+    command = job.command(None if device is None else "0,")
+    job.save(status="running", seconds=spent, command=command)
+    environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+    with (job.folder / "output.log").open("a") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:
+                # The run got the signal too, and saves.
+                continue
+    result = {0: "done", 130: "stopped"}.get(status, "failed")
+    spent += time.perf_counter() - start
+    logdir = job.logdir()
+    if result == "done" and logdir is not None and job.script == "main.py":
+        # Under a name that does not change with the time of its training.
+        link = job.folder / "last.ckpt"
+        link.unlink(missing_ok=True)
+        link.symlink_to((logdir / "checkpoints" / "last.ckpt").relative_to(job.folder))
+    job.save(status=result, seconds=round(spent, 1), logdir=str(logdir.name) if logdir else None, command=command)
+    return result
+
+
+def reason(job: Job) -> str:
+    """The last line of a failed run's output, or the one that tells the error."""
+    lines = [line for line in (job.folder / "output.log").read_text(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
+
+
+def run_all(jobs: Sequence[Job], devices: Sequence[str | None]) -> dict[str, list[Job]]:
+    """All jobs, one at a time on each device. A failed one is reported, and the others go on.
+
+    Returns:
+        Jobs by result.
+    """
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    results: dict[str, list[Job]] = {}
+    lock, start, ran, stopped = threading.Lock(), time.perf_counter(), [0], threading.Event()
+
+    def work(device: str | None) -> None:
+        while not stopped.is_set():
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            before = time.perf_counter()
+            try:
+                result, why = run_job(job, device), ""
+            except (UserError, OSError) as error:
+                result, why = "failed", str(error)
+            took = time.perf_counter() - before
+            with lock:
+                results.setdefault(result, []).append(job)
+                ran[0] += took > 1
+                left = len(jobs) - sum(map(len, results.values()))
+                rest = (time.perf_counter() - start) / max(ran[0], 1) * left
+                more = f"; {left} to go, about {rest / 60:.0f} minutes" if left and ran[0] else ""
+                if result == "failed":
+                    why = f": {why or reason(job)} ({job.folder / 'output.log'})"
+                log.info("%s: %s after %.0f s%s%s", job.title, result, took, why, more)
+            if result == "stopped":
+                stopped.set()
+
+    workers = [threading.Thread(target=work, args=(device,)) for device in devices[1:]]
+    for worker in workers:
+        worker.start()
+    work(devices[0])  # in the main thread, which gets Ctrl-C
+    for worker in workers:
+        worker.join()
+    return results
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="YAML file with base, rows, seeds, overrides and first_stage")
+    parser.add_argument("--logdir", type=Path, default=Path("logs/study"), help="folder of all runs")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
+    parser.add_argument("--rows", nargs="+", help="only these, by name")
+    parser.add_argument("--gpus", help="numbers of GPUs, as 0,1,2: a run at a time on each")
+    parser.add_argument(
+        "--slurm",
+        action="store_true",
+        help="run the job that SLURM_ARRAY_TASK_ID names: sbatch --array=0-17 --wrap 'python scripts/sweep.py ...'",
+    )
+    parser.add_argument("--list", action="store_true", help="number the jobs, say where they stand, and run nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a study; gives the exit status: 0, 1 if runs failed, 130 if it was stopped."""
+    opt = arguments(argv)
+    study = load_study(opt.study)
+    names = [str(row) for row in study.rows]
+    for row in opt.rows or []:
+        if row not in names:
+            raise UserError(f"--rows: the study has no row '{row}'{nearest(row, names)}")
+    first, jobs = plan(study, opt.logdir, opt.seeds or list(study.seeds), opt.rows or names)
+    if opt.list:
+        for number, job in enumerate(jobs):
+            print(f"{number:>4}  {job.record().get('status', 'not started'):<12} {job.title}")
+        return 0
+    if opt.slurm:
+        task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+        if not task.isdigit() or int(task) >= len(jobs):
+            raise UserError(
+                f"--slurm: SLURM_ARRAY_TASK_ID is '{task}', and the jobs are 0 to {len(jobs) - 1}: start it by"
+                f" sbatch --array=0-{len(jobs) - 1}"
+            )
+        jobs = [jobs[int(task)]]
+    devices: list[str | None] = [None]
+    if opt.gpus is not None:
+        devices = [device for device in opt.gpus.split(",") if device]
+        if not devices or not all(str(device).isdigit() for device in devices):
+            raise UserError(f"--gpus: expected numbers of GPUs as 0,1,2, got '{opt.gpus}'")
+    if first is not None and any(CKPT_KEY in item for job in jobs for item in job.overrides):
+        log.info("first stage: its output goes to %s", first.folder / "output.log")
+        result = run_job(first, devices[0])
+        if result == "stopped":
+            return 130
+        if result != "done":
+            raise UserError(f"the first stage {result}: {reason(first)} ({first.folder / 'output.log'})")
+    log.info("%d runs; the output of each goes to output.log in %s/<row>/<seed>", len(jobs), opt.logdir)
+    results = run_all(jobs, devices)
+    log.info(", ".join(f"{len(found)} {result}" for result, found in sorted(results.items())))
+    log.info("the table: python scripts/table.py %s", opt.logdir)
+    if "stopped" in results:
+        return 130
+    return 1 if "failed" in results else 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
