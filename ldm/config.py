@@ -16,6 +16,8 @@ from ldm.util import UserError, check_keys, check_value, get_obj_from_str, neare
 
 log = logging.getLogger(__name__)
 
+# What an overlay may say of others.
+RELATIONS = ("excludes", "precedes")
 SECTIONS = {
     "": ("model", "data", "lightning"),
     "model": ("target", "params", "base_learning_rate"),
@@ -78,22 +80,28 @@ def load_yaml(path: str | Path, named_by: str = "--base") -> DictConfig:
 def load_bases(paths: Sequence[Path]) -> list[DictConfig]:
     """The YAML files of `--base`.
 
-    An overlay may name others that it makes no sense with, as `excludes: {stem or pattern: reason}` at its top.
+    An overlay may say at its top which others it makes no sense with, as `excludes: {stem or pattern: reason}`, and
+    which ones must come after it, as `precedes: {stem or pattern: reason}`.
 
     Raises:
-        UserError: see `load_yaml`; or two files of which one excludes the other.
+        UserError: see `load_yaml`; or two files that do not go together, or not in this order.
     """
     configs = [load_yaml(path) for path in paths]
-    for path, config in zip(paths, configs, strict=True):
-        excludes = config.get("excludes")
-        if excludes is None:
-            continue
-        if not isinstance(excludes, DictConfig):
-            raise UserError(f"--base: '{path}': excludes: expected names of files and reasons, found {excludes!r}")
-        for other in paths:
-            for pattern in map(str, excludes):
-                if other != path and fnmatch(other.stem, pattern):
-                    raise UserError(f"--base: '{path}' and '{other}' do not go together: {excludes[pattern]}")
+    for place, (path, config) in enumerate(zip(paths, configs, strict=True)):
+        others = {key: paths if key == "excludes" else paths[:place] for key in RELATIONS}
+        for key, files in others.items():
+            relations = config.get(key)
+            if relations is None:
+                continue
+            if not isinstance(relations, DictConfig):
+                raise UserError(f"--base: '{path}': {key}: expected names of files and reasons, found {relations!r}")
+            for other in files:
+                for pattern in map(str, relations):
+                    if other == path or not fnmatch(other.stem, pattern):
+                        continue
+                    if key == "excludes":
+                        raise UserError(f"--base: '{path}' and '{other}' do not go together: {relations[pattern]}")
+                    raise UserError(f"--base: '{path}' must come before '{other}': {relations[pattern]}")
     return configs
 
 
@@ -108,7 +116,7 @@ def merge(configs: Sequence[DictConfig]) -> DictConfig:
     """
     merged: Any = OmegaConf.create({})
     for config in configs:
-        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "excludes"])  # see `load_bases`
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key not in RELATIONS])  # see `load_bases`
         _drop_replaced(merged, config)
         try:
             merged = OmegaConf.merge(merged, config)

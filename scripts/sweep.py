@@ -22,14 +22,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.config import check_config, find_config, from_dotlist, load_bases, merge
 from ldm.data.files import atomic_output
 from ldm.util import UserError, nearest, plain
 
 log = logging.getLogger("sweep")
+ROOT = Path(__file__).resolve().parents[1]
 CKPT_KEY = "model.params.first_stage_config.params.ckpt_path"
 KEYS = ("first_stage", "base", "seeds", "rows", "overrides")
 
@@ -299,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f" sbatch --array=0-{len(jobs) - 1}"
             )
         jobs = [jobs[int(task)]]
+    with atomic_output(opt.logdir / "study.json") as part:  # the order of the rows, for scripts/table.py
+        part.write_text(json.dumps({"rows": names}) + "\n")
     devices: list[str | None] = [None]
     if opt.gpus is not None:
         devices = [device for device in opt.gpus.split(",") if device]
