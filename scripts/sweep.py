@@ -5,11 +5,14 @@ ones are tried again.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import queue
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,6 +44,8 @@ class Job:
     Attributes:
         row: its name in the study. folder: of its log directories, its output and `run.json`.
         script: main.py or main_val.py. base: YAML files. overrides: `key=value` arguments.
+        config: digest of what the files say, all merged.
+        overlays: stems of the row's own files.
     """
 
     row: str
@@ -49,6 +54,7 @@ class Job:
     script: str
     base: list[str]
     overrides: list[str]
+    config: str
     overlays: list[str] = field(default_factory=list)
 
     @property
@@ -68,7 +74,8 @@ class Job:
     def what(self) -> dict[str, Any]:
         """What makes it this run and no other."""
         return {"row": self.row, "overlays": self.overlays, "seed": self.seed, "base": self.base} | {
-            "overrides": self.overrides
+            "overrides": self.overrides,
+            "config": self.config,
         }
 
     def save(self, **values: Any) -> None:
@@ -122,36 +129,80 @@ def plan(study: DictConfig, out: Path, seeds: Sequence[int], rows: Sequence[str]
     """The first stage's job, if the study has one, and the rows' jobs: seed by seed, so that whole tables come early.
 
     Raises:
-        UserError: a row that does not build, or two of the same folder.
+        UserError: a row that cannot be trained, or two of the same folder.
     """
-    first = None
+    first, jobs = None, []
+    shared = [str(item) for item in study.get("overrides") or []]
     if study.get("first_stage"):
         node = study.first_stage
-        base = [str(find_config(path)) for path in node.base]
+        for key in map(str, node):
+            if key not in ("base", "seed", "overrides"):
+                raise UserError(f"first_stage: unknown key '{key}'{nearest(key, ('base', 'seed', 'overrides'))}")
+        base = [str(find_config(path)) for path in node.get("base") or []]
         overrides = [str(item) for item in node.get("overrides") or []]
-        first = Job("first stage", int(node.get("seed", 23)), out / "first_stage", "main.py", base, overrides)
-    jobs: list[Job] = []
-    for seed in seeds:
-        for row in rows:
-            overlays = [str(find_config(path)) for path in study.rows[row] or []]
-            base = [str(find_config(path)) for path in study.base] + overlays
-            overrides = [str(item) for item in study.get("overrides") or []]
-            try:
-                config = merge([*load_bases([Path(path) for path in base]), from_dotlist(overrides)])
-                if first is not None and OmegaConf.is_missing(_first_stage(config), "ckpt_path"):
-                    overrides.append(f"{CKPT_KEY}={out / 'first_stage' / 'last.ckpt'}")
-                check_config(merge([config, from_dotlist(overrides)]))
-            except UserError as error:
-                raise UserError(f"row '{row}': {error}") from error
-            stems = [Path(path).stem for path in overlays]
-            jobs.append(Job(row, seed, out / slug(row) / f"seed_{seed}", "main_val.py", base, overrides, stems))
+        digest = checked("first_stage", base, overrides)
+        seed = int(node.get("seed", 23))
+        first = Job("first stage", seed, out / "first_stage", "main.py", base, overrides, digest)
+    for row in rows:
+        overlays = [str(find_config(path)) for path in study.rows[row] or []]
+        base = [str(find_config(path)) for path in study.base] + overlays
+        overrides = list(shared)
+        if first is not None and OmegaConf.is_missing(_first_stage(merged(base, overrides)), "ckpt_path"):
+            overrides.append(f"{CKPT_KEY}={first.folder / 'last.ckpt'}")
+        digest = checked(f"row '{row}'", base, overrides)
+        stems = [Path(path).stem for path in overlays]
+        for seed in seeds:
+            folder = out / slug(row) / f"seed_{seed}"
+            jobs.append(Job(row, seed, folder, "main_val.py", base, overrides, digest, stems))
     if len({job.folder for job in jobs}) < len(jobs):
         raise UserError("two rows have names that differ in nothing but punctuation, or a seed is given twice")
-    return first, jobs
+    return first, sorted(jobs, key=lambda job: list(seeds).index(job.seed))
+
+
+def merged(base: Sequence[str], overrides: Sequence[str]) -> DictConfig:
+    """The configuration of files and arguments, as the command line merges them."""
+    return merge([*load_bases([Path(path) for path in base]), from_dotlist(overrides)])
+
+
+def checked(name: str, base: Sequence[str], overrides: Sequence[str]) -> str:
+    """Check a run's configuration; gives its digest.
+
+    Raises:
+        UserError: a mistake, with the row's name.
+    """
+    try:
+        config = merged(base, overrides)
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return hashlib.sha256(OmegaConf.to_yaml(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _first_stage(config: DictConfig) -> DictConfig:
-    return OmegaConf.select(config, "model.params.first_stage_config.params") or OmegaConf.create({})
+    node = OmegaConf.select(config, "model.params.first_stage_config.params")
+    return OmegaConf.create({}) if node is None else node
+
+
+class Stop:
+    """Ctrl-C, and SIGTERM, as a cluster sends it: every run at work is told to save and stop, and no other begins.
+
+    Runs are in process groups of their own, so that they get the signal from here, and once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.runs: set[subprocess.Popen] = set()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """Signal handler."""
+        if not self.asked.is_set():
+            self.asked.set()
+            for process in list(self.runs):
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+
+
+STOP = Stop()
 
 
 def run_job(job: Job, device: str | None = None) -> str:
@@ -162,7 +213,7 @@ def run_job(job: Job, device: str | None = None) -> str:
         device: the number of a GPU; the default of the command line if not given.
 
     Returns:
-        done, failed, stopped, or elsewhere (another sweep is at it).
+        done, failed, stopped, or elsewhere: another process is at it.
 
     Raises:
         UserError: its folder holds a run of other settings.
@@ -177,28 +228,32 @@ def run_job(job: Job, device: str | None = None) -> str:
 
 def _run_locked(job: Job, device: str | None) -> str:
     record = job.record()
-    if record.get("status") == "done":
-        return "done"
     changed = [key for key, value in job.what().items() if record and record.get(key) != value]
     if changed:
         raise UserError(
-            f"'{job.folder}' holds a run of another {changed[0]} ({record.get(changed[0])}): give another --logdir, or"
-            " delete the folder"
+            f"'{job.folder}' holds a run of another {changed[0]}: there {record.get(changed[0])}, now"
+            f" {job.what()[changed[0]]}; give another --logdir, or delete the folder"
         )
+    if record.get("status") == "done":
+        return "done"
+    if record.get("status") == "running" and record.get("host") == socket.gethostname() and _alive(record["pid"]):
+        return "elsewhere"  # it outlived the sweep that started it
+    if STOP.asked.is_set():
+        return "stopped"
     spent, start = float(record.get("seconds", 0)), time.perf_counter()
     command = job.command(None if device is None else "0,")
-    job.save(status="running", seconds=spent, command=command)
     environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
     with (job.folder / "output.log").open("a") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-        while True:
-            try:
-                status = process.wait()
-                break
-            except KeyboardInterrupt:
-                # The run got the signal too, and saves.
-                continue
-    result = {0: "done", 130: "stopped"}.get(status, "failed")
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        STOP.runs.add(process)
+        job.save(status="running", seconds=spent, command=command, pid=process.pid, host=socket.gethostname())
+        if STOP.asked.is_set() and process.poll() is None:  # asked for in between
+            process.send_signal(signal.SIGINT)
+        status = process.wait()
+        STOP.runs.discard(process)
+    result = "done" if status == 0 else "stopped" if status == 130 or STOP.asked.is_set() else "failed"
     spent += time.perf_counter() - start
     logdir = job.logdir()
     if result == "done" and logdir is not None and job.script == "main.py":
@@ -208,6 +263,16 @@ def _run_locked(job: Job, device: str | None) -> str:
         link.symlink_to((logdir / "checkpoints" / "last.ckpt").relative_to(job.folder))
     job.save(status=result, seconds=round(spent, 1), logdir=str(logdir.name) if logdir else None, command=command)
     return result
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def reason(job: Job) -> str:
@@ -226,10 +291,10 @@ def run_all(jobs: Sequence[Job], devices: Sequence[str | None]) -> dict[str, lis
     for job in jobs:
         waiting.put(job)
     results: dict[str, list[Job]] = {}
-    lock, start, ran, stopped = threading.Lock(), time.perf_counter(), [0], threading.Event()
+    lock, start, ran = threading.Lock(), time.perf_counter(), [0]
 
     def work(device: str | None) -> None:
-        while not stopped.is_set():
+        while not STOP.asked.is_set():
             try:
                 job = waiting.get_nowait()
             except queue.Empty:
@@ -250,7 +315,7 @@ def run_all(jobs: Sequence[Job], devices: Sequence[str | None]) -> dict[str, lis
                     why = f": {why or reason(job)} ({job.folder / 'output.log'})"
                 log.info("%s: %s after %.0f s%s%s", job.title, result, took, why, more)
             if result == "stopped":
-                stopped.set()
+                STOP.asked.set()
 
     workers = [threading.Thread(target=work, args=(device,)) for device in devices[1:]]
     for worker in workers:
@@ -317,13 +382,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = run_all(jobs, devices)
     log.info(", ".join(f"{len(found)} {result}" for result, found in sorted(results.items())))
     log.info("the table: python scripts/table.py %s", opt.logdir)
-    if "stopped" in results:
+    if STOP.asked.is_set():
+        log.info("stopped; the same command goes on")
         return 130
     return 1 if "failed" in results else 0
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, STOP)
     try:
         sys.exit(main())
     except UserError as error:

@@ -145,8 +145,8 @@ def paper_numbers(row: Row, tokens: bool = False) -> dict[str, Any]:
     key = [stem for stem in row.overlays if stem not in ("paper", "score_tokens")]
     if tokens:
         key.append("score_tokens")
-    if key and key[0] == "vector":
-        key = ["_".join(key)]
+    if "vector" in key and len(key) == 2:
+        key = ["_".join(sorted(key, key=lambda stem: stem != "vector"))]
     return numbers.get(row.dataset, {}).get("+".join(key), {})
 
 

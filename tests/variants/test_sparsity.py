@@ -43,9 +43,7 @@ def test_mistakes(params):
     node = {"target": "ldm.variants.sparsity.SparseDiffusion", "params": params}
     with pytest.raises(UserError, match="sparsity_weight: expected a number of at least 0"):
         instantiate_from_config({**node, "params": {**params, "sparsity_weight": -1.0}}, "model")
-    with pytest.raises(
-        UserError, match="sparsity_weigth.*did you mean 'sparsity_weight'|unknown key 'sparsity_weigth'"
-    ):
+    with pytest.raises(UserError, match=r"unknown key 'sparsity_weigth'.*'sparsity_weight'"):
         instantiate_from_config({**node, "params": {**params, "sparsity_weigth": 1.0}}, "model")
     lone = {key: value for key, value in params.items() if key != "cond_stage_config"} | {"conditioning_key": "none"}
     lone["unet_config"]["params"]["context_dim"] = None
