@@ -1,5 +1,6 @@
 """Codes are put into grid order, and what cannot be scored is refused."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,10 @@ class Encoder(nn.Module):
     def encoding(self, image: torch.Tensor) -> torch.Tensor:
         mean = image.mean(dim=(1, 2, 3))
         return torch.stack([mean, -mean], dim=1)
+
+    def warp(self, scalars: torch.Tensor) -> torch.Tensor:
+        """Tokens of width 3: the scalar, its square, and 1."""
+        return torch.stack([scalars, scalars**2, torch.ones_like(scalars)], dim=-1)
 
 
 class Model(nn.Module):
@@ -88,6 +93,23 @@ def test_codes_are_in_grid_order(callback, tmp_path, repeated):
     assert np.array_equal(codes, np.stack([np.arange(12), -np.arange(12)], 1).astype(np.float32))
     assert model.logged == {"val/mig": 0.5}
     assert (tmp_path / "metrics" / "000007.json").is_file()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tokens_are_put_into_grid_order_too(callback, tmp_path, processes):
+    """Also those that come from several processes, one more dimension in front."""
+    callback.score_tokens = True
+    model = Model()
+    if processes == 2:
+        model.all_gather = lambda values: tuple(v.unflatten(0, (2, -1)) for v in values)
+    validate(callback, model, trainer(tmp_path), np.random.RandomState(0).permutation(12))
+    scalars, tokens = callback.seen
+    expected = np.stack([np.arange(12), -np.arange(12)], 1).astype(np.float32)
+    assert np.array_equal(scalars, expected)
+    assert np.array_equal(tokens, np.stack([expected, expected**2, np.ones_like(expected)], axis=-1))
+    assert model.logged == {"val/mig": 0.5, "val/tokens_mig": 0.5}
+    record = json.loads((tmp_path / "metrics" / "000007.json").read_text())
+    assert record["scores"] == record["scores_of_tokens"] == {"mig": {"discrete_mig": 0.5}}
 
 
 def test_missing_rows_are_no_scores(callback, tmp_path):
