@@ -16,6 +16,7 @@ from ldm.util import UserError, check_keys, check_value, get_obj_from_str, neare
 
 log = logging.getLogger(__name__)
 
+VARIANTS = "ldm.variants."
 # What an overlay may say of others.
 RELATIONS = ("excludes", "precedes")
 SECTIONS = {
@@ -97,7 +98,8 @@ def load_bases(paths: Sequence[Path]) -> list[DictConfig]:
                 raise UserError(f"--base: '{path}': {key}: expected names of files and reasons, found {relations!r}")
             for other in files:
                 for pattern in map(str, relations):
-                    if other == path or not fnmatch(other.stem, pattern):
+                    # Of the files in its own folder: names in others are somebody else's.
+                    if other == path or other.parent != path.parent or not fnmatch(other.stem, pattern):
                         continue
                     if key == "excludes":
                         raise UserError(f"--base: '{path}' and '{other}' do not go together: {relations[pattern]}")
@@ -153,7 +155,10 @@ def _drop_replaced(old: DictConfig, new: DictConfig, where: str = "") -> None:
         targets = [node.get("target") for node in (before, after)]
         if all(isinstance(t, str) for t in targets) and resolve_target(targets[0]) != resolve_target(targets[1]):
             classes = _classes(targets)
-            if not (classes and issubclass(classes[1], classes[0])):
+            if classes and issubclass(classes[1], classes[0]):
+                for name in [name for name in before.get("params") or {} if not takes_key(classes[1], str(name))]:
+                    before.params.pop(name)
+            else:
                 if classes:
                     _refuse_siblings(classes[0], classes[1], before, after, f"{where}{key}")
                 before.pop("params", None)
@@ -170,24 +175,25 @@ def _classes(targets: Sequence[str]) -> list[type] | None:
 
 
 def _refuse_siblings(old: type, new: type, before: DictConfig, after: DictConfig, where: str) -> None:
-    """A variant may replace another one of the same class by its own parameters, if nothing of meaning is lost.
+    """A variant of the paper may replace another one of the same class by its own parameters, if nothing of meaning is
+    lost.
 
     Raises:
-        UserError: the new one needs parameters that it does not bring, or the old one was given a part, a node with a
-            target, that the new one could have and that would be lost.
+        UserError: the new one needs parameters that it does not bring, or the old one was given a variant's part that
+            the new one could have and that would be lost.
     """
-    common = next((base for base in new.__mro__ if base in old.__mro__ and base.__module__.startswith("ldm.")), None)
-    if common is None or common in (old, new):
-        return
     params = after.get("params") or {}
-    if any(name not in params for name in required_keys(new)):
+    variants = [cls.__module__.startswith(VARIANTS) for cls in (old, new)]
+    common = next((base for base in new.__mro__ if base in old.__mro__ and base.__module__.startswith("ldm.")), None)
+    if all(variants) and common is not None and any(name not in params for name in required_keys(new)):
         raise UserError(
             f"{where}.target: {old.__name__} and {new.__name__} are two variants of {common.__name__}, of which a"
             " configuration takes one: leave out the file of one of them"
         )
     for name in map(str, before.get("params") or {}):
         part = before.params[name] if not OmegaConf.is_missing(before.params, name) else None
-        if isinstance(part, DictConfig) and "target" in part and name not in params and takes_key(new, name):
+        own = isinstance(part, DictConfig) and str(part.get("target")).startswith(VARIANTS)
+        if own and name not in params and takes_key(new, name):
             raise UserError(
                 f"{where}.target: {new.__name__} would replace {old.__name__} and, with its parameters,"
                 f" {name} ({part.target}): give the file that sets {name} after the one that sets {new.__name__}"

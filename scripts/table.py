@@ -7,13 +7,14 @@ python scripts/table.py logs/*shapes3d* --latex    # runs of the same name are o
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,7 +39,7 @@ DATASETS = {
     "Cars3DTrain": "cars3d",
     "CelebATrain": "celeba",
 }
-STARTED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_(.+?)(-\d+)?$")
+STARTED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_(.+)$")
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Row:
 
     Attributes:
         overlays: stems of its files of `configs/ablations`. dataset: a key of `paper_numbers.yaml`, or "".
-        scores: per seed, a run's scores by metric and entry; `tokens` likewise.
+        scores: per seed, a run's scores by metric and entry; `tokens` likewise. steps: per seed, when it was scored.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Row:
     dataset: str
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
 
 
 def logdirs(paths: Sequence[Path]) -> list[Path]:
@@ -88,36 +90,56 @@ def last_scores(logdir: Path) -> dict[str, Any] | None:
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """Rows, and remarks on runs that are left out.
+    """Rows, and remarks: on runs that are left out, and on rows of runs of different lengths.
 
     Raises:
         UserError: two runs of one name and seed, or no scores at all.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[tuple[str, ...], Row] = {}
     remarks = []
     for logdir in logdirs(paths):
-        record = run_record(logdir)
-        scored = last_scores(logdir)
-        if "first_stage_config" not in (_config(logdir, "project").get("model") or {}).get("params", {}):
+        record, scored, project = run_record(logdir), last_scores(logdir), _config(logdir, "project")
+        if "first_stage_config" not in (project.get("model") or {}).get("params", {}):
             continue
         if record.get("status", "done") != "done" or scored is None:
-            state = "without scores" if scored is None else record["status"]
+            state = record["status"] if record.get("status", "done") != "done" else "without scores"
             remarks.append(f"left out, {state}: {logdir}")
             continue
-        name = STARTED.match(logdir.name)
-        stems = (name[1] if name else logdir.name).split("+")
-        title = record.get("row", " + ".join(stems))
-        seed = record.get("seed", (_config(logdir, "lightning").get("lightning") or {}).get("seed"))
-        row = rows.setdefault(title, Row(title, record.get("overlays", stems[1:]), _dataset(logdir)))
-        if str(seed) in row.scores:
+        stems = _name(logdir).split("+")
+        title, overlays = record.get("row", " + ".join(stems)), record.get("overlays", stems[1:])
+        seed = str(record.get("seed", (_config(logdir, "lightning").get("lightning") or {}).get("seed")))
+        row = rows.setdefault((title, _dataset(project), *overlays), Row(title, overlays, _dataset(project)))
+        if seed in row.scores:
             raise UserError(f"two runs of '{title}' with seed {seed}, one of them '{logdir}': name the ones that count")
-        row.scores[str(seed)] = scored["scores"]
+        row.scores[seed], row.steps[seed] = scored["scores"], scored.get("step", 0)
         if "scores_of_tokens" in scored:
-            row.tokens[str(seed)] = scored["scores_of_tokens"]
+            row.tokens[seed] = scored["scores_of_tokens"]
     if not rows:
         raise UserError("; ".join(remarks) or f"no scored runs of EncDiff under {', '.join(map(str, paths))}")
-    order = [title for path in paths for title in study_order(path) if title in rows]
-    return sorted(rows.values(), key=lambda row: order.index(row.title) if row.title in order else len(order)), remarks
+    titles = [row.title for row in rows.values()]
+    for row in rows.values():
+        if titles.count(row.title) > 1:
+            row.title += f" ({row.dataset or 'own data'}{''.join(f', {stem}' for stem in row.overlays)})"
+        if len(set(row.steps.values())) > 1:
+            steps = ", ".join(f"{count} (seed {seed})" for seed, count in row.steps.items())
+            remarks.append(f"'{row.title}' averages scores of different steps: {steps}")
+    order = [title for path in paths for folder in (path, path.parent) for title in study_order(folder)]
+    place = {title: number for number, title in reversed(list(enumerate(order)))}
+    return [
+        row
+        for _, row in sorted(zip(titles, rows.values(), strict=True), key=lambda pair: place.get(pair[0], len(order)))
+    ], remarks
+
+
+def _name(logdir: Path) -> str:
+    """What a run was called: by `-n`, or the stems of its files joined by +."""
+    logdir = logdir.resolve()
+    name = STARTED.match(logdir.name)
+    if name is None:
+        return logdir.name
+    # A number is added where another run of the name started in the same second.
+    plain = re.sub(r"-\d+$", "", logdir.name)
+    return plain[20:] if plain != logdir.name and (logdir.parent / plain).is_dir() else name[1]
 
 
 def study_order(path: Path) -> list[str]:
@@ -132,8 +154,8 @@ def _config(logdir: Path, kind: str) -> dict[str, Any]:
     return loaded
 
 
-def _dataset(logdir: Path) -> str:
-    data = (_config(logdir, "project").get("data") or {}).get("params", {})
+def _dataset(project: dict[str, Any]) -> str:
+    data = (project.get("data") or {}).get("params", {})
     return DATASETS.get(str((data.get("validation") or {}).get("target")).rpartition(".")[2], "")
 
 
@@ -164,7 +186,7 @@ def number(values: Any) -> str:
 
 def spread(values: Sequence[float]) -> Any:
     """[mean, sample standard deviation], or the one value."""
-    return [statistics.fmean(values), statistics.stdev(values)] if len(values) > 1 else values[0]
+    return [float(np.mean(values)), float(np.std(values, ddof=1))] if len(values) > 1 else values[0]
 
 
 def cells(row: Row, metrics: Sequence[str], paper: Sequence[str], tokens: bool) -> list[str]:
@@ -173,7 +195,8 @@ def cells(row: Row, metrics: Sequence[str], paper: Sequence[str], tokens: bool) 
     line = [f"{row.title}, tokens scored" if tokens else row.title, str(len(scores))]
     for metric in metrics:
         values = [run[metric][HEADLINES[metric]] for run in scores.values() if metric in run]
-        line.append(number(spread(values)) if values else "")
+        few = f" ({len(values)} of {len(scores)})" if 0 < len(values) < len(scores) else ""
+        line.append(number(spread([nan if v is None else v for v in values])) + few if values else "")
     found = paper_numbers(row, tokens)
     return line + [number(found[metric]) if metric in found else "" for metric in paper]
 

@@ -58,23 +58,28 @@ class Runs:
     def __init__(self, results=()) -> None:
         self.commands: list[list[str]] = []
         self.devices: list[str | None] = []
-        self.results, self.now, self.most = dict(results), 0, 0
+        self.results, self.now, self.most, self.started = dict(results), 0, 0, 0
 
     def __call__(self, command, stdout, stderr, env, start_new_session):
         self.commands.append(command)
+        self.started += 1
         self.devices.append(env.get("CUDA_VISIBLE_DEVICES"))
         outer, key = self, next((k for k in self.results if k in " ".join(command)), None)
         status = self.results.get(key, 0)
-        folder = Path(command[command.index("-l") + 1]) if "-l" in command else None
-        if folder is not None and status in (0, 130):
-            checkpoint = folder / "2026-01-01T00-00-00_run" / "checkpoints" / "last.ckpt"
-            checkpoint.parent.mkdir(parents=True)
-            checkpoint.touch()
+        if "-r" in command:
+            logdir = Path(command[command.index("-r") + 1])
+        else:
+            logdir = Path(command[command.index("-l") + 1]) / f"2026-01-{self.started:02}T00-00-00_run"
+        if status in (0, 130, "unscored"):
+            (logdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (logdir / "checkpoints" / "last.ckpt").touch()
+        if status == 0:
+            (logdir / "metrics").mkdir(exist_ok=True)
+            (logdir / "metrics" / "000002.json").touch()
+        status = 0 if status == "unscored" else status
         if status == 1:
             stdout.write("starting\nerror: no such thing\n")
             stdout.flush()
-        if "-r" in command:
-            status = 0
 
         class Process:
             pid = os.getpid()
@@ -127,7 +132,8 @@ def test_a_real_study(study, cli, capsys, caplog):
     value = table.number(scores["factor_vae"]["eval_accuracy"])
     assert shown.out.splitlines()[0].startswith("|  | seeds | FactorVAE score |")
     assert shown.out.splitlines()[2].startswith(f"| EncDiff | 1 | {value} |"), "in the study's order"
-    assert shown.out.splitlines()[3].startswith("| pixel | 1 |") and "1.000, .981 ± .015" not in shown.out
+    assert shown.out.splitlines()[3].startswith("| pixel | 1 |")
+    assert shown.out.splitlines()[3].endswith("| 1.000 |"), "the paper's"
     assert len(shown.out.splitlines()) == 4
 
     # The data appear: only the failed run is tried again.
@@ -167,8 +173,53 @@ def test_a_failed_run_is_reported_and_a_stopped_one_goes_on(study, monkeypatch, 
     monkeypatch.setattr(sweep, "STOP", sweep.Stop())
     runs.results = {}
     assert start("study.yaml", "--logdir", "out") == 0
-    assert len(runs.commands) == 2 and runs.commands[1][2:4] == ["-r", "out/encdiff/seed_0/2026-01-01T00-00-00_run"]
+    assert len(runs.commands) == 2 and runs.commands[1][2:4] == ["-r", "out/encdiff/seed_0/2026-01-06T00-00-00_run"]
     assert "-s" not in runs.commands[1] and "--base" not in runs.commands[1], "the log directory holds them"
+
+
+def test_only_what_has_scores_is_done(study, monkeypatch, caplog):
+    """A run that was stopped in its last validation ends, when it goes on, without one: it is trained anew."""
+    caplog.set_level("INFO")
+    runs = Runs({"out/encdiff/seed_0": "unscored"})
+    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
+    assert start("study.yaml", "--logdir", "out") == 1
+    assert "EncDiff, seed 0: unscored" in caplog.text and "trained anew" in caplog.text
+    runs.results, runs.commands = {}, []
+    assert start("study.yaml", "--logdir", "out") == 0
+    assert len(runs.commands) == 1 and "-r" not in runs.commands[0] and "-s" in runs.commands[0]
+    study(overrides=["lightning.callbacks.disentanglement.params.metrics=[]"])
+    runs.results = {"encdiff": "unscored", "5_tokens": "unscored"}
+    assert start("study.yaml", "--logdir", "other") == 0, "where no scores are asked for, none are missed"
+
+
+def test_the_reason_is_the_last_attempts(study, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    runs = Runs({"out/encdiff/seed_0": 1})
+    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
+    start("study.yaml", "--logdir", "out", "--rows", "EncDiff", "--seeds", 0)
+    caplog.clear()
+    runs.results = {"out/encdiff/seed_0": -9}
+    assert start("study.yaml", "--logdir", "out", "--rows", "EncDiff", "--seeds", 0) == 1
+    assert "ended by SIGKILL" in caplog.text and "no such thing" not in caplog.text
+
+
+def test_gpus_count_in_what_is_visible(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sweep.gpus(None) == [None] and sweep.gpus("0,2") == ["0", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
+    assert sweep.gpus("1,0") == ["GPU-ab", "4"]
+    with pytest.raises(UserError, match="2 GPUs, numbers 0 to 1"):
+        sweep.gpus("2")
+
+
+def test_a_given_first_stage_reaches_every_row_that_has_one(study, cli, monkeypatch, first_stage):
+    """As an override, with a row that has no first stage, and without training one."""
+    runs = Runs()
+    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
+    pixel = str(ROOT / "configs/ablations/pixel.yaml")
+    path = study(overrides=[f"{sweep.CKPT_KEY}={first_stage}"], rows={"EncDiff": [], "pixel": [pixel]}, seeds=[0])
+    assert start(path, "--logdir", "out") == 0
+    assert [any(str(first_stage) in item for item in command) for command in runs.commands] == [True, False]
 
 
 def test_devices_share_the_runs(study, monkeypatch):
@@ -210,11 +261,13 @@ def test_two_sweeps_do_not_train_the_same_run(study, monkeypatch, caplog):
     assert not any("out/encdiff/seed_1" in " ".join(command) for command in runs.commands)
     # A run whose sweep was killed, and which is still there.
     _, jobs = sweep.plan(sweep.load_study(Path("study.yaml")), Path("out"), [1], ["EncDiff"])
-    jobs[0].save(status="running", pid=os.getpid(), host=sweep.socket.gethostname())
+    own = Path("/proc/self/cmdline")
+    command = own.read_text().split("\0")[:-1] if own.is_file() else []
+    jobs[0].save(status="running", pid=os.getpid(), host=sweep.socket.gethostname(), command=command)
     assert sweep.run_job(jobs[0]) == "elsewhere"
     gone = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ)
     os.waitpid(gone, 0)
-    jobs[0].save(status="running", pid=gone, host=sweep.socket.gethostname())
+    jobs[0].save(status="running", pid=gone, host=sweep.socket.gethostname(), command=command)
     assert sweep.run_job(jobs[0]) == "done"
 
 
@@ -254,7 +307,12 @@ def test_sigterm_saves_and_stops(study, cli):
         ({"rows": {"a": ["no.yaml"]}}, (), "there is no file 'no.yaml'"),
         ({"rows": {"a b": [], "a-b": []}}, (), "differ in nothing but punctuation"),
         ({"rows": ["a"]}, (), "rows must map names"),
-        ({"seeds": [-1]}, (), "seeds must be whole numbers"),
+        ({"rows": {"a": "enc.yaml"}}, (), "rows must map names"),
+        ({"rows": {"β": []}}, (), "needs a letter"),
+        ({"base": "enc.yaml"}, (), "base must be a list"),
+        ({"seeds": 3}, (), "seeds must be a list"),
+        ({}, ("--seeds", -1), "--seeds: expected"),
+        ({"seeds": [-1]}, (), "seeds must be a list of whole numbers"),
         ({"seeds": [1, 1]}, (), "a seed is given twice"),
         ({"base": []}, (), "'base' is missing"),
         ({"sedes": [1]}, (), "unknown key 'sedes'.*seeds"),

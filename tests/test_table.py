@@ -123,6 +123,38 @@ def test_unfinished_and_unscored_runs_are_left_out_and_named(tmp_path, capsys):
     assert re.search(r"left out, running: .*seed_1", shown.err) and re.search("left out, without.*seed_2", shown.err)
 
 
+def test_rows_are_of_one_name_data_set_and_configuration(tmp_path, capsys):
+    """Names may end in numbers; two studies may have rows of one name; runs of other lengths are told."""
+    run(tmp_path, "2026-01-01T00-00-00_shapes3d-vq-4-16", 0, {"dci": 0.5})
+    run(tmp_path, "2026-01-01T00-00-00_shapes3d-vq-4-16-2", 1, {"dci": 0.25})
+    run(tmp_path, "2026-01-01T00-00-00_shapes3d-vq-4-8", 0, {"dci": 0.125})
+    longer = run(tmp_path, "2026-01-02T00-00-00_shapes3d-vq-4-8", 1, {"dci": 0.375})
+    scored = json.loads((longer / "metrics" / "1000000.json").read_text())
+    (longer / "metrics" / "1000000.json").write_text(json.dumps(scored | {"step": 7}))
+    for seed, dataset in enumerate(("Shapes3DTrain", "MPI3DTrain")):
+        logdir = run(
+            tmp_path / dataset / f"seed_{seed}", "2026-01-01T00-00-00_encdiff", 5, {"dci": 0.5}, target=dataset
+        )
+        record = {"row": "EncDiff", "seed": seed, "overlays": [], "status": "done", "logdir": logdir.name}
+        (logdir.parent / "run.json").write_text(json.dumps(record))
+    table.main([str(tmp_path)])
+    shown = capsys.readouterr()
+    assert sorted(shown.out.splitlines()[2:]) == [
+        "| EncDiff (mpi3d) | 1 | .500 | .685 ± .044 |",
+        "| EncDiff (shapes3d) | 1 | .500 | .969 ± .030 |",
+        "| shapes3d-vq-4-16 | 2 | .375 ± .177 | .969 ± .030 |",
+        "| shapes3d-vq-4-8 | 2 | .250 ± .177 | .969 ± .030 |",
+    ]
+    assert "'shapes3d-vq-4-8' averages scores of different steps: 0 (seed 0), 7 (seed 1)" in shown.err
+
+
+def test_scores_that_are_none_show(tmp_path, capsys):
+    """JSON has no NaN: a score that could not be computed is null there."""
+    for seed, value in enumerate((0.5, None)):
+        run(tmp_path, f"2026-01-0{seed + 1}T00-00-00_a", seed, {"mig": value})
+    assert shown(capsys, tmp_path)[2] == "| a | 2 | nan ± nan |"
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         table.main([str(tmp_path / "nothing")])

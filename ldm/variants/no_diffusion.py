@@ -68,6 +68,8 @@ class OnePass(DDIMSampler):
         batch_size: int,
         shape: Sequence[int],
         conditioning: torch.Tensor | None = None,
+        eta: float = 0.0,
+        x_T: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         x0: torch.Tensor | None = None,
         quantize_x0: bool = False,

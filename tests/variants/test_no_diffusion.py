@@ -94,7 +94,7 @@ def test_sampling_is_one_pass(model):
     tokens = torch.randn(2, 4, 8)
     once = model.apply_model(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), tokens)
     for steps in (1, 50):
-        latents, way = model.sampler().sample(steps, 2, (3, 8, 8), tokens, eta=1.0, x_T=torch.randn(2, 3, 8, 8))
+        latents, way = model.sampler().sample(steps, 2, (3, 8, 8), tokens, 1.0, torch.randn(2, 3, 8, 8))
         assert torch.equal(latents, once) and torch.equal(way["pred_x0"][-1], once)
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., :4] = 1

@@ -16,6 +16,8 @@ from ldm.data.dis import Shapes3DTrain
 from ldm.metrics.evaluate import evaluate
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.diffusion.schedule import make_beta_schedule
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.encoders.concept import Encoder4
 from ldm.util import UserError, instantiate_from_config
 from ldm.variants.adagn import AdaGNUNet
 from ldm.variants.euler import EulerTokens
@@ -63,7 +65,12 @@ def adagn(model, config) -> bool:
 
 # What each file does to a model.
 EFFECTS = {
-    "paper": lambda model, config: model.ema_parameters == "all" and model.loss_type == "l2",
+    "paper": lambda model, config: (
+        (model.ema_parameters, model.loss_type) == ("all", "l2")
+        and unet(model).context_dim == model.cond_stage_model.context_dim == 32
+        and config.model.params.unet_config.params.dropout == 0.1
+        and not isinstance(model.cond_stage_model, Encoder4)
+    ),
     "no_diffusion": no_diffusion,
     "adagn": adagn,
     "vector": token_map(ChunkTokens),
@@ -256,6 +263,37 @@ def test_a_variant_takes_over_the_parameters_of_its_class(tiny):
     back = merge([config, OmegaConf.create({"model": {"params": {"unet_config": {
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {"image_size": 8}}}}})])  # fmt: skip
     assert back.model.params.unet_config.params == {"image_size": 8}, "from variant to class they are replaced"
+
+
+def test_a_class_of_ones_own_keeps_what_it_takes(tiny):
+    """Derived, with a signature of its own: the rest is replaced, as between any two classes."""
+    own = {"target": "test_overlays.OwnUNet", "params": {"width": 4}}
+    config = merge([load_yaml(tiny), OmegaConf.create({"model": {"params": {"unet_config": own}}})])
+    assert config.model.params.unet_config.params == {"width": 4, "image_size": 8}
+
+
+class OwnUNet(UNetModel):
+    """Somebody's variant."""
+
+    def __init__(self, width: int, image_size: int) -> None:
+        raise AssertionError("never built")
+
+
+def test_other_classes_of_ours_are_completed_by_later_files():
+    """Only the paper's variants refuse each other: here the parameters come in a third file."""
+    for old, new in (
+        ("ldm.data.dis.Shapes3DTrain", "ldm.data.dis.ImageFolder"),
+        ("ldm.models.autoencoder.VQModel", "ldm.models.autoencoder.AutoencoderKL"),
+        ("ldm.modules.encoders.concept.Encoder4", "ldm.variants.transformer_encoder.TransformerEncoder"),
+    ):
+        nodes = [{"x": {"target": old, "params": {"a": 1}}}, {"x": {"target": new}}, {"x": {"params": {"b": 2}}}]
+        assert merge([OmegaConf.create(node) for node in nodes]).x == {"target": new, "params": {"b": 2}}
+
+
+def test_files_of_other_folders_are_not_meant(tiny, tmp_path):
+    """A file of one's own may be called as it likes."""
+    (tmp_path / "vector_shapes.yaml").write_text("model: {params: {loss_type: l2}}\n")
+    load_bases([tiny, tmp_path / "vector_shapes.yaml", ABLATIONS / "orthogonal_euler.yaml"])
 
 
 def test_relations_of_a_wrong_form_are_told(tiny, tmp_path):
