@@ -192,8 +192,9 @@ def _refuse_siblings(old: type, new: type, before: DictConfig, after: DictConfig
         )
     for name in map(str, before.get("params") or {}):
         part = before.params[name] if not OmegaConf.is_missing(before.params, name) else None
-        own = isinstance(part, DictConfig) and str(part.get("target")).startswith(VARIANTS)
-        if own and name not in params and takes_key(new, name):
+        if not isinstance(part, DictConfig) or not str(part.get("target")).startswith(VARIANTS):
+            continue
+        if name not in params and takes_key(new, name):
             raise UserError(
                 f"{where}.target: {new.__name__} would replace {old.__name__} and, with its parameters,"
                 f" {name} ({part.target}): give the file that sets {name} after the one that sets {new.__name__}"
