@@ -41,9 +41,9 @@ class SignalAt(Callback):
 class SavedCodes(DisentanglementCallback):
     """Keeps the codes that were scored, in `codes_RANK.npy`, and the scale factor, in `scale_RANK.pt`."""
 
-    def _gather(self, pl_module: pl.LightningModule, rows: int) -> np.ndarray:
+    def _gather(self, pl_module: pl.LightningModule, rows: int) -> dict[str, np.ndarray]:
         codes = super()._gather(pl_module, rows)
-        np.save(f"codes_{pl_module.global_rank}.npy", codes)
+        np.save(f"codes_{pl_module.global_rank}.npy", codes["scalars"])
         return codes
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -145,6 +145,14 @@ def test_a_real_study(study, cli, capsys, caplog):
     assert [name for name in after if after[name]["seconds"] != before[name]] == ["broken"]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_can_be_trained(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    study = sweep.load_study(path)
+    first, jobs = sweep.plan(study, tmp_path, study["seeds"], list(study["rows"]))
+    assert first is not None and len(jobs) == len(study["seeds"]) * len(study["rows"])
+
+
 def test_order_names_and_commands(study, cli, monkeypatch, capsys):
     runs = Runs()
     monkeypatch.setattr(sweep.subprocess, "Popen", runs)
