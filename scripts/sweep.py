@@ -158,7 +158,8 @@ def plan(study: dict[str, Any], out: Path, seeds: Sequence[int], rows: Sequence[
         base = [str(find_config(path)) for path in node["base"]]
         overrides = [str(item) for item in node.get("overrides") or []]
         digest = _digest(checked("first_stage", base, overrides))
-        first = Job("first stage", int(node.get("seed", 23)), out / "first_stage", "main.py", base, overrides, digest)
+        seed, folder = int(node.get("seed", 23)), out / "first_stage"
+        first = Job("first stage", seed, folder, "main.py", base, overrides, digest, scored=False)
     for row in rows:
         base = [str(find_config(path)) for path in [*study["base"], *study["rows"][row]]]
         overrides = [str(item) for item in study.get("overrides") or []]
@@ -297,8 +298,7 @@ def _run_locked(job: Job, device: str | None) -> str:
     else:
         result = "done" if not job.scored or list(logdir.glob("metrics/*.json")) else "unscored"
     spent += time.perf_counter() - start
-    if result in ("done", "unscored") and logdir is not None and job.script == "main.py":
-        result = "done"
+    if result == "done" and logdir is not None and job.script == "main.py":
         # Under a name that does not change with the time of its training.
         link = job.folder / "last.ckpt"
         link.unlink(missing_ok=True)
