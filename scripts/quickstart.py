@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.api import encode, load, load_config, reconstruction_mse
-from ldm.cli import main as train
+from ldm.cli.main import main as train
 from ldm.config import load_yaml
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config

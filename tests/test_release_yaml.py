@@ -9,13 +9,13 @@ import pytest
 import torch
 import torchvision
 from command_line import CHECKPOINT, CommandLine, encdiff_config, first_stage_config
+from ldm.cli_trainer import trainer_options
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ldm
 from ldm import util
 from ldm.callbacks.record import Record
-from ldm.cli_trainer import trainer_options
 from ldm.config import check_config, load_yaml, merge
 from ldm.data.rendered import write_shapes3d
 from ldm.util import UNUSED, Unused, UserError, check_keys, get_obj_from_str, used

@@ -76,7 +76,7 @@ class DisentanglementCallback(Callback):
 
     # ---- before anything is trained
 
-    def check(self, datasets: Mapping[str, Any], model: Any, limit_val_batches: Any = None) -> None:
+    def check(self, model: Any, datasets: Mapping[str, Any], trainer_options: Any = None) -> None:
         """Refuse what could not be scored, before anything is trained.
 
         Args:
@@ -90,6 +90,7 @@ class DisentanglementCallback(Callback):
         """
         if not self.metrics:
             return
+        limit_val_batches = trainer_options.get("overfit_batches") or trainer_options.get("limit_val_batches")
         off = f"set {WHERE}.metrics=[] to train without scores"
         if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
             raise UserError(f"{type(model).__name__} has no concept encoder to score: train it with main.py, or {off}")

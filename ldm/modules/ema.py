@@ -1,6 +1,5 @@
 """Exponential moving average of a module's parameters, stored under LDM's names."""
 
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ class LitEma(nn.Module):
     decay: torch.Tensor
     num_updates: torch.Tensor
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.9999, buffers: bool = False) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"the EMA decay must lie in [0, 1], got {decay}")
@@ -63,12 +62,12 @@ class LitEma(nn.Module):
         shadows, parameters = self._pairs(model)
         torch._foreach_copy_(parameters, shadows)
 
-    def store(self, parameters: Iterable[nn.Parameter]) -> None:
+    def store(self, parameters: nn.Module) -> None:
         """Keep a copy of parameters, to be put back by `restore`."""
-        self._stored = [parameter.detach().clone() for parameter in parameters]
+        self._stored = [parameter.detach().clone() for parameter in parameters.parameters()]
 
     @torch.no_grad()
-    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+    def restore(self, parameters: nn.Module) -> None:
         """Put the parameters kept by `store` back."""
-        torch._foreach_copy_([parameter.detach() for parameter in parameters], self._stored)
+        torch._foreach_copy_([parameter.detach() for parameter in parameters.parameters()], self._stored)
         self._stored = []

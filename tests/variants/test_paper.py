@@ -5,12 +5,12 @@ from functools import reduce
 import pytest
 import torch
 from command_line import CHECKPOINT, ROOT
+from ldm.cli_build import set_learning_rate
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
 import ldm
-from ldm.cli_build import set_learning_rate
 from ldm.config import check_config, load_yaml, merge
 from ldm.modules.encoders.concept import Encoder4
 from ldm.util import instantiate_from_config
