@@ -202,7 +202,7 @@ def _refuse_lost_variants(where: str, before: DictConfig, after: DictConfig, old
             )
 
 
-def _whole(cls: type, params: DictConfig) -> bool:
+def _whole(cls: type, params: Any) -> bool:
     """Whether `params` has all that the constructor asks for."""
     parameters = inspect.signature(cls).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]

@@ -105,8 +105,9 @@ def instantiate_from_config(config: Any, where: str = "", **extra: Any) -> Any:
         UserError: no target, an unknown target or key, a value of another kind, or what the constructor refuses.
     """
     try:
-        whole = {"resolve": True, "throw_on_missing": True}
-        node: Any = OmegaConf.to_container(config, **whole) if isinstance(config, DictConfig) else config
+        node: Any = config
+        if isinstance(config, DictConfig):
+            node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split()), where) from error
     if not isinstance(node, Mapping) or "target" not in node:

@@ -146,9 +146,9 @@ def _rename(where: str, node: DictConfig) -> None:
         node.target = TARGETS[target]
         log.warning("%s.target: %s is %s here", where, target, node.target)
     elif target.startswith(DATASETS):
-        raise UserError(
-            f"'{target}' is a data set of the first release that is not part of this one", f"{where}.target"
-        )
+        message = f"'{target}' is a data set of the first release that this project does not have"
+        raise UserError(message, f"{where}.target")
+
 
 
 def _drop(params: Any, unused: dict[str, Unused] | None, where: str) -> None:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.models.checkpoint import load_weights
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.ema import LitEma
+from ldm.modules.ema import LitEma, ema_buffers
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class FirstStage(pl.LightningModule):
         """Last step of building: EMA weights and the checkpoint's, once all networks exist."""
         if self.use_ema:
             self.model_ema = LitEma(self)
+        self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
         if ckpt_path is not None and "model_ema." in load_weights(self, ckpt_path, ignore_keys):
             self.model_ema.reset(self)
 

@@ -20,7 +20,7 @@ from ldm.models.diffusion.latents import encode_training_set
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.ema import LitEma
+from ldm.modules.ema import LitEma, ema_buffers
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -178,6 +178,7 @@ class LatentDiffusion(pl.LightningModule):
             self.cond_stage_model.requires_grad_(cond_stage_trainable)
             if use_ema and ema_parameters == "all":
                 self.cond_stage_model_ema = LitEma(self.cond_stage_model, ema_decay, buffers=True)
+        self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
         # Whether the scale factor is final: from a checkpoint, or computed on the first batch.
         self.scale_factor_known = not scale_by_std
         if ckpt_path is not None:
