@@ -61,7 +61,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         nodes = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.nodes = {split: node for split, node in nodes.items() if node is not None}
         if not self.nodes:
-            raise UserError(f"data.params: expected at least one of {', '.join(nodes)}")
+            raise UserError(f"expected at least one of the nodes {', '.join(nodes)} in data.params")
         self.batch_size, self.val_batch_size, self.num_workers = batch_size, val_batch_size, num_workers
         self.shuffle = {"validation": shuffle_val_dataloader, "test": shuffle_test_loader, "predict": False}
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
