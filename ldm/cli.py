@@ -12,7 +12,6 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, Progres
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.callbacks.disentanglement import DisentanglementCallback
 from ldm.callbacks.stop import Interrupted
 from ldm.cli_arguments import Run, apply_flags, locate_run, parse, set_token_num
 from ldm.cli_build import build_callbacks, configure_manual_optimization, lightning_nodes, set_learning_rate
@@ -79,8 +78,8 @@ def run_training(argv: Sequence[str], score: bool) -> int:
     if opt.train and datasets and "train" not in datasets:
         raise UserError("data.params.train is missing: there is nothing to train on")
     for callback in callbacks:
-        if isinstance(callback, DisentanglementCallback):
-            callback.check(datasets, model, options.get("overfit_batches") or options.get("limit_val_batches"))
+        if hasattr(callback, "check"):
+            callback.check(model, datasets, options)
     check_model(model, datasets, OmegaConf.select(nodes, "modelcheckpoint.params.monitor"), callbacks)
     if run.checkpoint is not None:
         check_resumable(run.checkpoint, model, "--resume_from_checkpoint" if run.fresh else "-r")

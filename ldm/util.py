@@ -21,6 +21,11 @@ class UserError(ValueError):
     The message names it, says what was expected and found, and what to do. The command line prints it as one line.
     """
 
+    # TEMPORARY, like `check_params` below, until this branch is merged with the new util.
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.message, self.key = message, key
+
 
 # Names of LDM's and of the release's YAML files, and what they mean here.
 RENAMED = {
@@ -379,3 +384,7 @@ def require_at_least(least: float, where: str, **values: Any) -> None:
 def plain(config: Any) -> Any:
     """A configuration node as plain dicts, lists and scalars."""
     return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig | ListConfig) else config
+
+
+def check_params(function, params, where=""):
+    check_keys(function, params, where)
