@@ -190,7 +190,7 @@ def run(opt: argparse.Namespace) -> None:
     paths = opt.codes or opt.model
     # All are looked up before the first is evaluated.
     if opt.codes:
-        factors, codes = parse_factors(opt), [read_codes(path) for path in paths]
+        factors, given = parse_factors(opt), [read_codes(path) for path in paths]
     else:
         from ldm.api import load_config
 
@@ -204,7 +204,7 @@ def run(opt: argparse.Namespace) -> None:
         own = {"source": str(path), **about}
         try:
             if opt.codes:
-                found: Scored | None = evaluate_codes(codes[number], factors, out, own, opt)
+                found: Scored | None = evaluate_codes(given[number], factors, out, own, opt)
             else:
                 found = evaluate_model(path, out, own, opt)
         except ValueError as error:
