@@ -16,11 +16,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ldm
-from ldm.api import encode
 from ldm.callbacks.images import ImageLogger
 from ldm.cli.arguments import parse
 from ldm.cli.build import configure_manual_optimization, devices, processes, trainer_options
 from ldm.config import from_dotlist, merge
+from ldm.evaluation.codes import encode
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 
@@ -297,14 +297,14 @@ def test_scores_are_stored(trained_encdiff):
 
 
 def test_a_table_of_scores_is_shown(trained_encdiff):
-    assert "scores at step 8" in trained_encdiff.log and re.search(r"mig +discrete_mig +0\.\d{4}", trained_encdiff.log)
+    assert "scores of the scalars at step 8" in trained_encdiff.log and re.search(r"mig +discrete_mig +0\.\d{4}", trained_encdiff.log)
     assert "= 64 rows" in trained_encdiff.log and "samples: factor_vae 20/20, mig 64" in trained_encdiff.log
     assert list((trained_encdiff.logdir / "metrics").glob("000008_mig_mutual_information.png"))
 
 
 def test_the_sanity_check_does_not_score(trained_encdiff):
     """Two validations, two scores: Lightning's sanity check, of two batches, ran before them."""
-    assert trained_encdiff.log.count("scoring 64 codes") == 2
+    assert trained_encdiff.log.count("scoring the scalars of 64 images") == 2
     assert not (trained_encdiff.logdir / "metrics" / "000000.json").exists()
 
 

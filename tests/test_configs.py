@@ -291,7 +291,7 @@ UNKNOWN_KEYS = [
 ]  # fmt: skip
 UNKNOWN_KEYS_OF_ENCDIFF = [
     ("model.params.unet_config.params.chanel_mult=[1]", "unet_config.params.chanel_mult: unknown key", "channel_mult"),
-    ("cond_stage_config.params.latent_units=1", "cond_stage_config.params.latent_units: unknown key", "latent_unit"),
+    ("model.params.cond_stage_config.params.latent_units=1", "params.latent_units: unknown key", "latent_unit"),
     ("model.params.scheduler_config.params.warm_up=1", "scheduler_config.params.warm_up: unknown key", "warm_up_steps"),
     ("model.params.first_stage_config.params.ddconfig.chm=1", "ddconfig.chm: unknown key", "ch"),
     ("lightning.callbacks.disentanglement.params.metric=[]", "disentanglement.params.metric: unknown key", "metrics"),

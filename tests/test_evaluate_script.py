@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import ldm
-from ldm.api import encode, load_config
+from ldm.api import load_config
+from ldm.evaluation.codes import encode
 from ldm.factors import FactorGrid
 from ldm.metrics.evaluate import METRICS, defined_metrics, evaluate
 from ldm.util import instantiate_from_config

@@ -226,7 +226,7 @@ CASES: dict[str, tuple[Callable[[Setting], list], tuple[str, ...]]] = {
     "picture frequency": (lambda s: s.vq(f"{PICTURES}.batch_frequency=0"), ("batch_frequency",)),
     "picture steps": (lambda s: s.enc(f"{PICTURES}.log_images_kwargs.ddim_steps=0"), ("ddim_steps", "at least 1")),
     "logger's options": (lambda s: s.vq("lightning.logger.params.flush_sec=1"), ("lightning.logger", "'flush_secs'")),
-    "picture options": (lambda s: s.enc(f"{PICTURES}.log_images_kwargs.eta=1"), ("'eta'",)),
+    "picture options": (lambda s: s.enc(f"{PICTURES}.log_images_kwargs.eta=1"), ("kwargs.eta", "'ddim_eta'")),
     # ---- flags
     "unknown flag": (lambda s: s.vq("--max_epoch", 3), ("--max_epoch", "'max_epochs'")),
     "unknown short flag": (lambda s: s.vq("-q"), ("-q",)),

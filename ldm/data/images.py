@@ -28,6 +28,11 @@ def to_unit_range_all(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """`count` rows (count,) int64 at even distances over `length`, the first and the last included; at most all."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Pixels:
     """Where in a file the uint8 pixels of a data set are.
