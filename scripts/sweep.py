@@ -312,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status == "stopped" or SIGNALS:
             log.info("stopped; the same command resumes")
             return 130
-    log.info("%s; python scripts/table.py %s", ", ".join(f"{results[key]} {key}" for key in results), opt.logdir)
+    if not opt.only:
+        log.info("%s", ", ".join(f"{count} {status}" for status, count in results.items()))
+        log.info("the table: %s", shlex.join(["python", "scripts/table.py", str(opt.logdir)]))
     return 0 if set(results) <= {"done"} else 1
 
 

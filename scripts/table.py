@@ -174,7 +174,7 @@ def paper_numbers(values: dict[str, Any], kind: str = "scores") -> tuple[dict[st
             for key, wanted in (PAPER["all"] | PAPER["datasets"][dataset] | row["has"]).items():
                 allowed = wanted if isinstance(wanted, list) else [wanted]
                 if values[key] not in allowed:
-                    differ.append(f"{key} is {values[key]}, in the paper {allowed[-1]}")
+                    differ.append(f"{key} is {values[key]}, and {allowed[-1]} in the paper")
             if not differ:
                 return numbers, []
             nearest_row = differ if not nearest_row else min(nearest_row, differ, key=len)
@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     differ = {row.title: found for row in rows if (found := paper_numbers(row.values)[1])}
     if differ:
         title, first = next(iter(differ.items()))
-        remarks.append(f"no numbers of the paper for {', '.join(differ)}. {title} is another run: {'; '.join(first)}")
+        remarks.append(f"no numbers of the paper for {', '.join(differ)}. {title} differs: {'; '.join(first[:3])}")
     for remark in remarks:
         sys.stderr.write(f"{remark}\n")
 

@@ -150,7 +150,7 @@ def test_other_values_have_no_number(change):
     """The differing value is named."""
     key, _, value = change.partition("=")
     numbers, differ = table.paper_numbers(values(paper_config()) | {key: value})
-    assert not numbers and differ[0].startswith(f"{key} is {value}, in the paper")
+    assert not numbers and differ[0].startswith(f"{key} is {value}, and")
     release = compose([ROOT / "configs/latent-diffusion/shapes3d-vq-4-16.yaml"], complete=False)
     assert not table.paper_numbers(values(release))[0], "the release's values are not the paper's"
 
@@ -171,7 +171,7 @@ def test_unfinished_and_unscored_runs_are_left_out_and_named(tmp_path, capsys):
     table.main([str(tmp_path)])
     shown = capsys.readouterr()
     assert shown.out.splitlines()[2:] == ["| Row A | 1 | .500 | .969 ± .030 |", "| b | 1 | .250 |  |"]
-    assert shown.err.count("no numbers of the paper for b. b is another run: model.params") == 1
+    assert shown.err.count("no numbers of the paper for b. b differs: model.params") == 1
     assert re.search(r"left out, running: .*seed_1", shown.err) and re.search("left out, without.*seed_2", shown.err)
 
 
