@@ -165,6 +165,17 @@ def test_shipped_studies_can_be_trained(path, monkeypatch, tmp_path):
     assert runs[0].name == "first_stage" and len(runs) == 1 + len(study.seeds) * len(study.rows)
 
 
+@pytest.mark.slow
+def test_every_overlay_can_be_planned(monkeypatch, tmp_path):
+    """Its model is built on the meta device, which every class must allow."""
+    monkeypatch.chdir(ROOT)
+    rows = {path.stem: [str(path)] for path in (ROOT / "configs" / "ablations").glob("*.yaml")}
+    study = sweep.Study(
+        ["configs/quickstart/encdiff.yaml"], rows, [0], [], sweep.Stage(["configs/quickstart/first_stage.yaml"])
+    )
+    assert len(sweep.plan(study, tmp_path, list(rows), [0])) == 1 + len(rows)
+
+
 def test_order_and_commands(study, runs, capsys):
     assert start() == 0
     first, *others = runs.commands
