@@ -28,6 +28,10 @@ class Arguments:
     overrides: list[str] = field(default_factory=list)
     flags: dict[str, str] = field(default_factory=dict)
 
+    def named(self, key: str) -> str:
+        """A key, or the flag by which it or a key below it was given."""
+        return next((flag for given, flag in self.flags.items() if key and f"{given}.".startswith(f"{key}.")), key)
+
     def give(self, flag: str, key: str, value: str) -> None:
         """Let a flag stand for an override."""
         self.overrides.append(f"{key}={value}")
@@ -102,10 +106,8 @@ def _trainer_flags(items: Sequence[str], parser: argparse.ArgumentParser) -> Ite
         item = items.pop(0)
         if not re.match(r"--[A-Za-z_]\w*(=|$)", item):
             known = [option for action in parser._actions for option in action.option_strings]
-            hint = (
-                f"unknown flag '{item}'{nearest(item, known)}" if item.startswith("-") else f"unknown argument '{item}'"
-            )
-            raise UserError(f"{hint}: expected a flag or key.sub=value")
+            hint = nearest(item, known) if item.startswith("-") else ""
+            raise UserError(f"unknown argument '{item}': expected a flag or key.sub=value{hint}")
         name, given, text = item[2:].partition("=")
         if not given:
             has_value = items and re.match(r"[^-]|-\d", items[0])
@@ -130,6 +132,11 @@ def _expand(arguments: Arguments) -> None:
     for flag, name in (("-s/--seed", "seed"), ("--scale_lr", "scale_lr")):
         if getattr(options, name) is not None:
             arguments.give(flag, f"lightning.{name}", str(getattr(options, name)).lower())
+    if options.token_num is not None:
+        if options.token_num < 1:
+            raise UserError(f"expected at least 1, got {options.token_num}", "--token_num")
+        for node in ("unet_config", "cond_stage_config"):
+            arguments.give("--token_num", f"model.params.{node}.params.latent_unit", str(options.token_num))
     for flag, text in (("-n/--name", options.name), ("-f/--postfix", options.postfix)):
         if Path(text).name != text:
             raise UserError(f"'{text}' must not contain a folder: that is -l/--logdir", flag)

@@ -3,6 +3,7 @@
 import logging
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -142,3 +143,39 @@ def fit_to(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None
         state.setdefault("alphas_cumprod_next", own["alphas_cumprod_next"])
     if "scale_factor" in own and "logvar" not in own:
         state.pop("logvar", None)
+
+
+def compare(
+    own: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    path: str | Path,
+    optional: tuple[str, ...] = (),
+    named_by: str = "ckpt_path",
+) -> None:
+    """Refuse the state dict of another model.
+
+    Args:
+        own: the model's state dict.
+        state: the checkpoint's.
+        path: the file, for the message.
+        optional: prefixes of names that `state` may lack.
+        named_by: the flag or key that named the file.
+
+    Raises:
+        UserError: weights are missing or have other shapes.
+    """
+    missing = [name for name in own if name not in state and not name.startswith(optional)]
+    unknown = [name for name in state if name not in own]
+    wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
+    what = []
+    if missing:
+        what.append(f"{len(missing)} of {len(own)} weights are missing (the first: {missing[0]})")
+    if missing and unknown:
+        what.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
+    if wrong:
+        shapes = f"{tuple(state[wrong[0]].shape)} there, {tuple(own[wrong[0]].shape)} here"
+        what.append(f"{len(wrong)} have other shapes (the first: {wrong[0]}, {shapes})")
+    if what:
+        hint = "compare use_ema and ema_parameters" if any("_ema." in name for name in missing) else ""
+        hint = hint or "use the configuration that it was trained with"
+        raise UserError(f"'{path}' is a checkpoint of another model: {', '.join(what)}; {hint}", named_by)

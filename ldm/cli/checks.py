@@ -1,6 +1,6 @@
 """What is tried before training starts, so that a mistake is reported before anything is written."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import default_collate
 
-from ldm.compat.checkpoints import read_checkpoint
+from ldm.cli.configure import Run
+from ldm.compat.checkpoints import compare, read_checkpoint
 from ldm.data.images import to_unit_range_all
 from ldm.metrics.evaluate import METRICS
 from ldm.models.autoencoder import FirstStage
-from ldm.models.checkpoint import compare
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.mode import evaluating
 from ldm.util import UserError, nearest
 
 # What to compare, where an image does not pass through a model.
@@ -22,6 +23,35 @@ FITTING = {
     LatentDiffusion: "model.params: first_stage_config, image_size and channels (of the latent), unet_config and"
     " cond_stage_config.params.image_size (of the image)",
 }
+
+
+def check(
+    run: Run,
+    model: pl.LightningModule,
+    datasets: Mapping[str, Any],
+    callbacks: Sequence[Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse what would fail after the start.
+
+    Args:
+        run: from `configure`.
+        model, datasets, callbacks: what was built; callbacks with a method `check` are asked.
+        options: the Trainer's.
+
+    Raises:
+        UserError: the first problem.
+    """
+    if run.train and datasets and "train" not in datasets:
+        raise UserError("is missing: there is nothing to train on", "data.params.train")
+    for callback in callbacks:
+        if hasattr(callback, "check"):
+            callback.check(model, datasets, options)
+    losses = dry_run(model, datasets)
+    for callback in callbacks:
+        check_monitor(getattr(callback, "monitor", None), model, losses, callbacks, datasets)
+    if run.checkpoint is not None:
+        check_resumable(run.checkpoint, model, "-r" if run.resumed else "--resume_from_checkpoint")
 
 
 def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
@@ -42,10 +72,9 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
         if split not in datasets or not isinstance(model, FirstStage | LatentDiffusion):
             continue
         kind = FirstStage if isinstance(model, FirstStage) else LatentDiffusion
-        was_training, size = model.training, ""
-        model.eval()
+        size = ""
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with evaluating(model), torch.no_grad():
                 batch = to_unit_range_all(default_collate([dict(datasets[split][0])]))
                 key = model.image_key if isinstance(model, FirstStage) else model.first_stage_key
                 size = "x".join(map(str, batch[key].shape[1:]))
@@ -55,19 +84,17 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
         except Exception as error:
             problem = f"its images ({size}) do not pass through the model: {' '.join(str(error).split())}"
             raise UserError(f"{problem}; compare them with {FITTING[kind]}", f"data.params.{split}") from error
-        finally:
-            model.train(was_training)
         names |= set(found if isinstance(model, FirstStage) else found[1])
     return names
 
 
 def check_monitor(
-    monitor: Any, model: pl.LightningModule, losses: set[str], callbacks: Iterable[Any], datasets: Mapping[str, Any]
+    monitor: Any, model: pl.LightningModule, losses: set[str], callbacks: Sequence[Any], datasets: Mapping[str, Any]
 ) -> None:
     """Refuse a monitor that nothing is logged as.
 
     Args:
-        monitor: of the checkpoints.
+        monitor: of checkpoints; None is fine.
         model: the model.
         losses: their names, from `dry_run`; empty for models that are not derived from ours.
         callbacks: those with `logged` say what they log.
