@@ -1,74 +1,88 @@
-"""Exponential moving average of a module's parameters, stored under LDM's names."""
+"""Exponential moving average of a module's weights, stored under LDM's names."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from ldm.util import UserError
+
 
 class LitEma(nn.Module):
-    """Shadow copies of the trainable parameters of a module.
+    """Moving averages of the trainable parameters of a module, and of its statistics if asked for.
 
-    The k-th update uses the decay min(decay, (1 + k) / (10 + k)). A shadow's buffer is named after its parameter
+    The k-th update uses the decay min(decay, (1 + k) / (10 + k)). An average is a buffer, named after what it follows
     without the dots, so that checkpoints of LDM fit.
 
     Args:
         model: the module to follow.
         decay: upper limit of the decay, in [0, 1].
+        buffers: also average the floating-point buffers, such as the running means and variances of batch norm. LDM
+            has parameters only: batch norm would then use averaged weights with the statistics of the live ones.
+
+    Attributes:
+        names: names of the averages, by the names of the parameters and buffers that they follow.
+
+    Raises:
+        UserError: a decay outside [0, 1].
     """
 
     decay: torch.Tensor
     num_updates: torch.Tensor
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.9999, buffers: bool = False) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"the EMA decay must lie in [0, 1], got {decay}")
+            raise UserError(f"ema_decay: expected a number in [0, 1], got {decay}")
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0, dtype=torch.int))
-        self.names: dict[str, str] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.names[name] = name.replace(".", "")
-                self.register_buffer(self.names[name], parameter.detach().clone())
+        followed: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if buffers:
+            followed |= {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+        self.names = {name: name.replace(".", "") for name in followed}
+        for name, tensor in followed.items():
+            self.register_buffer(self.names[name], tensor.detach().clone())
         self._stored: list[torch.Tensor] = []
 
-    def _pairs(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        parameters = dict(model.named_parameters())
-        buffers = dict(self.named_buffers())
-        shadows = [buffers[buffer] for buffer in self.names.values()]
-        return shadows, [parameters[name].detach() for name in self.names]
+    def _averages(self) -> list[torch.Tensor]:
+        own = dict(self.named_buffers())
+        return [own[name] for name in self.names.values()]
+
+    def _live(self, model: nn.Module) -> list[torch.Tensor]:
+        """The tensors of `model` in the order of the averages."""
+        found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return [found[name].detach() for name in self.names]
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Update the shadows from the parameters of `model`, without waiting for the device."""
+        """Update the averages from `model`, without waiting for the device."""
         self.num_updates += 1
         count = self.num_updates.float()
         decay = torch.minimum(self.decay, (1 + count) / (10 + count))
-        shadows, parameters = self._pairs(model)
-        step = torch._foreach_sub(shadows, parameters)
+        averages = self._averages()
+        step = torch._foreach_sub(averages, self._live(model))
         torch._foreach_mul_(step, 1.0 - decay)
-        torch._foreach_sub_(shadows, step)
+        torch._foreach_sub_(averages, step)
 
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
-        """Begin anew from the parameters of `model`."""
-        shadows, parameters = self._pairs(model)
-        torch._foreach_copy_(shadows, parameters)
+        """Start again from the weights of `model`."""
+        torch._foreach_copy_(self._averages(), self._live(model))
         self.num_updates.zero_()
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the parameters of `model` with the shadows."""
-        shadows, parameters = self._pairs(model)
-        torch._foreach_copy_(parameters, shadows)
+        """Overwrite the weights of `model` with the averages."""
+        torch._foreach_copy_(self._live(model), self._averages())
 
-    def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep a copy of parameters, to be put back by `restore`."""
-        self._stored = [parameter.detach().clone() for parameter in parameters]
+    def store(self, model: nn.Module | Iterable[torch.Tensor]) -> None:
+        """Keep a copy of what `copy_to` overwrites in `model`, or, as in LDM, of the given parameters."""
+        tensors = self._live(model) if isinstance(model, nn.Module) else model
+        self._stored = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()
-    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Put the parameters kept by `store` back."""
-        torch._foreach_copy_([parameter.detach() for parameter in parameters], self._stored)
+    def restore(self, model: nn.Module | Iterable[torch.Tensor]) -> None:
+        """Put back what `store` kept of the same argument."""
+        tensors = self._live(model) if isinstance(model, nn.Module) else [tensor.detach() for tensor in model]
+        torch._foreach_copy_(tensors, self._stored)
         self._stored = []
