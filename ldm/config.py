@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 VARIANTS = "ldm.variants."
 # What an overlay may say of others.
-RELATIONS = ("excludes", "precedes")
+RELATIONS = ("excludes", "precedes", "follows")
 SECTIONS = {
     "": ("model", "data", "lightning"),
     "model": ("target", "params", "base_learning_rate"),
@@ -81,29 +82,29 @@ def load_yaml(path: str | Path, named_by: str = "--base") -> DictConfig:
 def load_bases(paths: Sequence[Path]) -> list[DictConfig]:
     """The YAML files of `--base`.
 
-    An overlay may say at its top which others it makes no sense with, as `excludes: {stem or pattern: reason}`, and
-    which ones must come after it, as `precedes: {stem or pattern: reason}`.
+    A file may state at its top how it relates to others in its folder, each time as `{stem or pattern: reason}`:
+    `excludes` names files that make no sense with it, `precedes` files that must come after it, and `follows` files
+    that must come before it.
 
     Raises:
         UserError: see `load_yaml`; or two files that do not go together, or not in this order.
     """
     configs = [load_yaml(path) for path in paths]
     for place, (path, config) in enumerate(zip(paths, configs, strict=True)):
-        others = {key: paths if key == "excludes" else paths[:place] for key in RELATIONS}
-        for key, files in others.items():
-            relations = config.get(key)
-            if relations is None:
+        for relation, others, complaint in (
+            ("excludes", paths, "'{}' and '{}' do not go together"),
+            ("precedes", paths[:place], "'{}' must come before '{}'"),
+            ("follows", paths[place + 1 :], "'{}' must come after '{}'"),
+        ):
+            reasons = config.get(relation)
+            if reasons is None:
                 continue
-            if not isinstance(relations, DictConfig):
-                raise UserError(f"--base: '{path}': {key}: expected names of files and reasons, found {relations!r}")
-            for other in files:
-                for pattern in map(str, relations):
-                    # Of the files in its own folder: names in others are somebody else's.
-                    if other == path or other.parent != path.parent or not fnmatch(other.stem, pattern):
-                        continue
-                    if key == "excludes":
-                        raise UserError(f"--base: '{path}' and '{other}' do not go together: {relations[pattern]}")
-                    raise UserError(f"--base: '{path}' must come before '{other}': {relations[pattern]}")
+            if not isinstance(reasons, DictConfig):
+                raise UserError(f"--base: '{path}': {relation}: expected {{file or pattern: reason}}, got {reasons!r}")
+            for other, pattern in product(others, reasons):
+                # Files in other folders may have any name.
+                if other != path and other.parent == path.parent and fnmatch(other.stem, str(pattern)):
+                    raise UserError(f"--base: {complaint.format(path, other)}: {reasons[pattern]}")
     return configs
 
 
