@@ -28,10 +28,13 @@ def composed(bases: Sequence[Path], *names: str) -> DictConfig:
     return config
 
 
+read_once = cache(load_yaml)
+
+
 @contextmanager
 def each_file_read_once() -> Iterator[None]:
     """Inside the block a YAML file is parsed once, which is most of the time that merging takes."""
-    with patch("ldm.config.load_yaml", cache(load_yaml)):
+    with patch("ldm.config.load_yaml", read_once):
         yield
 
 

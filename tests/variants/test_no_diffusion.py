@@ -69,6 +69,11 @@ def test_only_the_tokens_are_decoded(model):
         unet(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())
 
 
+def test_a_weight_per_timestep_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="learn_logvar: without diffusion"):
+        NoDiffusion(**encdiff_config(tmp_path)["model"]["params"], learn_logvar=True)
+
+
 def test_the_decoder_half_is_what_is_left():
     whole, half = UNetModel(**SETTINGS), DecoderUNet(**SETTINGS)
     assert not [name for name, _ in half.named_parameters() if name.startswith(("input_blocks", "time_embed"))]
