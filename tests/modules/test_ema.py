@@ -44,9 +44,9 @@ def test_update_follows_the_formula(buffers):
 
 
 def test_statistics_of_a_constant_stream():
-    """Batches with the same mean and variance: both are averages of known geometric sequences."""
+    """Batches with the same mean and variance: both running statistics are known geometric sequences."""
     model = nn.BatchNorm1d(1, momentum=0.5)
-    ema = LitEma(model, decay=0.0, buffers=True)  # decay 0: the averages equal the statistics
+    ema = LitEma(model, decay=0.0, buffers=True)  # with decay 0 the copies equal the statistics
     batch = torch.tensor([[1.0], [3.0]])
     for k in range(1, 6):
         model(batch)

@@ -22,10 +22,10 @@ def test_the_loss_is_encdiffs_plus_the_penalty(params):
     for kind, extra in ((LatentDiffusion, {}), (SparseDiffusion, {"sparsity_weight": 0.5})):
         torch.manual_seed(0)
         models.append(kind(**params, **extra).eval())
-    (plain, _), (sparse, parts) = (m(x, image, torch.Generator().manual_seed(1)) for m in models)
+    (plain, _), (sparse, losses) = (m(x, image, torch.Generator().manual_seed(1)) for m in models)
     scalars = models[0].cond_stage_model.encoding(image)
     torch.testing.assert_close(sparse, plain + 0.5 * scalars.abs().sum() / 12)
-    assert float(parts["sparsity"]) == pytest.approx(float(scalars.detach().abs().mean())) and parts["loss"] == sparse
+    assert float(losses["sparsity"]) == pytest.approx(float(scalars.detach().abs().mean())) and losses["loss"] == sparse
 
 
 def test_gradient_of_the_penalty():

@@ -5,8 +5,6 @@ import math
 import torch
 from torch import nn
 
-from ldm.util import UserError
-
 GROUPS = 32
 
 
@@ -14,12 +12,12 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation over 32 groups, computed in float32 whatever the type of the input (LDM).
 
     Raises:
-        UserError: `channels` is not a multiple of 32.
+        ValueError: `channels` is not a multiple of 32.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         if channels % GROUPS:
-            raise UserError(f"group normalisation needs a multiple of {GROUPS} channels, got {channels}")
+            raise ValueError(f"group normalisation needs a multiple of {GROUPS} channels, got {channels}")
         super().__init__(GROUPS, channels, eps=eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
