@@ -76,28 +76,33 @@ def load_yaml(path: str | Path, named_by: str = "--base") -> DictConfig:
     return config
 
 
-def check_relations(paths: Sequence[Path], configs: Sequence[DictConfig]) -> None:
-    """Refuse files that do not go together, or not in this order, by what each says of others in its folder.
+def load_bases(paths: Sequence[Path]) -> list[DictConfig]:
+    """The YAML files of `--base`, each of which may say which others in its folder it does not go with.
 
     `excludes: {stem or pattern: reason}` names files that make no sense with it, `precedes` files that must come after
     it, and `follows` files that must come before it.
 
     Raises:
-        UserError: two files and the reason.
+        UserError: see `load_yaml`; or two files that do not go together, or not in this order, and the reason.
     """
+    configs = [load_yaml(path) for path in paths]
     for place, (path, config) in enumerate(zip(paths, configs, strict=True)):
         others = {"excludes": paths, "precedes": paths[:place], "follows": paths[place:]}
         for relation in RELATIONS:
             reasons = config.get(relation) or {}
             if not isinstance(reasons, DictConfig | dict):
-                raise UserError(f"expected names of files and reasons, found {reasons!r}", f"{path}: {relation}")
+                found = f"'{path}': {relation}: expected names of files and reasons, found {reasons!r}"
+                raise UserError(found, "--base")
             for pattern, reason in reasons.items():
                 for other in others[relation]:
                     if other == path or other.parent != path.parent or not fnmatch(other.stem, str(pattern)):
                         continue
                     first, second = (path, other) if relation == "precedes" else (other, path)
-                    must = "do not go together" if relation == "excludes" else "must be given in this order"
-                    raise UserError(f"'{first}' and '{second}' {must}: {reason}", "--base")
+                    said = f"'{first}' must come before '{second}'"
+                    if relation == "excludes":
+                        said = f"'{first}' and '{second}' do not go together"
+                    raise UserError(f"{said}: {reason}", "--base")
+    return configs
 
 
 def from_dotlist(items: Sequence[str]) -> DictConfig:

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.cli.arguments import Arguments
 from ldm.compat.translate import translate
-from ldm.config import check_relations, check_sections, find_config, from_dotlist, load_yaml, merge
+from ldm.config import check_sections, find_config, from_dotlist, load_bases, load_yaml, merge
 from ldm.util import UserError
 
 # What every run has; nodes of the same name in a configuration are merged over these.
@@ -86,10 +86,8 @@ def compose(
     Raises:
         UserError: a file that cannot be read, files that do not go together, or an invalid section.
     """
-    files = [find_config(path) for path in paths]
-    configs = [load_yaml(file) for file in files]
-    check_relations(files, configs)
-    given = [translate(config) for config in (*saved, *configs, from_dotlist(overrides))]
+    files = load_bases([find_config(path) for path in paths])
+    given = [translate(config) for config in (*saved, *files, from_dotlist(overrides))]
     config = merge([OmegaConf.create(DEFAULTS), *given])
     try:
         check_sections(config)
