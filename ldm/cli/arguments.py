@@ -16,21 +16,11 @@ TRAINER = "lightning.trainer"
 
 @dataclass
 class Arguments:
-    """What a command line says.
+    """What a command line says."""
 
-    Attributes:
-        options: LDM's flags, by name.
-        overrides: `key.sub=value`, those that flags stand for included; they win over the YAML files.
-        flags: the flag by which a key was given, for error messages.
-    """
-
-    options: argparse.Namespace
-    overrides: list[str] = field(default_factory=list)
-    flags: dict[str, str] = field(default_factory=dict)
-
-    def named(self, key: str) -> str:
-        """A key, or the flag by which it or a key below it was given."""
-        return next((flag for given, flag in self.flags.items() if key and f"{given}.".startswith(f"{key}.")), key)
+    options: argparse.Namespace  # LDM's flags
+    overrides: list[str] = field(default_factory=list)  # key.sub=value, those that flags stand for included
+    flags: dict[str, str] = field(default_factory=dict)  # key -> the flag by which it was given, for error messages
 
     def give(self, flag: str, key: str, value: str) -> None:
         """Let a flag stand for an override."""
@@ -141,13 +131,9 @@ def _expand(arguments: Arguments) -> None:
         if Path(text).name != text:
             raise UserError(f"'{text}' must not contain a folder: that is -l/--logdir", flag)
     if options.resume:
-        for flag, given in (
-            ("-n/--name", options.name),
-            ("-f/--postfix", options.postfix),
-            ("-l/--logdir", options.logdir != "logs"),
-            ("--resume_from_checkpoint", options.resume_from_checkpoint),
-        ):
-            if given:
+        given = {"-n/--name": options.name, "-f/--postfix": options.postfix, "-l/--logdir": options.logdir != "logs"}
+        for flag, value in {**given, "--resume_from_checkpoint": options.resume_from_checkpoint}.items():
+            if value:
                 raise UserError(
                     f"{flag} and -r/--resume exclude each other, since -r resumes in the directory that it names: to"
                     " resume in a new one, use --resume_from_checkpoint without -r"

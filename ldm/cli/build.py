@@ -10,17 +10,14 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.tensorboard import SummaryWriter
 
-from ldm.callbacks.seeding import SeedEachBatch
-from ldm.callbacks.setup import SetupCallback
+from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
 from ldm.cli.checks import check
 from ldm.cli.configure import Run, without_checkpoints
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, check_params, instantiate_from_config, parameters_of
+from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +58,11 @@ def build(run: Run, score: bool) -> Job:
     lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
     options = trainer_options(lightning["trainer"])
     complete(run, config, score and not options.get("fast_dev_run"))
+    rhythm = intervals(lightning)
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
-    last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **intervals(lightning))]
+    last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
     callbacks = [
         instantiate_from_config(node, f"lightning.callbacks.{name}") for name, node in lightning["callbacks"].items()
     ]
@@ -82,7 +80,7 @@ def build(run: Run, score: bool) -> Job:
     data.setup("fit")
 
     datasets = getattr(data, "datasets", {})
-    check(run, model, datasets, [*callbacks, best], options)
+    check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
     trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
     return Job(run, model, data, trainer, datasets)
 
@@ -111,7 +109,7 @@ def complete(run: Run, config: dict[str, Any], score: bool) -> None:
     best = lightning["modelcheckpoint"]["params"]
     lightning["modelcheckpoint"]["params"] = {**best_checkpoints(config, best), **best}
     if str(lightning["logger"].get("target")).endswith("loggers.TensorBoardLogger"):
-        complete_tensorboard(run, lightning["logger"]["params"])
+        lightning["logger"]["params"].setdefault("save_dir", str(run.logdir))
 
     params = config["model"].get("params") or {}
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
@@ -151,15 +149,6 @@ def intervals(lightning: dict[str, Any]) -> dict[str, Any]:
     if not found and lightning["trainer"].get("val_check_interval") is None:
         found["save_on_train_epoch_end"] = True
     return found
-
-
-def complete_tensorboard(run: Run, params: dict[str, Any]) -> None:
-    """The logger's folder. It hands other keywords on to a writer, which would refuse them after the start."""
-    params.setdefault("save_dir", str(run.logdir))
-    known = {**parameters_of(TensorBoardLogger)[0], **parameters_of(SummaryWriter)[0]}
-    for key in params:
-        if key not in known:
-            check_params(SummaryWriter, {key: None}, "lightning.logger.params")
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -47,21 +47,13 @@ DEFAULTS = {
 
 @dataclass
 class Run:
-    """What to run, and where.
+    """What to run, and where."""
 
-    Attributes:
-        config: the sections `model`, `data` and `lightning`.
-        logdir: where it logs; `resumed` if the directory is an earlier run's.
-        now: when it was started; names the saved configuration.
-        checkpoint: to resume from.
-        train, test: whether to.
-    """
-
-    config: DictConfig
+    config: DictConfig  # the sections model, data and lightning
     logdir: Path
-    now: str
-    checkpoint: Path | None
-    resumed: bool
+    now: str  # time stamp of this start, in the names of the saved configurations
+    checkpoint: Path | None  # to resume from
+    resumed: bool  # the log directory is an earlier run's
     train: bool
     test: bool
 

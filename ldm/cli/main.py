@@ -50,8 +50,10 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     except UserError as error:
         if debug:
             raise
-        key = arguments.named(error.key) if arguments else error.key
-        report(f"error: {key}: {error.message}" if key else f"error: {error}")
+        # A key that was given by a flag, or above it, is reported by the flag's name.
+        given = {} if arguments is None else arguments.flags
+        flags = [flag for key, flag in given.items() if error.key and f"{key}.".startswith(f"{error.key}.")]
+        report(f"error: {flags[0]}: {error.message}" if flags else f"error: {error}")
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         saved: Path | None = getattr(stop, "checkpoint", None)
