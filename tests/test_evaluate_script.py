@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from command_line import ROOT
 from omegaconf import OmegaConf
-from PIL import Image
 
 import ldm
 from ldm.api import load_config

@@ -25,7 +25,7 @@ def test_everything_is_written_down(tmp_path):
     expected = evaluate(CODES, GRID, ["dci", "mig", "infomec"], FEW)
     assert found.scores == expected
     record = record_in(tmp_path / "out")
-    assert record["scores"] == expected and list(record)[0] == "source" and not record["not_computed"]
+    assert record["scores"] == expected and next(iter(record)) == "source" and not record["not_computed"]
     for metric in expected:
         for name, matrix in expected[metric].arrays.items():
             np.testing.assert_allclose(record["matrices"][metric][name], matrix)
