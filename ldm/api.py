@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import load_yaml, without_checkpoints
+from ldm.cli.configure import logdir_of, without_checkpoints
+from ldm.compat.translate import translate
+from ldm.config import load_yaml
 from ldm.models.checkpoint import load_weights
 from ldm.util import UserError, instantiate_from_config
 
@@ -22,12 +24,10 @@ def load_config(path: str | Path) -> DictConfig:
     if path.suffix == ".safetensors" and path.is_file():
         if not path.with_suffix(".yaml").is_file():
             raise UserError(f"there is no configuration '{path.with_suffix('.yaml')}' beside '{path}'")
-        return load_yaml(path.with_suffix(".yaml"), "load")
+        return translate(load_yaml(path.with_suffix(".yaml"), "load"))
     if not path.exists():
         raise UserError(f"there is no log directory or checkpoint '{path}'")
-    logdir = path if path.is_dir() else path.parent.parent
-    if path.parent.name == "trainstep_checkpoints":
-        logdir = path.parent.parent.parent
+    logdir = logdir_of(path)
     files = sorted((logdir / "configs").glob("*-project.yaml"))
     if not files:
         raise UserError(f"'{logdir / 'configs'}' holds no *-project.yaml: give a log directory, or a checkpoint in one")
@@ -52,9 +52,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
     if weights not in ("live", "ema"):
         raise UserError(f"weights: '{weights}' is neither live nor ema")
     config = load_config(path)
-    node = without_checkpoints(config.model)
-    if OmegaConf.select(node, "params.lossconfig") is not None:  # using a model needs no loss
-        OmegaConf.update(node, "params.lossconfig", {"target": "torch.nn.Identity"}, merge=False)
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    node = without_checkpoints(resolved["model"])
+    if "lossconfig" in node["params"]:  # using a model needs no loss
+        node["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
     model = instantiate_from_config(node, "model")
     checkpoint = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     absent = load_weights(model, checkpoint)

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.api import load, load_config
-from ldm.cli import main as train
+from ldm.cli.main import main as train
 from ldm.config import load_yaml
 from ldm.evaluation.codes import encode
 from ldm.evaluation.reconstruction import reconstruction_scores

@@ -65,6 +65,11 @@ class DisentanglementCallback(Callback):
         if self.metrics:
             check_settings(self.metrics, self.settings)
 
+    @property
+    def logged(self) -> list[str]:
+        """Metrics that are logged as `val/…`, for a monitor."""
+        return [*self.metrics, *(f"tokens_{metric}" for metric in self.metrics if self.score_tokens)]
+
     def state_dict(self) -> dict[str, Any]:
         """The number of validations so far, so that a resumed run scores at the same ones."""
         return {"validations": self._validations}

@@ -1,8 +1,8 @@
-"""The data sets of the paper, and others like them: one reader each for the files as they are published.
+"""The data sets of the paper, and others like them: one class each, which reads the files as they are published.
 
-`path` is the folder of data sets (`<path>/shapes3d/3dshapes.h5`, …) or the file itself; without it the environment
-variable ENCDIFF_DATA, else `data`. The classes `…Train` are what YAML files name. See `ImageDataset` for what all of
-them offer.
+`path` is the folder of data sets (`<path>/shapes3d/3dshapes.h5`, …) or the file itself; if left out, the environment
+variable ENCDIFF_DATA, else `data`. `ImageDataset` says what all of them offer. The names `…Train` are the first
+release's, for YAML files.
 """
 
 import os
@@ -10,51 +10,39 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.data.cars import cars3d_files, cars3d_pixels
-from ldm.data.files import find
-from ldm.data.folders import CelebA, ImageFolder
+from ldm.data.cars import cars3d_pixels
+from ldm.data.files import find, listed
+from ldm.data.folders import CelebA
+from ldm.data.folders import ImageFolder as ImageFolder
 from ldm.data.formats import h5_array, h5_pixels, npz_pixels, open_h5
 from ldm.data.images import ImageDataset, make_grid
 from ldm.factors import FactorGrid
 from ldm.util import UserError, nearest
 
-__all__ = [
-    "MPI3D",
-    "Cars3D",
-    "Cars3DTrain",
-    "CelebA",
-    "CelebATrain",
-    "DSprites",
-    "DSpritesTrain",
-    "ImageFolder",
-    "MPI3DTrain",
-    "Shapes3D",
-    "Shapes3DTrain",
-]
-
 PathLike = str | os.PathLike | None
 
 
-def check_resolution(original_resolution: int | None, dataset: ImageDataset, title: str) -> None:
-    """`original_resolution` of the original's classes: None, or the images' size in the file.
+def check_resolution(original_resolution: int | None, dataset: ImageDataset) -> None:
+    """Check `original_resolution` of the first release's classes: None, or the size of the images.
 
     Raises:
-        UserError: another number.
+        UserError: another size.
     """
-    if original_resolution is not None and original_resolution != dataset.image_size:
+    if original_resolution not in (None, dataset.image_size):
         raise UserError(
-            f"{title}: original_resolution is {original_resolution}, but the images are "
-            f"{dataset.image_size}×{dataset.image_size}; leave it out, or use image_size= to resize"
+            f"{original_resolution}, but the images are {dataset.image_size}×{dataset.image_size}; leave it out, or"
+            " resize them with image_size=",
+            "original_resolution",
         )
 
 
 class Shapes3D(ImageDataset):
-    """Shapes3D: 480,000 rooms of six factors, from `shapes3d/3dshapes.h5`.
+    """Shapes3D: 480,000 rooms with six factors, from `shapes3d/3dshapes.h5`.
 
     Args:
         path: see the module.
-        original_resolution: None or the images' size, as in the original's classes.
-        factor_sizes: the grid; taken from the file's `labels` if left out.
+        original_resolution: None or the size of the images, as in the first release.
+        factor_sizes: the grid; default: that of the file's `labels`.
         image_size: resize to this; None keeps the file's size.
     """
 
@@ -72,7 +60,7 @@ class Shapes3D(ImageDataset):
         file = find(path, "shapes3d/3dshapes.h5", title, source)
         grid: FactorGrid | None = None
         if factor_sizes is not None:
-            grid = make_grid(factor_sizes, self.names, title)
+            grid = make_grid(factor_sizes, self.names)
         else:
             with open_h5(file, title) as opened:
                 count = (*h5_array(opened, "images", file, title).shape, 0)[0]
@@ -84,47 +72,44 @@ class Shapes3D(ImageDataset):
                     )
                 if count:
                     grid = grid_of_labels(labels[:], self.names, f"{title}: 'labels' in {file}")
-        pixels = h5_pixels(file, "images", image_size, grid, title)
-        super().__init__(pixels, grid, title)
-        check_resolution(original_resolution, self, title)
+        super().__init__(h5_pixels(file, "images", image_size, grid, title), grid)
+        check_resolution(original_resolution, self)
 
 
 def grid_of_labels(labels: np.ndarray, names: Sequence[str], where: str) -> FactorGrid:
     """The grid whose rows, in order, have the label values (n, k).
 
     Raises:
-        UserError: the labels are no full grid, or not in grid order (last factor fastest).
+        UserError: the labels are not a full grid, or not in grid order (last factor fastest).
     """
-    values = [np.unique(column, return_inverse=True) for column in labels.T]
-    sizes = tuple(len(unique) for unique, _ in values)
-    grid = FactorGrid(sizes, tuple(names))
+    values, numbers = zip(*(np.unique(column, return_inverse=True) for column in labels.T), strict=True)
+    grid = FactorGrid(tuple(map(len, values)), tuple(names))
     if len(grid) != len(labels):
-        raise UserError(
-            f"{where}: the columns hold {' × '.join(map(str, sizes))} distinct values, a grid of {len(grid)} rows, "
-            f"but there are {len(labels)}; give factor_sizes= if the grid is another"
-        )
-    step = len(labels)
-    rows = np.arange(len(labels))
-    for (_, inverse), size, name in zip(values, sizes, grid.names, strict=True):
-        step //= size
-        wrong = np.flatnonzero(inverse.reshape(-1) != rows // step % size)
-        if len(wrong):
-            raise UserError(
-                f"{where}: not in grid order (last factor fastest, values ascending): row {wrong[0]} differs in "
-                f"'{name}'; sort the images by their labels"
-            )
-    return grid
+        problem = f"{len(labels)} rows, but the distinct values of their columns make a grid of {len(grid)}"
+    else:
+        wrong = np.argwhere(np.stack([n.reshape(-1) for n in numbers], axis=1) != grid.factors(np.arange(len(grid))))
+        if not len(wrong):
+            return grid
+        problem = f"row {wrong[0, 0]} differs in '{grid.names[wrong[0, 1]]}'"
+    raise UserError(
+        f"{where} are not in grid order (last factor fastest, values ascending): {problem} ({grid.describe()}); sort "
+        "the images by their labels, or give factor_sizes="
+    )
 
 
 class MPI3D(ImageDataset):
-    """MPI3D: 1,036,800 pictures of a robot's arm with seven factors, from `mpi_toy/mpi3d_toy.npz` and its like.
+    """MPI3D: pictures of a robot's arm with seven factors, from `mpi_toy/mpi3d_toy.npz` and its like.
+
+    The variants toy, realistic and real have 1,036,800 pictures, with 6 colours and 6 shapes of the object;
+    real_complex has 460,800, with 4 colours and 4 everyday objects. All are by Gondal et al., "On the Transfer of
+    Inductive Bias from Simulation to the Real World", NeurIPS 2019.
 
     Args:
         path: see the module.
-        original_resolution: None or the images' size, as in the original's classes.
-        factor_sizes: the grid; MPI3D's own if left out.
+        original_resolution: None or the size of the images, as in the first release.
+        factor_sizes: the grid; default: the variant's.
         image_size: resize to this; None keeps the file's size.
-        variant: toy, realistic or real.
+        variant: toy, realistic, real or real_complex.
     """
 
     names = (
@@ -136,8 +121,12 @@ class MPI3D(ImageDataset):
         "first DOF",
         "second DOF",
     )
-    sizes = (6, 6, 2, 3, 3, 40, 40)
-    files = {name: f"mpi_{name}/mpi3d_{name}.npz" for name in ("toy", "realistic", "real")}
+    variants = {
+        "toy": (6, 6, 2, 3, 3, 40, 40),
+        "realistic": (6, 6, 2, 3, 3, 40, 40),
+        "real": (6, 6, 2, 3, 3, 40, 40),
+        "real_complex": (4, 4, 2, 3, 3, 40, 40),
+    }
 
     def __init__(
         self,
@@ -147,15 +136,19 @@ class MPI3D(ImageDataset):
         image_size: int | None = None,
         variant: str = "toy",
     ) -> None:
+        if variant not in self.variants:
+            raise UserError(f"'{variant}' does not exist{nearest(variant, self.variants)}", "variant")
         title = "MPI3D"
-        if variant not in self.files:
-            raise UserError(f"{title}: variant: there is no '{variant}'{nearest(str(variant), self.files)}")
         source = f"Get mpi3d_{variant}.npz from the page of disentanglement_dataset by rr-learning"
-        file = find(path, self.files[variant], title, source)
-        grid = make_grid(self.sizes if factor_sizes is None else factor_sizes, self.names, title)
-        pixels = npz_pixels(file, "images", image_size, grid, title)
-        super().__init__(pixels, grid, title)
-        check_resolution(original_resolution, self, title)
+        file = find(path, f"mpi_{variant}/mpi3d_{variant}.npz", title, source)
+        grid = make_grid(self.variants[variant] if factor_sizes is None else factor_sizes, self.names)
+        advice = (
+            "a file of 460800 images has 4 colours and 4 shapes: it is mpi3d_real_complex, to be read with variant= "
+            "real_complex, or the first version of the others, that of disentanglement_lib, to be read with "
+            "factor_sizes= [4, 4, 2, 3, 3, 40, 40], which suits any other grid too"
+        )
+        super().__init__(npz_pixels(file, "images", image_size, grid, title, advice=advice), grid)
+        check_resolution(original_resolution, self)
 
 
 class DSprites(ImageDataset):
@@ -163,8 +156,8 @@ class DSprites(ImageDataset):
 
     Args:
         path: see the module; the file is `dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz`.
-        original_resolution: None or the images' size, as in the original's classes.
-        factor_sizes: the grid; dSprites' own if left out.
+        original_resolution: None or the size of the images, as in the first release.
+        factor_sizes: the grid; default: dSprites' own.
         image_size: resize to this; None keeps the file's size.
         channels: 3 repeats the grey channel, 1 does not.
     """
@@ -181,24 +174,23 @@ class DSprites(ImageDataset):
         channels: int = 3,
     ) -> None:
         title = "dSprites"
-        name = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
-        file = find(path, f"dsprites/{name}", title, "Get it from the page of dsprites-dataset by DeepMind")
-        grid = make_grid(self.sizes if factor_sizes is None else factor_sizes, self.names, title)
-        pixels = npz_pixels(file, "imgs", image_size, grid, title, axes=(3,), binary=True)
-        super().__init__(pixels, grid, title, channels)
-        check_resolution(original_resolution, self, title)
+        relative = "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+        file = find(path, relative, title, "Get it from the page of dsprites-dataset by DeepMind")
+        grid = make_grid(self.sizes if factor_sizes is None else factor_sizes, self.names)
+        super().__init__(npz_pixels(file, "imgs", image_size, grid, title, binary=True), grid, channels)
+        check_resolution(original_resolution, self)
 
 
 class Cars3D(ImageDataset):
     """Cars3D: 183 cars, each from 4 elevations and 24 azimuths, from `cars/*.mat`, one car each, sorted by name.
 
-    The original's reader repeats every image ten times and takes the files in the order of the directory; here each
-    image is there once, at the row of its factors.
+    The first release repeats every image ten times and takes the files in the order of the directory; here every image
+    occurs once, at the row of its factors.
 
     Args:
-        path: see the module; also the folder of `.mat` files itself.
-        original_resolution: None or the images' size, as in the original's classes.
-        factor_sizes: the grid; 4 elevations, 24 azimuths and as many cars as files if left out.
+        path: see the module; or the folder of `.mat` files itself.
+        original_resolution: None or the size of the images, as in the first release.
+        factor_sizes: the grid; default: 4 elevations, 24 azimuths and as many cars as files.
         image_size: size to which the pictures of 128×128 are resized (Lanczos); 64 if None.
     """
 
@@ -214,34 +206,19 @@ class Cars3D(ImageDataset):
         title = "Cars3D"
         source = "Get the archive nips2015-analogy-data from the page of Scott Reed and unpack its cars"
         folder = find(path, "cars", title, source, folder=True)
-        files = cars3d_files(folder, title)
-        grid = make_grid((4, 24, len(files)) if factor_sizes is None else factor_sizes, self.names, title)
+        files = listed(folder, (".mat",), title)
+        grid = make_grid((4, 24, len(files)) if factor_sizes is None else factor_sizes, self.names)
         if grid.num_factors != 3 or grid.sizes[2] != len(files):
             raise UserError(
-                f"{title}: {folder} holds {len(files)} cars, but the factor grid is {grid.describe()}; factor_sizes= "
-                "is (elevations, azimuths, cars)"
+                f"factor_sizes: expected (elevations, azimuths, cars), with {len(files)} cars as in {folder}, "
+                f"got {grid.sizes}"
             )
-        super().__init__(
-            cars3d_pixels(folder, files, grid, 64 if image_size is None else image_size, title), grid, title
-        )
-        check_resolution(original_resolution, self, title)
+        super().__init__(cars3d_pixels(folder, files, grid, 64 if image_size is None else image_size, title), grid)
+        check_resolution(original_resolution, self)
 
 
-class Shapes3DTrain(Shapes3D):
-    """Shapes3D as the YAML files name it."""
-
-
-class MPI3DTrain(MPI3D):
-    """MPI3D as the YAML files name it."""
-
-
-class DSpritesTrain(DSprites):
-    """dSprites as the YAML files name it."""
-
-
-class Cars3DTrain(Cars3D):
-    """Cars3D as the YAML files name it."""
-
-
-class CelebATrain(CelebA):
-    """CelebA as the YAML files name it."""
+Shapes3DTrain = Shapes3D
+MPI3DTrain = MPI3D
+DSpritesTrain = DSprites
+Cars3DTrain = Cars3D
+CelebATrain = CelebA

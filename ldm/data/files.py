@@ -1,10 +1,11 @@
-"""Finding data files, and writing large ones atomically."""
+"""Finding and reading data files, and writing large ones atomically."""
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,13 +27,13 @@ def find(path: str | os.PathLike | None, relative: str, title: str, source: str,
 
     Args:
         path: the folder of data sets, the file itself, or None (see `data_root`).
-        relative: the file's place under the folder of data sets, e.g. `shapes3d/3dshapes.h5`.
+        relative: where the file is expected in the folder of data sets, e.g. `shapes3d/3dshapes.h5`.
         title: the data set's name, for the error.
         source: where to get the file, for the error.
-        folder: the data set is a folder, not one file.
+        folder: the data set is a folder, not a single file.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     root = data_root(path)
     if not folder and path and root.is_file():
@@ -48,24 +49,79 @@ def find(path: str | os.PathLike | None, relative: str, title: str, source: str,
     )
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to start writing `needed` bytes where they do not fit.
+def listed(folder: Path, extensions: tuple[str, ...], title: str, pattern: str = "*") -> list[Path]:
+    """The files of a folder that match a glob pattern and have one of the extensions (lower case), sorted by path.
 
     Raises:
-        UserError: less than `needed` bytes are free in `folder`.
+        UserError: no such file exists.
     """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    files = sorted(file for file in folder.glob(pattern) if file.suffix.lower() in extensions and file.is_file())
+    if not files:
+        raise UserError(f"{title}: there are no files ending in {', '.join(extensions)} in {folder}")
+    return files
+
+
+@contextmanager
+def reading(path: Path | str, title: str) -> Iterator[None]:
+    """Turns what goes wrong while `path` is read into a UserError that names it.
+
+    The libraries that read files fail in as many ways as a file can be damaged.
+
+    Raises:
+        UserError: in place of any other exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{title}: cannot read {path} (truncated, or in another format?): {reason}") from error
+
+
+def require_name(key: str, names: Iterable[str], path: Path, title: str) -> None:
+    """Check that a file has an array of the expected name.
+
+    Raises:
+        UserError: `key` is not one of `names`.
+    """
+    found = sorted(names)
+    if key not in found:
+        raise UserError(f"{title}: {path} has no array '{key}'; it has {', '.join(found) or 'nothing'}")
+
+
+def require_space(file: Path, size: int, what: str, claim: bool = False) -> None:
+    """Check that `size` bytes fit on the disk of `file` before they are written.
+
+    Args:
+        file: the file to be written.
+        size: bytes.
+        what: needs them, for the error.
+        claim: also allocate them to `file`, which exists: if the disk filled up later, writing to its memory map would
+            kill the process with SIGBUS.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    free = shutil.disk_usage(file.parent).free
+    fits = free >= size
+    if fits and claim and hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            try:
+                os.posix_fallocate(opened.fileno(), 0, size)
+            except OSError as error:
+                fits = error.errno != errno.ENOSPC  # other errors: the file system cannot allocate ahead
+    if not fits:
         raise UserError(
-            f"{what} needs {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} GB are free; free some space, or "
-            f"name another folder (that of converted files: in the environment variable {CACHE_VARIABLE})"
+            f"{what} needs {size / 1e9:.1f} GB in {file.parent}, but {free / 1e9:.1f} GB are free; free some space, or "
+            f"name another folder for converted files in the environment variable {CACHE_VARIABLE}"
         )
 
 
 def one_writer(path: Path) -> FileLock:
     """A lock: of the processes of this machine that want to make `path`, one does, and the others wait for it.
 
-    The lock's file lies in the system's temporary folder, so that nothing is left beside the data.
+    The lock's file is in the system's temporary folder, so that nothing is left next to the data.
     """
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"encdiff-{name}.lock")
@@ -76,14 +132,17 @@ def atomic_output(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to: renamed to `path` on success, removed on failure or interruption.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}; choose another one") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write to the folder {path.parent}; choose another one or change its permissions")
+        raise UserError(
+            f"cannot write to the folder {path.parent}: {error.strerror}; choose another one (for converted files, in "
+            f"the environment variable {CACHE_VARIABLE})"
+        ) from error
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -1,4 +1,4 @@
-"""Images in memory maps: the base of every data set here, and the one normalisation."""
+"""Images in memory maps: the base class of the data sets, and the only normalisation."""
 
 import mmap
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def to_unit_range_all(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch with every uint8 image of it, whatever its key, in [-1, 1]; see `to_unit_range`."""
+    """The batch with all its uint8 images, whatever their keys, in [-1, 1]; see `to_unit_range`."""
     return {
         key: to_unit_range(value) if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
         for key, value in batch.items()
@@ -35,7 +35,7 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Where the uint8 pixels of a data set lie in a file.
+    """Where in a file the uint8 pixels of a data set are.
 
     Args:
         path: the file.
@@ -48,9 +48,9 @@ class Pixels:
     shape: tuple[int, ...]
 
     def open(self) -> tuple[np.ndarray, mmap.mmap]:
-        """The pixels, read-only, and the map they lie in.
+        """The pixels, read-only, and their memory map.
 
-        Pages are read when touched and belong to the operating system's file cache, not to this process.
+        Pages are read when first used, and belong to the operating system's file cache, not to this process.
         """
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -58,51 +58,76 @@ class Pixels:
         return np.frombuffer(mapped, np.uint8, count, self.offset).reshape(self.shape), mapped
 
 
-def check_fits(shape: Sequence[int], grid: FactorGrid | None, where: str) -> None:
-    """Refuse images (n, h, w, …) that are none, not square, or not as many as the grid's rows.
+def check_images(
+    shape: Sequence[int],
+    dtype: Any,
+    grid: FactorGrid | None,
+    where: str,
+    grey: bool = False,
+    advice: str = "give factor_sizes= for another grid",
+) -> None:
+    """Check, before anything is converted, that an array holds square uint8 images, one per row of the grid.
+
+    Args:
+        shape: of the array; (n, h, h, 3), or (n, h, h) if `grey`.
+        dtype: of the array.
+        grid: its factors; None accepts any number of images.
+        where: file and key, for the message.
+        grey: see `shape`.
+        advice: what to do about another number of images than the grid's, for the message.
 
     Raises:
-        UserError: says what `where` holds and what was expected.
+        UserError: another dtype, shape or number.
     """
-    count, height, width = shape[:3]
-    if count == 0 or height == 0:
-        raise UserError(f"{where} holds no images (shape {tuple(shape)})")
-    if height != width:
-        raise UserError(f"{where} holds images of {height}×{width} pixels; expected square ones")
-    if grid is not None and len(grid) != count:
+    layout = len(shape) == 3 if grey else len(shape) == 4 and shape[3] == 3
+    if np.dtype(dtype) != np.uint8 or not layout or shape[1] != shape[2]:
         raise UserError(
-            f"{where} holds {count} images, but the factor grid has {len(grid)} ({grid.describe()}); give "
-            "factor_sizes= for another grid"
+            f"{where}: expected square uint8 images {'(n, h, w)' if grey else '(n, h, w, 3)'}, found {dtype} "
+            f"{tuple(shape)}"
         )
+    if 0 in shape or (grid is not None and len(grid) != shape[0]):
+        fit = "" if grid is None else f", but the factor grid has {len(grid)} rows ({grid.describe()}); {advice}"
+        raise UserError(f"{where} holds {'no' if 0 in shape else shape[0]} images{fit}")
+
+
+def resized_shape(shape: tuple[int, ...], image_size: int | None) -> tuple[int, ...]:
+    """The shape (n, h, w, …) after resizing to `image_size`; unchanged for None.
+
+    Raises:
+        UserError: `image_size` is below 1.
+    """
+    if image_size is None:
+        return tuple(shape)
+    if image_size < 1:
+        raise UserError(f"expected at least 1 pixel, got {image_size}", "image_size")
+    return (shape[0], image_size, image_size, *shape[3:])
 
 
 class ImageDataset(Dataset):
     """Images in a memory map, with their factor grid if they have one.
 
-    A batch is fetched at once by its index array (`fetch`), which `torch.utils.data.DataLoader` does through
-    `__getitems__`; it stays uint8 until `to_unit_range` is applied on the device.
+    A whole batch is fetched by its array of indices (`fetch`); `torch.utils.data.DataLoader` does so through
+    `__getitems__`. It stays uint8 until `to_unit_range` is applied on the device.
 
     Args:
-        pixels: where the images lie.
+        pixels: where the images are.
         grid: their factors, or None.
-        title: the data set's name, for messages.
-        channels: 1 or 3; grey images (n, h, w) are repeated to 3 when fetched. The file's own number if left out.
+        channels: 1 or 3; grey images (n, h, w) are repeated to 3 when they are fetched. Default: as in the file.
 
     Attributes:
         images: uint8 (n, h, w, c) or (n, h, w), read-only.
         grid: FactorGrid, or None.
         image_size: height and width.
-        channels: channels of a fetched image.
+        channels: number of channels of a fetched image.
 
     Raises:
-        UserError: no images, images that are not square, or a number that does not fit the grid.
+        UserError: another number of channels.
     """
 
-    def __init__(self, pixels: Pixels, grid: FactorGrid | None, title: str, channels: int | None = None) -> None:
-        check_fits(pixels.shape, grid, f"{title}: {pixels.path}")
+    def __init__(self, pixels: Pixels, grid: FactorGrid | None, channels: int | None = None) -> None:
         own = pixels.shape[3] if len(pixels.shape) == 4 else 1
-        if channels is not None and channels != own and (own, channels) != (1, 3):
-            raise UserError(f"{title}: channels: expected {own if own == 3 else '1 or 3'}, got {channels}")
+        if channels not in (None, own) and (own, channels) != (1, 3):
+            raise UserError(f"expected {own if own == 3 else '1 or 3'}, got {channels}", "channels")
         self.pixels = pixels
         self.images, self._map = pixels.open()
         self.grid = grid
@@ -113,10 +138,10 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def fetch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        """Images of a batch of rows.
+        """The images of a batch of rows.
 
         Args:
-            indices: rows (b,), in any order, each in 0..n-1.
+            indices: rows (b,), in any order, each from 0 to n - 1.
 
         Returns:
             `image` (b, h, w, c) uint8 and `idx` (b,) int64.
@@ -136,10 +161,10 @@ class ImageDataset(Dataset):
         return {"image": torch.from_numpy(images), "idx": torch.from_numpy(rows)}
 
     def _announce(self, rows: np.ndarray) -> None:
-        """Tell the system which rows come, so that it reads them from the disk together and not one after another.
+        """Tell the operating system which rows come next, so that it reads them together instead of one by one.
 
-        Measured on images of 12 kB on a disk: 90 to 220 images/s without, 16,000 to 22,000 with it. Sorting the rows
-        gave 160 to 200. Once the file is in the system's cache it costs a few microseconds a row.
+        Measured with images of 12 kB on a disk: 90 to 220 images/s without this, 160 to 200 with sorted rows, 16,000
+        to 22,000 with it. Once the file is in the system's cache, it costs a few microseconds per row.
         """
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
@@ -150,16 +175,16 @@ class ImageDataset(Dataset):
             self._map.madvise(mmap.MADV_WILLNEED, start, first + image_bytes - start)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """The hook by which DataLoader asks for a whole batch."""
+        """What DataLoader calls for a whole batch."""
         return self.fetch(indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One image (h, w, c) float32 in [-1, 1], and its row."""
+        """`image` (h, w, c) float32 in [-1, 1], and `idx`, its row."""
         index = range(len(self))[index]
         return {"image": to_unit_range(self.fetch([index])["image"][0]), "idx": index}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the map, so that a worker gets the file's name and not its pixels."""
+        """The state without the map, so that a worker process is sent the file's name and not its pixels."""
         return {key: value for key, value in self.__dict__.items() if key not in ("images", "_map")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,16 +192,13 @@ class ImageDataset(Dataset):
         self.images, self._map = self.pixels.open()
 
 
-def make_grid(sizes: Sequence[int], names: Sequence[str], title: str) -> FactorGrid:
-    """A grid from sizes that a user gave; `names` are used if there are as many.
+def make_grid(sizes: Sequence[int], names: Sequence[str]) -> FactorGrid:
+    """A grid of the sizes that a user gave as `factor_sizes`; `names` are used if there are as many.
 
     Raises:
-        UserError: sizes that are not a list of positive whole numbers.
+        UserError: the sizes are not positive whole numbers.
     """
     try:
-        sizes = tuple(sizes)
-        if any(isinstance(size, bool) or int(size) != size for size in sizes):
-            raise ValueError
-        return FactorGrid(sizes, tuple(names) if len(names) == len(sizes) else ())
+        return FactorGrid(tuple(sizes), tuple(names) if len(names) == len(sizes) else ())
     except (TypeError, ValueError) as error:
-        raise UserError(f"{title}: factor_sizes: expected a list of positive whole numbers, got {sizes!r}") from error
+        raise UserError(f"expected a list of positive whole numbers, got {sizes!r}", "factor_sizes") from error

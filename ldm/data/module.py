@@ -1,4 +1,4 @@
-"""From the configuration's `data` node to loaders."""
+"""The configuration's `data` node: data sets and their loaders."""
 
 import os
 import warnings
@@ -10,30 +10,28 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.data.images import to_unit_range_all
 from ldm.data.sampler import ResumableLoader, ResumableSampler, identity, quiet_generator
-from ldm.util import UserError, instantiate_from_config, plain
-
-SPLITS = ("train", "validation", "test", "predict")
+from ldm.util import UserError, instantiate_from_config
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
     """LDM's data module: data sets from nodes with `target` and `params`.
 
-    A batch is a dict of `image` (b, h, w, c) and `idx` (b,) int64. Loaders carry uint8 images;
-    `on_after_batch_transfer` makes them float32 in [-1, 1] on the device. Float images are left alone, and so is a
-    data set of one's own that gives such dicts item by item.
+    A batch is a dict of `image` (b, h, w, c) and `idx` (b,) int64. Loaders carry uint8 images, and
+    `on_after_batch_transfer` makes them float32 in [-1, 1] on the device. Your own data set may also return dicts of
+    float images in [-1, 1], item by item.
 
     Args:
         batch_size: per process.
-        train, validation, test, predict: nodes; equal ones share one data set object.
-        num_workers: processes that load batches; 0 if left out, as fetching a batch from a memory map takes less than
-            handing it over from another process. Data sets that decode files one by one gain from more.
-        shuffle_test_loader, shuffle_val_dataloader: shuffle those, always in the same order.
-        val_batch_size: of validation, test and prediction; `batch_size` if left out.
-        pin_memory: True where there is a GPU, if left out.
-        seed: of the training order; that of `seed_everything` if left out, else 0.
+        train, validation, test, predict: nodes; equal nodes share one data set object.
+        num_workers: processes that load batches. Default 0, since fetching a batch from a memory map is faster than
+            receiving it from another process; data sets that decode files item by item gain from more.
+        shuffle_test_loader, shuffle_val_dataloader: shuffle these, in the same order every time.
+        val_batch_size: of validation, test and prediction; default `batch_size`.
+        pin_memory: default: True if there is a GPU.
+        seed: of the training order; default: that of `seed_everything`, else 0.
 
     Raises:
-        UserError: a batch size or number of workers that is none, no node at all, or what a data set raises.
+        UserError: a number out of range, no node at all, or what a data set raises.
     """
 
     def __init__(
@@ -58,30 +56,30 @@ class DataModuleFromConfig(pl.LightningDataModule):
             ("val_batch_size", val_batch_size, 1),
             ("num_workers", num_workers, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"data.params.{key}: expected a whole number of at least {least}, got {value!r}")
+            if value < least:
+                raise UserError(f"{key}: expected at least {least}, got {value}")
         nodes = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.nodes = {split: node for split, node in nodes.items() if node is not None}
         if not self.nodes:
-            raise UserError(f"data.params: expected at least one of the nodes {', '.join(SPLITS)}")
+            raise UserError(f"expected at least one of the nodes {', '.join(nodes)} in data.params")
         self.batch_size, self.val_batch_size, self.num_workers = batch_size, val_batch_size, num_workers
         self.shuffle = {"validation": shuffle_val_dataloader, "test": shuffle_test_loader, "predict": False}
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.datasets: dict[str, Dataset] = {}
-        # In grid order, every process with equally many rows.
+        # Lightning asks by a method's presence whether to validate, test or predict.
         for split, loader in (("validation", "val"), ("test", "test"), ("predict", "predict")):
             if split in self.nodes:
                 setattr(self, f"{loader}_dataloader", getattr(self, f"_{loader}_dataloader"))
 
     def prepare_data(self) -> None:
-        """Build the data sets on one process of each machine, so that files are converted once."""
+        """Build the data sets on one process per machine, so that files are converted once."""
         self._build()
 
     def setup(self, stage: str | None = None) -> None:
         """Build the data sets on this process, once."""
         if self.num_workers == 0:
-            # Lightning advises more workers, which would not make fetching from a memory map faster.
+            # Lightning advises more workers, which would not speed up fetching from a memory map.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
         self._build()
 
@@ -89,18 +87,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
         for split, node in self.nodes.items():
             if split in self.datasets:
                 continue
-            same = next((other for other in self.datasets if plain(self.nodes[other]) == plain(node)), None)
+            same = next((other for other in self.datasets if self.nodes[other] == node), None)
             where = f"data.params.{split}"
             dataset = self.datasets[same] if same else instantiate_from_config(node, where=where)
-            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-                raise UserError(f"{where}: {type(dataset).__name__} is no data set with __len__ and __getitem__")
-            if len(dataset) == 0:
-                raise UserError(f"{where}: {type(dataset).__name__} has no images")
+            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
+                raise UserError(
+                    f"expected a data set (__len__, __getitem__) of at least one image, got {type(dataset).__name__}",
+                    where,
+                )
             self.datasets[split] = dataset
 
     def _loader(self, split: str) -> DataLoader:
         if split not in self.nodes:
-            raise UserError(f"data.params has no node '{split}', which is needed here; it has {', '.join(self.nodes)}")
+            raise UserError(f"data.params.{split} is missing, and is needed here; found only {', '.join(self.nodes)}")
         self._build()
         dataset: Any = self.datasets[split]
         training = split == "train"
@@ -123,7 +122,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled; the last batch of an epoch may be smaller. Goes on where an interrupted epoch was."""
+        """Shuffled; the last batch of an epoch may be smaller. In a resumed epoch, starts at the next batch."""
         loader = self._loader("train")
         if isinstance(loader, ResumableLoader) and self.trainer is not None:
             loader.position = self._position
@@ -132,25 +131,25 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _position(self) -> tuple[int, int]:
         """Epoch of the training order and number of its batches that are done, by the trainer's counters.
 
-        Lightning counts an epoch that `max_steps` cuts short as a whole one, so its epoch number is not that of the
-        order; the number of all batches is. Where the two disagree on the place within the epoch (another batch size
-        or number of processes than before), Lightning's counts.
+        Lightning counts an epoch that `max_steps` cuts short as a whole one, so the epoch of the order comes from the
+        total number of batches instead. If the two disagree on the position within the epoch (the batch size or the
+        number of processes has changed), Lightning's counts.
         """
         assert self.trainer is not None
         loop = self.trainer.fit_loop
         current, total = loop.epoch_loop.batch_progress.current, loop.epoch_loop.batch_progress.total
         per_epoch = int(loop.max_batches)
         if total.completed == 0:
-            # A checkpoint of Lightning 1 counts epochs alone.
+            # A checkpoint of Lightning 1 only counts epochs.
             return self.trainer.current_epoch, 0
         if current.completed >= per_epoch:
-            # Resumed at the end of an epoch, Lightning may ask for one batch more before it begins the next one.
+            # Resumed at the end of an epoch, Lightning may ask for one more batch before it starts the next one.
             return self.trainer.current_epoch, len(self.datasets["train"])  # type: ignore[arg-type]
         if (total.completed - current.completed) % per_epoch == 0:
             return divmod(total.completed, per_epoch)
         return self.trainer.current_epoch, current.completed
 
-    # The next three become `val_dataloader`, … where there is such a node, as Lightning asks by the method's presence.
+    # The next three become `val_dataloader`, … if there is such a node: in order, the same number of rows per process.
 
     def _val_dataloader(self) -> DataLoader:
         return self._loader("validation")

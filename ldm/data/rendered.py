@@ -1,9 +1,9 @@
-"""The built-in data set: rooms like Shapes3D, rendered here, with the same six factors and the same file layout."""
+"""The built-in data set: rooms like those of Shapes3D, rendered here, with the same six factors and file layout."""
 
 import colorsys
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.data.files import atomic_output, data_root, one_writer, require_space
 from ldm.data.formats import h5_pixels
-from ldm.data.images import ImageDataset
+from ldm.data.images import ImageDataset, resized_shape
 from ldm.data.rooms import SHAPES, geometry_buffer
 from ldm.factors import FactorGrid
 from ldm.util import UserError
@@ -33,16 +33,17 @@ def rooms_grid(sizes: Sequence[int] = SIZES) -> FactorGrid:
     Raises:
         UserError: not six positive numbers, or more than four shapes.
     """
-    sizes = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
-    if len(sizes) != 6 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
-        raise UserError(f"sizes: expected six whole numbers of at least 1 ({', '.join(NAMES)}), got {sizes}")
-    if sizes[4] > len(SHAPES):
-        raise UserError(f"sizes: there are {len(SHAPES)} shapes ({', '.join(SHAPES)}), so the fifth is at most that")
-    return FactorGrid(sizes, NAMES)
+    try:
+        grid = FactorGrid(tuple(sizes), NAMES)
+        if grid.sizes[4] <= len(SHAPES):
+            return grid
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"expected six positive numbers ({', '.join(NAMES)}), at most 4 shapes, got {sizes!r}", "sizes")
 
 
 def _spread(low: float, high: float, count: int) -> np.ndarray:
-    """`count` values from `low` to `high`; their middle if it is one."""
+    """`count` values from `low` to `high`; a single one is in the middle."""
     return np.linspace(low, high, count) if count > 1 else np.array([(low + high) / 2])
 
 
@@ -80,7 +81,7 @@ def render_blocks(
 
     Yields:
         The block's first row, and its images (scales·shapes·orientations, image_size, image_size, 3) uint8. The array
-        is reused: copy what is to be kept.
+        is used again for the next block.
     """
     floors, walls, things, scales, shapes, angles = factor_values(sizes)
     scenes = [(scale, SHAPES[int(shape)], angle) for scale in scales for shape in shapes for angle in angles]
@@ -88,13 +89,13 @@ def render_blocks(
     for k, (scale, shape, angle) in enumerate(tqdm(scenes, desc="ray casting", leave=False, disable=len(scenes) < 50)):
         planes[:, k, ..., 0] = np.moveaxis(geometry_buffer(shape, scale, angle, image_size, samples), -1, 0) * 255
     floor_plane, wall_plane, thing_plane, white_plane = planes
-    white_plane += 0.5  # so that cutting off the fraction rounds
+    white_plane += 0.5  # so that the cast to integers rounds
     block = np.empty((len(scenes), image_size, image_size, 3), dtype=np.uint8)
     row = 0
     for floor in floors:
         for wall in walls:
             for thing in things:
-                # A scene at a time: the working set stays in the processor's cache.
+                # One scene at a time, so that the working set fits into the processor's cache.
                 for k in range(len(scenes)):
                     pixels = floor_plane[k] * colour(floor)
                     pixels += wall_plane[k] * colour(wall)
@@ -106,7 +107,7 @@ def render_blocks(
 
 
 def render(sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3) -> np.ndarray:
-    """All images (n, image_size, image_size, 3) uint8 in grid order, in memory: for small grids."""
+    """All images (n, image_size, image_size, 3) uint8 in grid order, in memory; for small grids."""
     images = np.empty((len(rooms_grid(sizes)), image_size, image_size, 3), dtype=np.uint8)
     for row, block in render_blocks(sizes, image_size, samples):
         images[row : row + len(block)] = block
@@ -116,29 +117,27 @@ def render(sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3)
 def write_shapes3d(
     path: Path | str, sizes: Sequence[int] = SIZES, image_size: int = 64, force: bool = False, progress: bool = True
 ) -> bool:
-    """Render into a file of the layout of `3dshapes.h5`, contiguous, so that its pixels can be mapped in place.
+    """Render into a file with the layout of `3dshapes.h5`, contiguous, so that its pixels can be memory-mapped.
 
     Args:
         path: the file; an existing one of the same grid and image size is left as it is.
         sizes: see `rooms_grid`.
         image_size: width and height, pixels.
-        force: write again although the file is there.
+        force: overwrite an existing file, if it was rendered here.
         progress: show a progress bar.
 
     Returns:
         Whether the file was written.
 
     Raises:
-        UserError: another file is there, the disk is too small, or the folder cannot be written.
+        UserError: bad sizes, another file of this name, a full disk, or a folder that cannot be written to.
     """
     path, grid = Path(path), rooms_grid(sizes)
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8:
-        raise UserError(f"image_size: expected a whole number of at least 8 pixels, got {image_size!r}")
+    shape = resized_shape((len(grid), 1, 1, 3), image_size)
     if path.exists() and _keep(path, grid, image_size, force):
         return False
-    shape = (len(grid), image_size, image_size, 3)
     with atomic_output(path) as temporary:
-        require_space(path.parent, int(np.prod(shape, dtype=np.int64)) + 48 * len(grid), f"rendering {path.name}")
+        require_space(path, int(np.prod(shape, dtype=np.int64)) + 48 * len(grid), f"rendering {path.name}")
         with h5py.File(temporary, "w") as file:
             file.attrs["rendered_sizes"] = grid.sizes
             file.create_dataset("labels", data=labels(grid.sizes))
@@ -152,7 +151,7 @@ def write_shapes3d(
 
 
 def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
-    """Whether the existing file `path` is the wanted one. A file that was not rendered here is never overwritten."""
+    """Whether the existing file `path` is the one asked for. A file that was not rendered here is never overwritten."""
     try:
         with h5py.File(path, "r") as file:
             found = tuple(int(size) for size in file.attrs.get("rendered_sizes", ()))
@@ -160,13 +159,13 @@ def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
     except (OSError, KeyError):
         found, size = (), 0
     if not found:
-        raise UserError(f"{path} is there and was not rendered here, so it is left alone; choose another folder")
+        raise UserError(f"{path} exists and was not rendered here, so it is left alone; choose another folder")
     if force:
         return False
     if found == grid.sizes and size == image_size:
         return True
     raise UserError(
-        f"{path} holds another rendering (sizes {found}, {size}×{size} pixels); render over it with --force "
+        f"{path} holds another rendering (sizes {found}, {size}×{size} pixels); overwrite it with --force "
         "(force=True), or choose another folder"
     )
 
@@ -175,8 +174,8 @@ class Rendered(ImageDataset):
     """The rooms as a data set, rendered into `<path>/rendered/` when first used.
 
     Args:
-        path: the folder of data sets; without it the environment variable ENCDIFF_DATA, else `data`.
-        sizes: see `rooms_grid`; all 480,000 rooms if left out.
+        path: the folder of data sets; if left out, the environment variable ENCDIFF_DATA, else `data`.
+        sizes: see `rooms_grid`; default: all 480,000 rooms.
         image_size: width and height, pixels.
     """
 
@@ -188,8 +187,7 @@ class Rendered(ImageDataset):
         file = data_root(path) / "rendered" / name
         with one_writer(file):
             write_shapes3d(file, grid.sizes, image_size)
-        super().__init__(h5_pixels(file, "images", None, grid, "Rendered"), grid, "Rendered")
+        super().__init__(h5_pixels(file, "images", None, grid, "Rendered"), grid)
 
 
-class RenderedTrain(Rendered):
-    """The rendered rooms as the YAML files name them."""
+RenderedTrain = Rendered  # the name in YAML files

@@ -1,23 +1,23 @@
-"""Ray casting of the built-in rooms: geometry buffers that a matrix product with the colours turns into images.
+"""Ray casting of the built-in rooms: buffers of weights, which a matrix product with the colours turns into images.
 
-The scene is lit so that every pixel is linear in the colours of floor, wall and object: an image is
-`weights @ [floor, wall, object, white]`. One buffer of weights per (shape, scale, orientation) serves all colours.
+The lighting makes every pixel linear in the colours of floor, wall and object: an image is
+`weights @ [floor, wall, object, white]`. One buffer per (shape, scale, orientation) serves all colours.
 """
 
 import numpy as np
 
 SHAPES = ("cube", "cylinder", "sphere", "capsule")
 
-ROOM = 4.6  # half the side of the square room; the object stands in the middle of the floor, z = 0
+ROOM = 4.6  # half the side of the square room; the object stands in the middle of the floor, at z = 0
 CAMERA_DISTANCE, CAMERA_HEIGHT, TARGET_HEIGHT = 4.2, 2.3, 0.85
 FIELD_OF_VIEW = 46.0  # degrees, across the picture
 _LIGHT = np.array([-0.20, -0.62, 0.76])
-LIGHT = _LIGHT / np.linalg.norm(_LIGHT)  # towards the light; turns with the room
+LIGHT = _LIGHT / np.linalg.norm(_LIGHT)  # towards the light; fixed to the room
 MISS = np.inf
 
 
 def camera_rays(orientation: float, size: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rays of a camera that looks past the object into a corner of the room.
+    """The rays of a camera that looks past the object into a corner of the room.
 
     Args:
         orientation: angle of the camera around the object, degrees; 0 looks straight into the corner.

@@ -1,4 +1,4 @@
-"""Which rows a loader fetches, in which order, on which process; and how training goes on in the middle of an epoch."""
+"""Which rows a loader fetches, in which order, on which process; and how a resumed run finds its place in an epoch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,17 +11,17 @@ from torch.utils.data import DataLoader, Sampler
 class ResumableSampler(Sampler[int]):
     """A shuffled order that is a pure function of seed and epoch, dealt out to the processes in turn.
 
-    Every process gets equally many rows: the first rows of the order are repeated where the number does not divide.
+    Every process gets the same number of rows; if the total is not divisible, the first rows of the order are repeated.
 
     Args:
         length: number of rows of the data set.
         seed: of the order.
         rank, world: this process, and the number of processes.
-        shuffle: False gives the rows in order, in every epoch.
+        shuffle: False gives the rows in order in every epoch.
 
     Attributes:
         epoch: of the order; see `set_epoch`.
-        start: rows of this process that are left out at the beginning, for an epoch that goes on. `len` counts them.
+        start: number of rows of this process to skip at the beginning, in a resumed epoch. `len` counts them.
     """
 
     def __init__(self, length: int, seed: int = 0, rank: int = 0, world: int = 1, shuffle: bool = True) -> None:
@@ -37,7 +37,7 @@ class ResumableSampler(Sampler[int]):
         self.epoch = epoch
 
     def rows(self) -> np.ndarray:
-        """This process's rows of the epoch (len,), from its beginning."""
+        """This process's rows (len,) of the whole epoch."""
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
@@ -48,19 +48,19 @@ class ResumableSampler(Sampler[int]):
 
 
 def identity(batch: Any) -> Any:
-    """The batch as the data set fetched it, in place of a collate function."""
+    """The batch as the data set fetched it; takes the place of a collate function."""
     return batch
 
 
 class ResumableLoader(DataLoader):
-    """A loader that asks where in which epoch to go on.
+    """A loader that asks at which batch of which epoch to start.
 
-    Lightning (2.6) restores its counters on a resume in the middle of an epoch and starts the loader anew, which
-    repeats the first batches. It also asks for the iterator before it has settled on epoch and batch, so `position` is
-    called when the first batch is wanted. `len` stays that of the whole epoch, as Lightning's counters expect.
+    Resuming in the middle of an epoch, Lightning (2.6) restores its counters but starts the loader at the first batch.
+    It also asks for the iterator before it has settled on epoch and batch, so `position` is called only when the first
+    batch is fetched. `len` stays that of the whole epoch, as Lightning's counters expect.
 
     Attributes:
-        position: gives the epoch, and the number of its batches that are done; None starts at the beginning.
+        position: returns the epoch and the number of its batches that are done; None starts at the beginning.
     """
 
     position: Callable[[], tuple[int, int]] | None = None
@@ -73,7 +73,7 @@ class ResumableLoader(DataLoader):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the trainer's counters say where an epoch goes on. Tells Lightning that the loader can resume."""
+        """Nothing, since the trainer's counters suffice; that the method exists tells Lightning that loaders resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -81,5 +81,5 @@ class ResumableLoader(DataLoader):
 
 
 def quiet_generator(seed: int) -> torch.Generator:
-    """A generator for a loader, so that making an iterator does not draw from the global random state."""
+    """A generator for a loader, so that creating an iterator does not draw from the global random state."""
     return torch.Generator().manual_seed(seed)

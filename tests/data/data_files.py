@@ -1,12 +1,53 @@
-"""Small files in the real layouts of the data sets, with pixels that a test can compute by itself."""
+"""Small files in the real layouts of the data sets, with pixels that a test can compute by itself.
 
+`SMALL` says how to write them for each class. A data set that is not in it works, but has no tests of its own files;
+the tests that go through all data sets skip it and say so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from inspect import isclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import lmdb
 import numpy as np
+import pytest
 import scipy.io
 from PIL import Image
+
+from ldm.data import dis
+from ldm.data.images import ImageDataset
+
+# Every data set that YAML files can name in `ldm.data.dis`.
+DATA_SETS = {
+    cls.__name__: cls
+    for cls in vars(dis).values()
+    if isclass(cls) and issubclass(cls, ImageDataset) and cls is not ImageDataset
+}
+
+
+@dataclass(frozen=True)
+class Small:
+    """How to make a small version of a data set.
+
+    Args:
+        write: writes its files into the folder of data sets; returns the file, or the folder of its files.
+        count: number of images.
+        params: what the class needs to read them, beside `path`.
+    """
+
+    write: Callable[..., Path]
+    count: int
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+def small(cls: type) -> Small:
+    """The entry of a class in `SMALL`; skips the test if there is none."""
+    if cls.__name__ not in SMALL:
+        pytest.skip(f"to test {cls.__name__} on a small file, add it to SMALL in tests/data/data_files.py")
+    return SMALL[cls.__name__]
 
 
 def noise(count: int, size: int = 64, seed: int = 0, channels: int | None = 3) -> np.ndarray:
@@ -102,3 +143,13 @@ def write_celeba_lmdb(root: Path, count: int = 4, length: bytes | None = None, r
         if length != b"":
             transaction.put(b"length", length or str(count).encode())
     return path
+
+
+SMALL = {
+    "Shapes3D": Small(write_shapes3d, 144),
+    "MPI3D": Small(lambda root: write_mpi3d(root, 128), 128, {"factor_sizes": [2] * 7}),
+    "DSprites": Small(lambda root: write_dsprites(root, 64), 64, {"factor_sizes": [2, 2, 2, 2, 4]}),
+    "Cars3D": Small(write_cars3d, 192),
+    "CelebA": Small(lambda root: write_celeba(root, 40), 40),
+    "ImageFolder": Small(write_celeba, 4),
+}

@@ -1,4 +1,4 @@
-"""Pixels are not held in memory: neither while converting nor while reading."""
+"""Pixels are not held in memory, neither during the conversion nor while reading."""
 
 import json
 import subprocess
@@ -27,8 +27,9 @@ print(json.dumps([converted - before, anonymous() - before, total]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon is Linux's")
-def test_two_hundred_megabytes_take_a_fraction_of_it(tmp_path):
+def test_memory_does_not_grow_with_the_data_set(tmp_path):
     count = 16384  # 201 MB
     images = np.zeros((count, 64, 64, 3), dtype=np.uint8)
     images[:, 0, 0, 0] = np.arange(count) % 251

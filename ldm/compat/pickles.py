@@ -1,4 +1,4 @@
-"""What takes the place of pickled objects, so that a checkpoint can be read without running what it names."""
+"""Stand-ins for pickled objects, so that a checkpoint is read without running what it names."""
 
 import _compat_pickle
 import pickletools
