@@ -12,11 +12,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.util import UserError, get_obj_from_str, parameters_of
+from ldm.util import UserError, get_obj_from_str, nearest, parameters_of
 
 log = logging.getLogger(__name__)
 
 VARIANTS = "ldm.variants."
+SECTIONS = {
+    "": ("model", "data", "lightning"),
+    "model": ("target", "params", "base_learning_rate"),
+    "data": ("target", "params"),
+    "lightning": ("trainer", "logger", "modelcheckpoint", "callbacks", "seed", "scale_lr"),
+}
 # What an overlay may say of other files in its folder, by name or pattern, each with a reason.
 RELATIONS = ("excludes", "precedes", "follows")
 
@@ -70,28 +76,33 @@ def load_yaml(path: str | Path, named_by: str = "--base") -> DictConfig:
     return config
 
 
-def check_relations(paths: Sequence[Path], configs: Sequence[DictConfig]) -> None:
-    """Refuse files that do not go together, or not in this order, by what each says of others in its folder.
+def load_bases(paths: Sequence[Path]) -> list[DictConfig]:
+    """The YAML files of `--base`, each of which may say which others in its folder it does not go with.
 
     `excludes: {stem or pattern: reason}` names files that make no sense with it, `precedes` files that must come after
     it, and `follows` files that must come before it.
 
     Raises:
-        UserError: two files and the reason.
+        UserError: see `load_yaml`; or two files that do not go together, or not in this order, and the reason.
     """
+    configs = [load_yaml(path) for path in paths]
     for place, (path, config) in enumerate(zip(paths, configs, strict=True)):
         others = {"excludes": paths, "precedes": paths[:place], "follows": paths[place:]}
         for relation in RELATIONS:
             reasons = config.get(relation) or {}
             if not isinstance(reasons, DictConfig | dict):
-                raise UserError(f"expected names of files and reasons, found {reasons!r}", f"{path}: {relation}")
+                found = f"'{path}': {relation}: expected names of files and reasons, found {reasons!r}"
+                raise UserError(found, "--base")
             for pattern, reason in reasons.items():
                 for other in others[relation]:
                     if other == path or other.parent != path.parent or not fnmatch(other.stem, str(pattern)):
                         continue
                     first, second = (path, other) if relation == "precedes" else (other, path)
-                    must = "do not go together" if relation == "excludes" else "must be given in this order"
-                    raise UserError(f"'{first}' and '{second}' {must}: {reason}", "--base")
+                    said = f"'{first}' must come before '{second}'"
+                    if relation == "excludes":
+                        said = f"'{first}' and '{second}' do not go together"
+                    raise UserError(f"{said}: {reason}", "--base")
+    return configs
 
 
 def from_dotlist(items: Sequence[str]) -> DictConfig:
@@ -207,3 +218,29 @@ def _whole(cls: type, params: Any) -> bool:
     parameters = inspect.signature(cls).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     return set(required) <= set(params)
+
+
+def check_sections(config: DictConfig) -> None:
+    """Check what is not the argument of a class; those are checked where the classes are built.
+
+    Raises:
+        UserError: a section that is missing, unknown or of another kind.
+    """
+    for section, known in SECTIONS.items():
+        node = OmegaConf.select(config, section) if section else config
+        if not isinstance(node, DictConfig) or (section in ("model", "data") and "target" not in node):
+            need = "'target' and 'params'" if section in ("model", "data") else f"the keys {', '.join(known)}"
+            raise UserError(f"expected {need}, found {node!r}: give a YAML file that has them with --base", section)
+        for key in node:
+            if key not in known:
+                raise UserError(f"unknown key{nearest(str(key), known)}", f"{section}.{key!s}".lstrip("."))
+    lightning, rate = config.lightning, config.model.get("base_learning_rate", 1)
+    for name in ("trainer", "callbacks"):
+        if not isinstance(lightning[name], DictConfig):
+            raise UserError(f"expected names and values, found {lightning[name]!r}", f"lightning.{name}")
+    if type(rate) not in (int, float) or rate <= 0:
+        raise UserError(f"expected a positive number, got {rate!r}", "model.base_learning_rate")
+    if type(lightning.seed) is not int or not 0 <= lightning.seed < 2**32:
+        raise UserError(f"expected a whole number from 0 to 2^32 - 1, got {lightning.seed!r}", "lightning.seed")
+    if not isinstance(lightning.scale_lr, bool):
+        raise UserError(f"expected true or false, got {lightning.scale_lr!r}", "lightning.scale_lr")

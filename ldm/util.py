@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,9 +18,8 @@ KEYS = {"target", "params", "base_learning_rate"}  # of a node; the last is the 
 class UserError(ValueError):
     """A mistake in a file, a key or a flag that the user gave; the command line prints it as one line.
 
-    Args:
-        message: what was expected and found, and what to do.
-        key: the key or flag at fault; `instantiate_from_config` puts the place of the node in front of it.
+    `message` says what was expected and found, and what to do. `key` is the key or flag at fault;
+    `instantiate_from_config` puts the place of the node in front of it.
     """
 
     def __init__(self, message: str, key: str = "") -> None:
@@ -35,9 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def get_obj_from_str(target: Any, where: str = "target") -> Any:
-    """The class or function with a dotted name; a UserError names what is missing."""
+    """The class or function with a dotted name; a UserError says what is missing."""
     module_name, _, name = str(target).rpartition(".")
-    if not module_name or not all(part.isidentifier() for part in str(target).split(".")):
+    if not module_name or not all(map(str.isidentifier, str(target).split("."))):
         raise UserError(f"expected a dotted name such as ldm.models.autoencoder.VQModel, got {target!r}", where)
     try:
         module = importlib.import_module(module_name)
@@ -57,14 +57,9 @@ def parameters_of(function: Any) -> tuple[dict[str, Any], bool]:
     found: dict[str, Any] = {}
     owners = [vars(cls)["__init__"] for cls in getattr(function, "__mro__", ()) if "__init__" in vars(cls)]
     for owner in owners or [function]:
-        try:
+        parameters, hints = inspect.signature(owner).parameters.values(), getattr(owner, "__annotations__", {})
+        with suppress(NameError, TypeError):  # names that only type checkers import
             hints = get_type_hints(owner)
-        except (NameError, TypeError):  # names that only type checkers import
-            hints = {}
-        try:
-            parameters = inspect.signature(owner).parameters.values()
-        except ValueError:  # written in C
-            return found, True
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 found.setdefault(parameter.name, hints.get(parameter.name, Any))
@@ -74,20 +69,16 @@ def parameters_of(function: Any) -> tuple[dict[str, Any], bool]:
 
 
 def check_params(function: Any, params: Mapping[str, Any], where: str = "") -> None:
-    """Compare names and kinds of `params` with a signature; of kinds, only plain values and lists are compared.
-
-    Raises:
-        UserError: an unknown key, or a value of another kind, under `where`.
-    """
+    """Refuse an unknown key, or a value of another kind than its hint (plain values and lists only), by a UserError."""
     parameters, takes_any = parameters_of(function)
     for key, value in params.items():
         full, hint = f"{where}.{key}".lstrip("."), parameters.get(key, Any)
         if key not in parameters and not takes_any:
             raise UserError(f"unknown key for {function.__name__}{nearest(str(key), set(parameters) - {'self'})}", full)
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if all(kind in KINDS for kind in kinds) and type(value) not in kinds:
-            if type(value) is not int or float not in kinds:
-                raise UserError(f"expected {' or '.join(KINDS[kind] for kind in kinds)}, got {value!r}", full)
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if all(kind in KINDS for kind in kinds) and not fits:
+            raise UserError(f"expected {' or '.join(KINDS[kind] for kind in kinds)}, got {value!r}", full)
         listed = [get_origin(kind) in (list, tuple, Sequence, Iterable) for kind in kinds if kind is not NoneType]
         if listed and all(listed) and type(value) in KINDS and value is not None:
             raise UserError(f"expected a list, got {value!r}", full)
@@ -97,22 +88,21 @@ def instantiate_from_config(config: Any, where: str = "", **extra: Any) -> Any:
     """Build what a node with `target` (a dotted name) and `params` (keyword arguments) describes.
 
     Args:
-        config: the node; its interpolations are resolved, and nested nodes arrive as plain dicts.
-        where: the node's key, for error messages; relative to the `params` in which it stands.
-        extra: keyword arguments that the configuration does not give.
+        config: the node; interpolations are resolved, and nested nodes arrive as plain dicts.
+        where: its key, for error messages; relative to the `params` in which it stands.
+        extra: more keyword arguments.
 
     Raises:
-        UserError: no target, an unknown target or key, a value of another kind, or what the constructor refuses.
+        UserError: an unknown target or key, a value of another kind, or what the constructor refuses.
     """
     try:
-        node: Any = config
-        if isinstance(config, DictConfig):
-            node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        resolved = isinstance(config, DictConfig)
+        node: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True) if resolved else config
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split()), where) from error
     if not isinstance(node, Mapping) or "target" not in node:
-        found = f"the keys {', '.join(map(str, node))}" if isinstance(node, Mapping) else repr(node)
-        raise UserError(f"expected 'target' and, with its arguments, 'params', found {found}", where)
+        found = ", ".join(map(str, node)) if isinstance(node, Mapping) else repr(node)
+        raise UserError(f"expected the keys target and, with its arguments, params, found {found}", where)
     function, params = get_obj_from_str(node["target"], f"{where}.target".lstrip(".")), node.get("params") or {}
     for key in set(node) - KEYS:
         known = {"target", "params", *(f"params.{name}" for name in parameters_of(function)[0])}
@@ -127,18 +117,3 @@ def instantiate_from_config(config: Any, where: str = "", **extra: Any) -> Any:
         raise
     except Exception as error:
         raise UserError(str(error) or type(error).__name__, f"{where} ({function.__name__})".lstrip()) from error
-
-
-# TEMPORARY, until all rooms are moved
-
-
-def require_at_least(least, where, **values):
-    for key, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"expected at least {least}, got {value!r}", key)
-
-
-def plain(config):
-    from omegaconf import ListConfig
-
-    return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig | ListConfig) else config

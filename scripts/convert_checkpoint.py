@@ -27,8 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from ldm.api import load_config
-from ldm.compat.checkpoints import read_checkpoint, read_state_dict, state_dict_of
-from ldm.compat.pickles import Inert
+from ldm.compat.checkpoints import Inert, read_checkpoint, read_state_dict, state_dict_of
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.util import UserError

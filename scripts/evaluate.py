@@ -95,6 +95,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         opt.metrics = [name for text in opt.metrics for name in text.split(",") if name]
         if "udr" in opt.metrics:
             raise ValueError("--metrics udr: UDR ranks several models or files of codes, and needs no asking for")
+    for pair in opt.settings:
+        if "=" not in pair:
+            raise ValueError(f"--settings {pair}: expected metric.name=value, such as dci.num_train=2000")
     opt.settings = OmegaConf.to_container(OmegaConf.from_dotlist(opt.settings))
     opt.lpips = None if opt.lpips == "none" else opt.lpips
     check_settings(opt.metrics or METRICS, opt.settings)
@@ -129,12 +132,7 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
     from ldm.evaluation.images import check_images, score_images
     from ldm.util import instantiate_from_config
 
-    device = opt.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    model = load(path, device, opt.weights)
+    model = load(path, opt.device or ("cuda" if torch.cuda.is_available() else "cpu"), opt.weights)
     data = instantiate_from_config(load_config(path).data, "data")
     data.setup()
     if opt.split not in data.datasets:
@@ -185,6 +183,20 @@ def folders(paths: list[Path], opt: argparse.Namespace) -> list[Path]:
     return [path / name if path.is_dir() else path.with_name(f"{path.stem}_{name}") for path in paths]
 
 
+def check_models(paths: list[Path], device: str) -> None:
+    """Refuse a path without a configuration, and a device that cannot be used."""
+    import torch
+
+    from ldm.api import load_config
+
+    for path in paths:
+        load_config(path)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def run(opt: argparse.Namespace) -> None:
     """Evaluate every model or file of codes; a ValueError says in one line what is wrong with the input."""
     paths = opt.codes or opt.model
@@ -192,10 +204,7 @@ def run(opt: argparse.Namespace) -> None:
     if opt.codes:
         factors, given = parse_factors(opt), [read_codes(path) for path in paths]
     else:
-        from ldm.api import load_config
-
-        for path in paths:
-            load_config(path)
+        check_models(paths, opt.device or "cpu")
     about = {"versions": package_versions()}
     about |= {} if opt.codes else {"of": opt.of, "weights": opt.weights, "split": opt.split}
     scored: list[Scored] = []

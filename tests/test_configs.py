@@ -12,9 +12,9 @@ import torch
 from command_line import CHECKPOINT, ROOT, first_stage_config
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.build import build_callbacks, build_logger, build_model, lightning_nodes, trainer_options
+from ldm.cli.build import complete, trainer_options
+from ldm.cli.checks import dry_run
 from ldm.cli.configure import Run, compose
-from ldm.cli.dry_run import dry_run
 from ldm.config import find_config, from_dotlist, load_yaml, merge
 from ldm.data.dis import Shapes3D
 from ldm.util import UserError, instantiate_from_config
@@ -83,13 +83,13 @@ def test_shipped_configuration_builds_without_data(path, stages, vgg16, tmp_path
     run = Run(completed(path, stages, vgg16), tmp_path / "run", "now", None, False, True, True)
     config = OmegaConf.to_container(run.config, resolve=True)
     score = "first_stage_config" in config["model"]["params"]
-    nodes = lightning_nodes(run, config, score)
-    callbacks = build_callbacks(run, config, nodes)
-    names = {type(callback).__name__ for callback in callbacks}
-    assert {"SetupCallback", "ImageLogger", "StopCallback", "ModelCheckpoint"} <= names
+    complete(run, config, score)
+    lightning = config["lightning"]
+    nodes = [*lightning["callbacks"].values(), lightning["modelcheckpoint"], lightning["logger"]]
+    names = {type(instantiate_from_config(node)).__name__ for node in nodes}
+    assert {"ImageLogger", "ProgressBar", "ModelCheckpoint", "TensorBoardLogger"} <= names
     assert ("DisentanglementCallback" in names) == score
-    build_logger(nodes["logger"])
-    assert isinstance(build_model(run, config["model"]), pl.LightningModule)
+    assert isinstance(instantiate_from_config(config["model"], "model"), pl.LightningModule)
     assert not (tmp_path / "run").exists()
 
 

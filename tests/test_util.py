@@ -111,7 +111,7 @@ def test_errors_have_the_full_name_of_the_key():
         (outer(grid, least=0), "model.params.least: expected at least 1, got 0"),
         (outer({**grid, "target": "ldm.factors.Grid"}), "model.params.inner.target: 'ldm.factors.Grid' is not"),
         (outer(misspelled), "model.params.inner.params.lest: unknown key for Outer; did you mean 'least'?"),
-        (outer({"target": here("Outer"), "params": {"inner": 3}}), "params.inner.params.inner: expected 'target'"),
+        (outer({"target": here("Outer"), "params": {"inner": 3}}), "inner.params.inner: expected the keys target"),
         (outer({**grid, "sizes": [3]}), "model.params.inner.sizes: unknown key .*; did you mean 'params.sizes'?"),
         (outer({**grid, "params": {"sizes": []}}), "model.params.inner (FactorGrid): a factor grid needs"),
         (outer({**grid, "params": {"sizes": "???"}}), "Missing mandatory value"),

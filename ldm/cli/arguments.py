@@ -16,17 +16,11 @@ TRAINER = "lightning.trainer"
 
 @dataclass
 class Arguments:
-    """What a command line says.
+    """What a command line says."""
 
-    Attributes:
-        options: LDM's flags, by name.
-        overrides: `key.sub=value`, those that flags stand for included; they win over the YAML files.
-        flags: the flag by which a key was given, for error messages.
-    """
-
-    options: argparse.Namespace
-    overrides: list[str] = field(default_factory=list)
-    flags: dict[str, str] = field(default_factory=dict)
+    options: argparse.Namespace  # LDM's flags
+    overrides: list[str] = field(default_factory=list)  # key.sub=value, those that flags stand for included
+    flags: dict[str, str] = field(default_factory=dict)  # key -> the flag by which it was given, for error messages
 
     def give(self, flag: str, key: str, value: str) -> None:
         """Let a flag stand for an override."""
@@ -102,10 +96,8 @@ def _trainer_flags(items: Sequence[str], parser: argparse.ArgumentParser) -> Ite
         item = items.pop(0)
         if not re.match(r"--[A-Za-z_]\w*(=|$)", item):
             known = [option for action in parser._actions for option in action.option_strings]
-            hint = (
-                f"unknown flag '{item}'{nearest(item, known)}" if item.startswith("-") else f"unknown argument '{item}'"
-            )
-            raise UserError(f"{hint}: expected a flag or key.sub=value")
+            hint = nearest(item, known) if item.startswith("-") else ""
+            raise UserError(f"unknown argument '{item}': expected a flag or key.sub=value{hint}")
         name, given, text = item[2:].partition("=")
         if not given:
             has_value = items and re.match(r"[^-]|-\d", items[0])
@@ -130,17 +122,18 @@ def _expand(arguments: Arguments) -> None:
     for flag, name in (("-s/--seed", "seed"), ("--scale_lr", "scale_lr")):
         if getattr(options, name) is not None:
             arguments.give(flag, f"lightning.{name}", str(getattr(options, name)).lower())
+    if options.token_num is not None:
+        if options.token_num < 1:
+            raise UserError(f"expected at least 1, got {options.token_num}", "--token_num")
+        for node in ("unet_config", "cond_stage_config"):
+            arguments.give("--token_num", f"model.params.{node}.params.latent_unit", str(options.token_num))
     for flag, text in (("-n/--name", options.name), ("-f/--postfix", options.postfix)):
         if Path(text).name != text:
             raise UserError(f"'{text}' must not contain a folder: that is -l/--logdir", flag)
     if options.resume:
-        for flag, given in (
-            ("-n/--name", options.name),
-            ("-f/--postfix", options.postfix),
-            ("-l/--logdir", options.logdir != "logs"),
-            ("--resume_from_checkpoint", options.resume_from_checkpoint),
-        ):
-            if given:
+        given = {"-n/--name": options.name, "-f/--postfix": options.postfix, "-l/--logdir": options.logdir != "logs"}
+        for flag, value in {**given, "--resume_from_checkpoint": options.resume_from_checkpoint}.items():
+            if value:
                 raise UserError(
                     f"{flag} and -r/--resume exclude each other, since -r resumes in the directory that it names: to"
                     " resume in a new one, use --resume_from_checkpoint without -r"

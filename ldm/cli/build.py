@@ -10,34 +10,17 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.tensorboard import SummaryWriter
 
-from ldm.callbacks.seeding import SeedEachBatch
-from ldm.callbacks.setup import SetupCallback
+from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
+from ldm.cli.checks import check
 from ldm.cli.configure import Run, without_checkpoints
-from ldm.cli.dry_run import check_monitor, check_resumable, dry_run
-from ldm.config import merge
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, check_params, instantiate_from_config, parameters_of
+from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
-# Callbacks that every run has; nodes of the same name in a configuration are merged over them.
-CALLBACKS = {
-    "image_logger": {
-        "target": "ldm.callbacks.images.ImageLogger",
-        "params": {"batch_frequency": 750, "max_images": 8},
-    },
-    "learning_rate_logger": {
-        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
-        "params": {"logging_interval": "step"},
-    },
-    "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar", "params": {}},
-}
-SCORES = {"disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback", "params": {}}}
 # What decides when ModelCheckpoint saves; `last.ckpt` follows the same intervals.
 INTERVALS = ("every_n_train_steps", "train_time_interval", "every_n_epochs")
 ABOVE_ZERO = ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches")
@@ -72,93 +55,72 @@ def build(run: Run, score: bool) -> Job:
         UserError: what cannot be built, or does not fit together.
     """
     config: Any = OmegaConf.to_container(run.config, resolve=True)
-    options = trainer_options(config["lightning"]["trainer"])
-    check_writable(run.logdir)
-    pl.seed_everything(config["lightning"]["seed"], workers=True, verbose=False)
-    nodes = lightning_nodes(run, config, score and not options.get("fast_dev_run"))
-    callbacks = build_callbacks(run, config, nodes)
-    model, data = build_model(run, config["model"]), build_data(config["data"])
+    lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
+    options = trainer_options(lightning["trainer"])
+    complete(run, config, score and not options.get("fast_dev_run"))
+    rhythm = intervals(lightning)
+    pl.seed_everything(lightning["seed"], workers=True, verbose=False)
+
+    first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
+    last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
+    callbacks = [
+        instantiate_from_config(node, f"lightning.callbacks.{name}") for name, node in lightning["callbacks"].items()
+    ]
+    best = instantiate_from_config(lightning["modelcheckpoint"], "lightning.modelcheckpoint")
+    if options.get("logger") in (None, True):
+        options["logger"] = instantiate_from_config(lightning["logger"], "lightning.logger")
+    log.info("building the model")
+    model = instantiate_from_config(config["model"], "model")
+    log.info("reading the data")
+    data = instantiate_from_config(config["data"], "data")
+    for key, built, kind in (("model", model, pl.LightningModule), ("data", data, pl.LightningDataModule)):
+        if not isinstance(built, kind):
+            raise UserError(f"{config[key]['target']} is not a {kind.__name__}", f"{key}.target")
+    data.prepare_data()
+    data.setup("fit")
+
     datasets = getattr(data, "datasets", {})
-    if run.train and datasets and "train" not in datasets:
-        raise UserError("is missing: there is nothing to train on", "data.params.train")
-    for callback in callbacks:
-        if hasattr(callback, "check"):
-            callback.check(model, datasets, options)
-    losses, monitor = dry_run(model, datasets), nodes["modelcheckpoint"]["params"].get("monitor")
-    check_monitor(monitor, model, losses, callbacks, datasets)
-    if run.checkpoint is not None:
-        check_resumable(run.checkpoint, model, "-r" if run.resumed else "--resume_from_checkpoint")
-    accumulate = options.get("accumulate_grad_batches") or 1
-    configure_manual_optimization(model, options)
-    trainer = build_trainer(run, options, callbacks, nodes["logger"])
-    check_batches(options, datasets, config["data"], trainer.world_size)
-    set_learning_rate(model, config, accumulate, trainer.world_size)
+    check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
+    trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
     return Job(run, model, data, trainer, datasets)
 
 
-def check_writable(folder: Path, key: str = "-l/--logdir") -> None:
-    """Refuse a folder that cannot be made or written to; `key` names it in the message."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to '{parent}' ({error.strerror}): give another folder", key) from error
+def complete(run: Run, config: dict[str, Any], score: bool) -> None:
+    """Add to the configuration, in place, what depends on the run: its directory, its checkpoint, its monitor.
 
+    Raises:
+        UserError: a folder that cannot be written to.
+    """
+    check_writable(run.logdir, "-l/--logdir")
+    lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
+    if not score:  # main.py trains the configurations of main_val.py too
+        lightning["callbacks"].pop("disentanglement", None)
+    nodes = {f"lightning.callbacks.{name}": node for name, node in lightning["callbacks"].items()}
+    nodes |= {f"lightning.{name}": lightning[name] for name in ("modelcheckpoint", "logger")}
+    for where, node in nodes.items():
+        if not isinstance(node, dict):
+            raise UserError(f"expected 'target' and 'params', found {node!r}", where)
+        params = node["params"] = node.get("params") or {}
+        if str(node.get("target")).endswith("callbacks.ModelCheckpoint"):  # else Lightning takes the logger's folder
+            params["dirpath"] = str(checkpoints / params.get("dirpath", ""))
+        for key in ("dirpath", "logdir"):
+            if params.get(key) is not None:
+                check_writable(Path(params[key]), f"{where}.params.{key}")
+    best = lightning["modelcheckpoint"]["params"]
+    lightning["modelcheckpoint"]["params"] = {**best_checkpoints(config, best), **best}
+    if str(lightning["logger"].get("target")).endswith("loggers.TensorBoardLogger"):
+        lightning["logger"]["params"].setdefault("save_dir", str(run.logdir))
 
-# ---- model and data
-
-
-def build_model(run: Run, node: dict[str, Any]) -> pl.LightningModule:
-    """The model; where the run resumes, without the weights that it started from."""
-    log.info("building the model")
-    params = node.get("params") or {}
+    params = config["model"].get("params") or {}
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
-    if "ddconfig" in first_stage and not (first_stage.get("ckpt_path") or params.get("ckpt_path")) and run.train:
+    if run.checkpoint is not None:
+        config["model"] = without_checkpoints(config["model"])
+    elif "ddconfig" in first_stage and not (first_stage.get("ckpt_path") or params.get("ckpt_path")) and run.train:
         log.warning("model.params.first_stage_config.params.ckpt_path is not given: the first stage has random weights")
-    model = instantiate_from_config(without_checkpoints(node) if run.checkpoint else node, "model")
-    if not isinstance(model, pl.LightningModule):
-        raise UserError(f"{node['target']} is not a LightningModule, so it cannot be trained", "model.target")
-    return model
 
 
-def build_data(node: dict[str, Any]) -> pl.LightningDataModule:
-    """The data module, with its data sets ready."""
-    log.info("reading the data")
-    data = instantiate_from_config(node, "data")
-    if not isinstance(data, pl.LightningDataModule):
-        raise UserError(f"{node['target']} is not a LightningDataModule", "data.target")
-    data.prepare_data()
-    data.setup("fit")
-    return data
-
-
-# ---- callbacks, checkpoints and logger
-
-
-def lightning_nodes(run: Run, config: dict[str, Any], score: bool) -> dict[str, Any]:
-    """The nodes `callbacks`, `modelcheckpoint` and `logger`: defaults, with the configuration's merged over them."""
-    given = {key: config["lightning"].get(key) for key in ("callbacks", "modelcheckpoint", "logger")}
-    given = {key: node for key, node in given.items() if node is not None}
-    if not score:
-        given["callbacks"].pop("disentanglement", None)  # main.py trains the configurations of main_val.py too
-    checkpoints = (given.get("modelcheckpoint") or {}).get("params") or {}
-    defaults = {
-        "callbacks": {**CALLBACKS, **(SCORES if score else {})},
-        "modelcheckpoint": {
-            "target": "pytorch_lightning.callbacks.ModelCheckpoint",
-            "params": checkpoint_params(run, config, checkpoints),
-        },
-        "logger": {
-            "target": "pytorch_lightning.loggers.TensorBoardLogger",
-            "params": {"save_dir": str(run.logdir), "name": "tensorboard", "version": ""},
-        },
-    }
-    return OmegaConf.to_container(merge([OmegaConf.create(defaults), OmegaConf.create(given)]))  # type: ignore
-
-
-def checkpoint_params(run: Run, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ModelCheckpoint: keep the three best by the model's monitor, or else the newest."""
+def best_checkpoints(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ModelCheckpoint that keep the three best by the model's monitor, or else the newest."""
     monitor = (config["model"].get("params") or {}).get("monitor")
     if any(given.get(key) is not None for key in ("every_n_train_steps", "train_time_interval")):
         monitor = "step"  # nothing else is sure to be known then
@@ -169,10 +131,7 @@ def checkpoint_params(run: Run, config: dict[str, Any], given: dict[str, Any]) -
             monitor,
         )
         monitor = "train/epoch_num"
-    params: dict[str, Any] = {
-        "dirpath": str(run.logdir / "checkpoints"),
-        "enable_version_counter": False,  # a resumed run overwrites what it repeats
-    }
+    params: dict[str, Any] = {}
     if "filename" not in given:
         name = "step={step:09d}" if monitor == "step" else "epoch={epoch:06d}"
         params |= {"filename": name, "auto_insert_metric_name": False}
@@ -184,39 +143,22 @@ def checkpoint_params(run: Run, config: dict[str, Any], given: dict[str, Any]) -
     return params
 
 
-def build_callbacks(run: Run, config: dict[str, Any], nodes: dict[str, Any]) -> list[pl.Callback]:
-    """Set-up, seeds, the configuration's callbacks, signals, checkpoints."""
-    checkpoints = run.logdir / "checkpoints"
-    callbacks: list[pl.Callback] = [SetupCallback(run.logdir, run.now, run.config, run.resumed)]
-    callbacks.append(SeedEachBatch(config["lightning"]["seed"]))
-    for name, node in nodes["callbacks"].items():
-        if str(node.get("target")).endswith("callbacks.ModelCheckpoint"):  # else Lightning takes the logger's folder
-            params = node.get("params") or {}
-            node["params"] = {**params, "dirpath": str(checkpoints / params.get("dirpath", ""))}
-        callbacks.append(instantiate_from_config(node, f"lightning.callbacks.{name}"))
-    callbacks.append(StopCallback(checkpoints / "last.ckpt"))
-    best = instantiate_from_config(nodes["modelcheckpoint"], "lightning.modelcheckpoint")
-    intervals = {key: value for key, value in nodes["modelcheckpoint"]["params"].items() if key in INTERVALS}
-    if not intervals and config["lightning"]["trainer"].get("val_check_interval") is None:
-        intervals["save_on_train_epoch_end"] = True
-    callbacks += [best, LastCheckpoint(checkpoints, **intervals)]
-    for callback in callbacks:
-        folder = getattr(callback, "dirpath", None) or getattr(callback, "logdir", None) or run.logdir
-        check_writable(Path(folder), f"{type(callback).__name__}: dirpath")
-    return callbacks
+def intervals(lightning: dict[str, Any]) -> dict[str, Any]:
+    """When `last.ckpt` is saved: with the other checkpoints, or at validation if it has an interval, or every epoch."""
+    found = {key: value for key, value in lightning["modelcheckpoint"]["params"].items() if key in INTERVALS}
+    if not found and lightning["trainer"].get("val_check_interval") is None:
+        found["save_on_train_epoch_end"] = True
+    return found
 
 
-def build_logger(node: dict[str, Any]) -> Any:
-    """The logger. TensorBoard's hands other keywords on to a writer, which would refuse them after the start."""
-    if str(node.get("target")).endswith("loggers.TensorBoardLogger"):
-        known = {**parameters_of(TensorBoardLogger)[0], **parameters_of(SummaryWriter)[0]}
-        for key in node.get("params") or {}:
-            if key not in known:
-                check_params(SummaryWriter, {key: None}, "lightning.logger.params")
-    return instantiate_from_config(node, "lightning.logger")
-
-
-# ---- the trainer
+def check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder that cannot be made or written to; `key` names it in the message."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to '{parent}' ({error.strerror}): give another folder", key) from error
 
 
 def trainer_options(trainer: dict[str, Any]) -> dict[str, Any]:
@@ -274,23 +216,31 @@ def devices(gpus: str | int | list[int]) -> dict[str, Any]:
 
 
 def build_trainer(
-    run: Run, options: dict[str, Any], callbacks: list[pl.Callback], logger: dict[str, Any]
+    run: Run,
+    config: dict[str, Any],
+    options: dict[str, Any],
+    callbacks: list[Any],
+    model: pl.LightningModule,
+    datasets: dict[str, Any],
 ) -> pl.Trainer:
-    """Lightning's Trainer, without the callbacks that its options exclude.
+    """Lightning's Trainer, without the callbacks that its options exclude; sets the model's learning rate.
 
     Raises:
-        UserError: options that the Trainer refuses.
+        UserError: options that the Trainer refuses, or that do not fit the model or the data.
     """
-    options = {"default_root_dir": str(run.logdir), "use_distributed_sampler": False, **options}
-    if options.get("logger") in (None, True):
-        options["logger"] = build_logger(logger)
+    accumulate = options.get("accumulate_grad_batches") or 1
+    configure_manual_optimization(model, options)
     switches = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar, "logger": LearningRateMonitor}
     excluded = tuple(kind for name, kind in switches.items() if options.get(name) is False)
-    options["callbacks"] = [callback for callback in callbacks if not isinstance(callback, excluded)]
+    callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]
+    options = {"default_root_dir": str(run.logdir), "use_distributed_sampler": False, **options}
     try:
-        return pl.Trainer(**options)
+        trainer = pl.Trainer(**options, callbacks=callbacks)
     except Exception as error:  # Lightning raises many kinds for invalid arguments
         raise UserError(" ".join(str(error).split()), "lightning.trainer") from error
+    check_batches(options, datasets, config["data"], trainer.world_size)
+    set_learning_rate(model, config, accumulate, trainer.world_size)
+    return trainer
 
 
 def processes(options: dict[str, Any]) -> int | None:

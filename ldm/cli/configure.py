@@ -12,35 +12,48 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.cli.arguments import Arguments
 from ldm.compat.translate import translate
-from ldm.config import check_relations, find_config, from_dotlist, load_yaml, merge
-from ldm.util import UserError, nearest
+from ldm.config import check_sections, find_config, from_dotlist, load_bases, load_yaml, merge
+from ldm.util import UserError
 
-SECTIONS = {
-    "": ("model", "data", "lightning"),
-    "model": ("target", "params", "base_learning_rate"),
-    "data": ("target", "params"),
-    "lightning": ("trainer", "logger", "modelcheckpoint", "callbacks", "seed", "scale_lr"),
+# What every run has; nodes of the same name in a configuration are merged over these.
+DEFAULTS = {
+    "lightning": {
+        "seed": 23,
+        "scale_lr": True,
+        "trainer": {},
+        "callbacks": {
+            "image_logger": {
+                "target": "ldm.callbacks.images.ImageLogger",
+                "params": {"batch_frequency": 750, "max_images": 8},
+            },
+            "learning_rate_logger": {
+                "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+                "params": {"logging_interval": "step"},
+            },
+            "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar"},
+            "disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback"},  # main_val.py
+        },
+        "modelcheckpoint": {
+            "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+            "params": {"enable_version_counter": False},  # a resumed run overwrites what it repeats
+        },
+        "logger": {
+            "target": "pytorch_lightning.loggers.TensorBoardLogger",
+            "params": {"name": "tensorboard", "version": ""},
+        },
+    }
 }
-DEFAULTS = OmegaConf.create({"lightning": {"trainer": {}, "callbacks": {}, "seed": 23, "scale_lr": True}})
 
 
 @dataclass
 class Run:
-    """What to run, and where.
+    """What to run, and where."""
 
-    Attributes:
-        config: the sections `model`, `data` and `lightning`.
-        logdir: where it logs; `resumed` if the directory is an earlier run's.
-        now: when it was started; names the saved configuration.
-        checkpoint: to resume from.
-        train, test: whether to.
-    """
-
-    config: DictConfig
+    config: DictConfig  # the sections model, data and lightning
     logdir: Path
-    now: str
-    checkpoint: Path | None
-    resumed: bool
+    now: str  # time stamp of this start, in the names of the saved configurations
+    checkpoint: Path | None  # to resume from
+    resumed: bool  # the log directory is an earlier run's
     train: bool
     test: bool
 
@@ -65,11 +78,9 @@ def compose(
     Raises:
         UserError: a file that cannot be read, files that do not go together, or an invalid section.
     """
-    files = [find_config(path) for path in paths]
-    configs = [load_yaml(file) for file in files]
-    check_relations(files, configs)
-    given = [translate(config) for config in (*saved, *configs, from_dotlist(overrides))]
-    config = merge([DEFAULTS, *given])
+    files = load_bases([find_config(path) for path in paths])
+    given = [translate(config) for config in (*saved, *files, from_dotlist(overrides))]
+    config = merge([OmegaConf.create(DEFAULTS), *given])
     try:
         check_sections(config)
         for key in sorted(OmegaConf.missing_keys(config)) if complete else []:
@@ -82,45 +93,20 @@ def compose(
     return config
 
 
-def check_sections(config: DictConfig) -> None:
-    """Check what is not the argument of a class; those are checked where the classes are built.
-
-    Raises:
-        UserError: a section that is missing, unknown or of another kind.
-    """
-    for section, known in SECTIONS.items():
-        node = OmegaConf.select(config, section) if section else config
-        if not isinstance(node, DictConfig) or (section in ("model", "data") and "target" not in node):
-            need = "'target' and 'params'" if section in ("model", "data") else f"the keys {', '.join(known)}"
-            raise UserError(f"expected {need}, found {node!r}: give a YAML file that has them with --base", section)
-        for key in node:
-            if key not in known:
-                raise UserError(f"unknown key{nearest(str(key), known)}", f"{section}.{key!s}".lstrip("."))
-    lightning, rate = config.lightning, config.model.get("base_learning_rate", 1)
-    for name in ("trainer", "callbacks"):
-        if not isinstance(lightning[name], DictConfig):
-            raise UserError(f"expected names and values, found {lightning[name]!r}", f"lightning.{name}")
-    if type(rate) not in (int, float) or rate <= 0:
-        raise UserError(f"expected a positive number, got {rate!r}", "model.base_learning_rate")
-    if type(lightning.seed) is not int or not 0 <= lightning.seed < 2**32:
-        raise UserError(f"expected a whole number from 0 to 2^32 - 1, got {lightning.seed!r}", "lightning.seed")
-    if not isinstance(lightning.scale_lr, bool):
-        raise UserError(f"expected true or false, got {lightning.scale_lr!r}", "lightning.scale_lr")
-
-
 def configure(arguments: Arguments) -> Run:
-    """Find files, log directory and checkpoint, and compose the configuration; nothing is written.
+    """Find log directory and checkpoint, and compose the configuration; nothing is written.
 
     Raises:
         UserError: see `compose`; or a path that does not exist.
     """
     options, now = arguments.options, datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    checkpoint: Path | None = None
     saved: list[DictConfig] = []
+    checkpoint = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if options.resume:
         logdir, checkpoint, saved = saved_run(Path(options.resume))
-    elif options.resume_from_checkpoint:
-        checkpoint = Path(options.resume_from_checkpoint)
+    else:
+        name = options.name or "+".join(find_config(path).stem for path in options.base)
+        logdir = unused(Path(options.logdir) / f"{now}_{name}{options.postfix}")
     if checkpoint is not None and not checkpoint.is_file():
         flag = "-r" if options.resume else "--resume_from_checkpoint"
         raise UserError(f"there is no checkpoint '{checkpoint}' to resume from", flag)
@@ -128,11 +114,6 @@ def configure(arguments: Arguments) -> Run:
         where = f"'{logdir / 'configs'}' holds none: " if options.resume else ""
         raise UserError(f"no configuration: {where}give YAML files with --base, or a log directory to resume with -r")
     config = compose(options.base, arguments.overrides, saved)
-    if options.token_num is not None:
-        set_token_num(config, options.token_num)
-    if not options.resume:
-        name = options.name or "+".join(find_config(path).stem for path in options.base)
-        logdir = unused(Path(options.logdir) / f"{now}_{name}{options.postfix}")
     return Run(config, logdir, now, checkpoint, bool(options.resume), options.train, not options.no_test)
 
 
@@ -177,13 +158,3 @@ def without_checkpoints(node: dict[str, Any]) -> dict[str, Any]:
     if isinstance(stage, dict):
         params["first_stage_config"] = without_checkpoints(stage)
     return {"target": node["target"], "params": params}
-
-
-def set_token_num(config: DictConfig, count: int) -> None:
-    """Set the number of concept tokens in the U-Net and the encoder (`--token_num`)."""
-    for node in ("unet_config", "cond_stage_config"):
-        key = f"model.params.{node}.params"
-        if count < 1 or OmegaConf.select(config, key) is None:
-            problem = f"the configuration has no {key}: it is for EncDiff" if count >= 1 else f"got {count}"
-            raise UserError(f"expected at least 1 token, and a configuration of EncDiff; {problem}", "--token_num")
-        OmegaConf.update(config, f"{key}.latent_unit", count)

@@ -44,15 +44,16 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     try:
         arguments = parse(argv)
         run = configure(arguments)
-        with hold(run.logdir, run.resumed and not is_follower()):
-            fit(build(run, score))
+        job = build(run, score)
+        fit(job)
         return 0
     except UserError as error:
         if debug:
             raise
-        # A key that was given by a flag is reported by the flag's name.
-        flag = arguments.flags.get(error.key, error.key) if arguments else error.key
-        report(f"error: {flag}: {error.message}" if flag else f"error: {error}")
+        # A key that was given by a flag, or above it, is reported by the flag's name.
+        given = {} if arguments is None else arguments.flags
+        flags = [flag for key, flag in given.items() if error.key and f"{key}.".startswith(f"{error.key}.")]
+        report(f"error: {flags[0]}: {error.message}" if flags else f"error: {error}")
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         saved: Path | None = getattr(stop, "checkpoint", None)
@@ -75,11 +76,11 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
 
 def fit(job: Job) -> None:
     """Phase 4, fit: train, then test where there is a test set."""
-    run = job.run
-    checkpoint = str(run.checkpoint) if run.checkpoint else None
+    run, checkpoint = job.run, str(job.run.checkpoint) if job.run.checkpoint else None
     if run.train:
         log.info("logging to %s", run.logdir)
-        job.trainer.fit(job.model, job.data, ckpt_path=checkpoint, weights_only=True)
+        with hold(run.logdir, run.resumed and not is_follower()):
+            job.trainer.fit(job.model, job.data, ckpt_path=checkpoint, weights_only=True)
     else:
         log.info("built everything; add -t to train")
     if "test" in job.datasets and run.test:

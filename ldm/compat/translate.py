@@ -150,7 +150,6 @@ def _rename(where: str, node: DictConfig) -> None:
         raise UserError(message, f"{where}.target")
 
 
-
 def _drop(params: Any, unused: dict[str, Unused] | None, where: str) -> None:
     """Leave out keys that have no effect."""
     for key in [key for key in unused or {} if isinstance(params, DictConfig) and key in params]:

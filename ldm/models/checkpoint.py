@@ -1,55 +1,17 @@
 """Weights of a checkpoint into a model."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from ldm.compat.checkpoints import fit_to, read_state_dict
-from ldm.util import UserError
+from ldm.compat.checkpoints import compare, fit_to, read_state_dict
 
 log = logging.getLogger(__name__)
 
 # What a checkpoint may lack: losses, EMA weights, what is a constant unless it is learned.
 OPTIONAL = ("loss.", "model_ema.", "cond_stage_model_ema.", "logvar", "scale_factor", "alphas_cumprod_next")
-
-
-def compare(
-    own: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
-    path: str | Path,
-    optional: tuple[str, ...] = (),
-    named_by: str = "ckpt_path",
-) -> None:
-    """Refuse the state dict of another model.
-
-    Args:
-        own: the model's state dict.
-        state: the checkpoint's.
-        path: the file, for the message.
-        optional: prefixes of names that `state` may lack.
-        named_by: the flag or key that named the file.
-
-    Raises:
-        UserError: weights are missing or have other shapes.
-    """
-    missing = [name for name in own if name not in state and not name.startswith(optional)]
-    unknown = [name for name in state if name not in own]
-    wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
-    what = []
-    if missing:
-        what.append(f"{len(missing)} of {len(own)} weights are missing (the first: {missing[0]})")
-    if missing and unknown:
-        what.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
-    if wrong:
-        shapes = f"{tuple(state[wrong[0]].shape)} there, {tuple(own[wrong[0]].shape)} here"
-        what.append(f"{len(wrong)} have other shapes (the first: {wrong[0]}, {shapes})")
-    if what:
-        hint = "compare use_ema and ema_parameters" if any("_ema." in name for name in missing) else ""
-        hint = hint or "use the configuration that it was trained with"
-        raise UserError(f"'{path}' is a checkpoint of another model: {', '.join(what)}; {hint}", named_by)
 
 
 def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = ()) -> set[str]:

@@ -9,19 +9,19 @@ from ldm.util import UserError
 
 
 class LitEma(nn.Module):
-    """Moving averages of the trainable parameters of a module, and of its statistics if asked for.
+    """EMA weights of a module: of its trainable parameters and, if asked for, of its statistics.
 
-    The k-th update uses the decay min(decay, (1 + k) / (10 + k)). An average is a buffer, named after what it follows
+    The k-th update uses the decay min(decay, (1 + k) / (10 + k)). Each is a buffer here, named after what it follows
     without the dots, so that checkpoints of LDM fit.
 
     Args:
         model: the module to follow.
         decay: upper limit of the decay, in [0, 1].
         buffers: also average the floating-point buffers, such as the running means and variances of batch norm. LDM
-            has parameters only: batch norm would then use averaged weights with the statistics of the live ones.
+            averages parameters only: batch norm then combines EMA weights with the statistics of the live weights.
 
     Attributes:
-        names: names of the averages, by the names of the parameters and buffers that they follow.
+        names: name of the parameter or buffer in `model` -> name of the buffer here.
 
     Raises:
         UserError: a decay outside [0, 1].
@@ -44,36 +44,36 @@ class LitEma(nn.Module):
             self.register_buffer(self.names[name], tensor.detach().clone())
         self._stored: list[torch.Tensor] = []
 
-    def _averages(self) -> list[torch.Tensor]:
+    def _shadows(self) -> list[torch.Tensor]:
         own = dict(self.named_buffers())
         return [own[name] for name in self.names.values()]
 
     def _live(self, model: nn.Module) -> list[torch.Tensor]:
-        """The tensors of `model` in the order of the averages."""
+        """The tensors of `model` that are followed, in the order of `_shadows`."""
         found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return [found[name].detach() for name in self.names]
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Update the averages from `model`, without waiting for the device."""
+        """Update the EMA weights from `model`, without waiting for the device."""
         self.num_updates += 1
         count = self.num_updates.float()
         decay = torch.minimum(self.decay, (1 + count) / (10 + count))
-        averages = self._averages()
-        step = torch._foreach_sub(averages, self._live(model))
+        shadows = self._shadows()
+        step = torch._foreach_sub(shadows, self._live(model))
         torch._foreach_mul_(step, 1.0 - decay)
-        torch._foreach_sub_(averages, step)
+        torch._foreach_sub_(shadows, step)
 
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
         """Start again from the weights of `model`."""
-        torch._foreach_copy_(self._averages(), self._live(model))
+        torch._foreach_copy_(self._shadows(), self._live(model))
         self.num_updates.zero_()
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the weights of `model` with the averages."""
-        torch._foreach_copy_(self._live(model), self._averages())
+        """Overwrite the weights of `model` with the EMA weights."""
+        torch._foreach_copy_(self._live(model), self._shadows())
 
     def store(self, model: nn.Module | Iterable[torch.Tensor]) -> None:
         """Keep a copy of what `copy_to` overwrites in `model`, or, as in LDM, of the given parameters."""

@@ -113,7 +113,7 @@ def test_kl_loss_by_hand():
         ({"disc_loss": "wasserstein"}, "disc_loss"),
         ({"pixel_loss": "l3"}, "pixel_loss"),
         ({"disc_conditional": True}, "disc_conditional"),
-        ({"perceptual_weight": -1.0}, "negative"),
+        ({"perceptual_weight": -1.0}, "perceptual_weight"),
     ],
 )
 def test_bad_options(options, message):

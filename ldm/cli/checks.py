@@ -1,20 +1,22 @@
 """What is tried before training starts, so that a mistake is reported before anything is written."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import default_collate
+from torch.utils.tensorboard import SummaryWriter
 
-from ldm.compat.checkpoints import read_checkpoint
+from ldm.cli.configure import Run
+from ldm.compat.checkpoints import check_resumable
 from ldm.data.images import to_unit_range_all
 from ldm.metrics.evaluate import METRICS
 from ldm.models.autoencoder import FirstStage
-from ldm.models.checkpoint import compare
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, nearest
+from ldm.modules.mode import evaluating
+from ldm.util import UserError, nearest, parameters_of
 
 # What to compare, where an image does not pass through a model.
 FITTING = {
@@ -22,6 +24,41 @@ FITTING = {
     LatentDiffusion: "model.params: first_stage_config, image_size and channels (of the latent), unet_config and"
     " cond_stage_config.params.image_size (of the image)",
 }
+
+
+def check(
+    run: Run,
+    model: pl.LightningModule,
+    datasets: Mapping[str, Any],
+    callbacks: Sequence[Any],
+    options: Mapping[str, Any],
+    logger: Mapping[str, Any],
+) -> None:
+    """Refuse what would fail after the start.
+
+    Args:
+        run: from `configure`.
+        model, datasets, callbacks: what was built; callbacks with a method `check` are asked.
+        options: the Trainer's. logger: its node.
+
+    Raises:
+        UserError: the first problem.
+    """
+    if run.train and datasets and "train" not in datasets:
+        raise UserError("is missing: there is nothing to train on", "data.params.train")
+    for callback in callbacks:
+        if hasattr(callback, "check"):
+            callback.check(model, datasets, options)
+    losses = dry_run(model, datasets)
+    for callback in callbacks:
+        check_monitor(getattr(callback, "monitor", None), model, losses, callbacks, datasets)
+    if logger["target"].endswith("loggers.TensorBoardLogger"):
+        # It hands other keywords on to a writer, which would refuse them after the start.
+        known = {**parameters_of(TensorBoardLogger)[0], **parameters_of(SummaryWriter)[0]}
+        for key in set(logger["params"]) - set(known):
+            raise UserError(f"unknown key for TensorBoardLogger{nearest(key, known)}", f"lightning.logger.params.{key}")
+    if run.checkpoint is not None:
+        check_resumable(run.checkpoint, model, "-r" if run.resumed else "--resume_from_checkpoint")
 
 
 def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
@@ -42,10 +79,9 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
         if split not in datasets or not isinstance(model, FirstStage | LatentDiffusion):
             continue
         kind = FirstStage if isinstance(model, FirstStage) else LatentDiffusion
-        was_training, size = model.training, ""
-        model.eval()
+        size = ""
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with evaluating(model), torch.no_grad():
                 batch = to_unit_range_all(default_collate([dict(datasets[split][0])]))
                 key = model.image_key if isinstance(model, FirstStage) else model.first_stage_key
                 size = "x".join(map(str, batch[key].shape[1:]))
@@ -55,19 +91,17 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
         except Exception as error:
             problem = f"its images ({size}) do not pass through the model: {' '.join(str(error).split())}"
             raise UserError(f"{problem}; compare them with {FITTING[kind]}", f"data.params.{split}") from error
-        finally:
-            model.train(was_training)
         names |= set(found if isinstance(model, FirstStage) else found[1])
     return names
 
 
 def check_monitor(
-    monitor: Any, model: pl.LightningModule, losses: set[str], callbacks: Iterable[Any], datasets: Mapping[str, Any]
+    monitor: Any, model: pl.LightningModule, losses: set[str], callbacks: Sequence[Any], datasets: Mapping[str, Any]
 ) -> None:
     """Refuse a monitor that nothing is logged as.
 
     Args:
-        monitor: of the checkpoints.
+        monitor: of checkpoints; None is fine.
         model: the model.
         losses: their names, from `dry_run`; empty for models that are not derived from ours.
         callbacks: those with `logged` say what they log.
@@ -93,45 +127,3 @@ def check_monitor(
     elif any(monitor.startswith(f"val/{name}") for name in METRICS):
         hint = ": main_val.py scores what lightning.callbacks.disentanglement.params.metrics names"
     raise UserError(f"'{monitor}' is never logged{hint}", "model.params.monitor")
-
-
-def check_resumable(path: Path, model: pl.LightningModule, named_by: str) -> None:
-    """Refuse a checkpoint from which a run of this model cannot be resumed.
-
-    Args:
-        path: the checkpoint.
-        model: of the configuration.
-        named_by: the flag that named the file.
-
-    Raises:
-        UserError: not readable, weights without the state of a training run, or another model's.
-    """
-    alone = f"'{path}' holds no state of a training run: to start from its weights, give it as model.params.ckpt_path"
-    if path.suffix == ".safetensors":
-        raise UserError(alone, named_by)
-    content, left_out = read_checkpoint(path, named_by)
-    if left_out:
-        raise UserError(
-            f"'{path}' holds pickled objects ({', '.join(sorted(left_out))}), as checkpoints of Lightning 1 do: convert"
-            f" it by python scripts/convert_checkpoint.py {path} NEW.ckpt, and use --resume_from_checkpoint NEW.ckpt",
-            named_by,
-        )
-    if not isinstance(content, dict) or not {"state_dict", "loops", "optimizer_states"} <= set(content):
-        raise UserError(alone, named_by)
-    saved: dict[str, Any] = {"state_dict": dict(content["state_dict"])}
-    model.on_load_checkpoint(saved)  # as Lightning will
-    compare(model.state_dict(), saved["state_dict"], path, named_by=named_by)
-    unknown = sorted(set(saved["state_dict"]) - set(model.state_dict()))
-    if unknown:
-        hint = ": compare use_ema and ema_parameters" if "_ema." in unknown[0] else ""
-        raise UserError(f"'{path}' is a checkpoint of another model: it has the weight {unknown[0]}{hint}", named_by)
-    if isinstance(model, FirstStage | LatentDiffusion):
-        trained = [len(parameters) for parameters in model.trained_parameters()]
-        held = [sum(len(group["params"]) for group in state["param_groups"]) for state in content["optimizer_states"]]
-        if trained != held:
-            raise UserError(
-                f"'{path}' holds the state of optimisers of {held} parameters, and this configuration trains {trained}:"
-                " compare cond_stage_trainable, learn_logvar and lossconfig, or give the file as model.params.ckpt_path"
-                " to start from its weights alone",
-                named_by,
-            )
