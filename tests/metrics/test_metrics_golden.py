@@ -13,7 +13,6 @@ from ldm.metrics.factor_vae import factor_vae
 from ldm.metrics.information import mutual_information
 from ldm.metrics.sampling import sample_points
 
-
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sap", "modularity_explicitness")]
 
 
