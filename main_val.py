@@ -1,6 +1,6 @@
 """Train EncDiff, scored for disentanglement at validation: `python main_val.py --base CONFIG -t --gpus 0,`."""
 
-from ldm.cli import main
+from ldm.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(score=True))

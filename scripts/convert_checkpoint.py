@@ -27,10 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from ldm.api import load_config
+from ldm.compat.checkpoints import Inert, read_checkpoint, read_state_dict, state_dict_of
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
-from ldm.models.checkpoint import read_checkpoint, read_state_dict, state_dict_of
-from ldm.models.pickles import Inert
 from ldm.util import UserError
 
 TRAINING = ("optimizer_states", "lr_schedulers", "epoch", "global_step")

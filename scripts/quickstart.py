@@ -12,9 +12,11 @@ import pytorch_lightning as pl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.api import encode, load, load_config, reconstruction_mse
-from ldm.cli import main as train
+from ldm.api import load, load_config
+from ldm.cli.main import main as train
 from ldm.config import load_yaml
+from ldm.evaluation.codes import encode
+from ldm.evaluation.reconstruction import reconstruction_scores
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 
@@ -74,9 +76,9 @@ def main() -> None:
     marks = [("data", time.perf_counter())]
 
     first_config = load_yaml(opt.first_stage)
-    mse = [reconstruction_mse(untrained(first_config, opt.seed), dataset)]
+    mse = [reconstruction_scores(untrained(first_config, opt.seed), dataset, lpips=None)["mse"]]
     first = run_stage(first_stage, opt.logdir, opt.seed, False, [])
-    mse.append(reconstruction_mse(load(first), dataset))
+    mse.append(reconstruction_scores(load(first), dataset, lpips=None)["mse"])
     marks.append(("first stage", time.perf_counter()))
 
     checkpoint = f"{CKPT_KEY}={first / 'checkpoints' / 'last.ckpt'}"
@@ -88,8 +90,8 @@ def main() -> None:
         raise UserError(f"{second} holds no scores: the quickstart's configuration must have metrics")
     record = json.loads(scored[-1].read_text())
     # The same points, settings and seed for the model before its training.
-    codes = encode(untrained(load_config(second), opt.seed), dataset)
-    before = evaluate(codes, dataset.grid, record["settings"], record["settings"], record["random_state"])
+    scalars = encode(untrained(load_config(second), opt.seed), dataset)
+    before = evaluate(scalars, dataset.grid, record["settings"], record["settings"], record["random_state"])
     marks.append(("scores before", time.perf_counter()))
     report(opt, dataset, first, second, mse, before, record, start, marks)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.cli import main
+from ldm.cli.main import main
 from ldm.data.rendered import write_shapes3d
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -39,7 +39,7 @@ class SignalAt(Callback):
 
 
 class SavedCodes(DisentanglementCallback):
-    """Keeps the codes that were scored, in `codes_RANK.npy`, and the scale factor, in `scale_RANK.pt`."""
+    """Keeps the codes that were scored, in `codes_RANK.npy`, the scale factor, in `scale_RANK.pt`, and some noise."""
 
     def _gather(self, pl_module: pl.LightningModule, rows: int) -> dict[str, np.ndarray]:
         codes = super()._gather(pl_module, rows)
@@ -48,3 +48,4 @@ class SavedCodes(DisentanglementCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         torch.save(pl_module.scale_factor, f"scale_{trainer.global_rank}.pt")
+        torch.save(torch.randn(3), f"noise_{trainer.global_rank}.pt")

@@ -1,6 +1,7 @@
 """The command line: flags, log directory, learning rate, logged values, files."""
 
 import datetime
+import inspect
 import json
 import re
 
@@ -15,11 +16,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ldm
-from ldm.api import encode
 from ldm.callbacks.images import ImageLogger
-from ldm.cli_arguments import TRAINER_FLAGS, apply_flags, parse
-from ldm.cli_build import configure_manual_optimization, processes
-from ldm.cli_trainer import devices, trainer_options
+from ldm.cli.arguments import parse
+from ldm.cli.build import configure_manual_optimization, devices, processes, trainer_options
+from ldm.config import from_dotlist, merge
+from ldm.evaluation.codes import encode
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 
@@ -38,55 +39,47 @@ def scalars(logdir) -> dict[str, list[float]]:
     [
         ("0,", {"accelerator": "gpu", "devices": [0]}),
         ("0,1", {"accelerator": "gpu", "devices": [0, 1]}),
-        ("1,", {"accelerator": "gpu", "devices": [1]}),
         ("2", {"accelerator": "gpu", "devices": 2}),
         ("-1", {"accelerator": "gpu", "devices": -1}),
         ("0", {"accelerator": "cpu", "devices": 1}),
-        (0, {"accelerator": "cpu", "devices": 1}),
         (1, {"accelerator": "gpu", "devices": 1}),
+        ([1], {"accelerator": "gpu", "devices": [1]}),
     ],
 )
 def test_gpus_with_cuda(monkeypatch, gpus, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices(gpus, {}) == expected
+    assert devices(gpus) == expected
 
 
 @pytest.mark.parametrize("gpus", ["2,", "0,2", "3"])
 def test_more_gpus_than_there_are(monkeypatch, gpus):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=f"--gpus {gpus}: there are 2 CUDA devices"):
-        devices(gpus, {})
+    with pytest.raises(UserError, match=f"--gpus: {gpus}: there are 2 CUDA devices"):
+        devices(gpus)
 
 
 @pytest.mark.parametrize("gpus", ["x", "0,x", "0;1", "-2", "0,-1", "0,0", "1.5", ""])
 def test_gpus_of_another_form(gpus):
     with pytest.raises(UserError, match="--gpus: expected"):
-        devices(gpus, {})
+        devices(gpus)
 
 
-@pytest.mark.parametrize(("gpus", "loud"), [("0,", True), ("2", True), ("-1", True), ("0", False), (None, False)])
+@pytest.mark.parametrize(("gpus", "loud"), [("0,", True), ("2", True), ("-1", True), ("0", False), ([], False)])
 def test_without_cuda_it_warns_loudly(monkeypatch, caplog, gpus, loud):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = devices(gpus, {})
-    assert found["devices"] == 1 and found["accelerator"] == ("auto" if gpus is None else "cpu")
+    assert devices(gpus) == {"accelerator": "cpu", "devices": 1}
     assert ("TRAINING ON THE CPU" in caplog.text) == loud
-
-
-def test_without_gpus_the_configuration_says(monkeypatch):
-    assert devices(None, {"accelerator": "cpu", "devices": 2}) == {"accelerator": "cpu", "devices": 2}
 
 
 # ---- flags
 
 
-def options_of(*argv: str, config: dict | None = None) -> dict:
+def options_of(*argv: str, trainer: dict | None = None) -> dict:
     """What the Trainer gets."""
-    opt, _ = parse(argv)
-    node = OmegaConf.create(config or {})
-    apply_flags(opt, node)
-    return trainer_options(node.lightning)
+    given = [OmegaConf.create({"lightning": {"trainer": trainer or {}}}), from_dotlist(parse(argv).overrides)]
+    return trainer_options(OmegaConf.to_container(merge(given))["lightning"]["trainer"])
 
 
 def test_every_trainer_argument_is_a_flag():
@@ -98,21 +91,27 @@ def test_every_trainer_argument_is_a_flag():
         "gradient_clip_algorithm": "value", "deterministic": "true", "profiler": "simple", "benchmark": "false",
         "default_root_dir": "elsewhere",
     }  # fmt: skip
-    argv = [part for name, text in texts.items() for part in (f"--{name}", text)]
-    options = options_of(*argv)
+    options = options_of(*[part for name, text in texts.items() for part in (f"--{name}", text)])
+    assert options == options_of(*[f"--{name}={text}" for name, text in texts.items()])
     assert options["max_epochs"] == 5 and options["limit_train_batches"] == 0.5 and options["deterministic"] is True
     assert options["max_time"] == "00:01:00:00" and options["precision"] == "32-true"
     pl.Trainer(**{**options, "logger": False, "profiler": None})
-    for name in TRAINER_FLAGS:
-        assert getattr(parse([f"--{name}", "1"])[0], name) == "1"
-    assert set(texts) <= set(TRAINER_FLAGS) and len(TRAINER_FLAGS) > 35
+    for name in set(inspect.signature(pl.Trainer.__init__).parameters) - {"self", "max_time"}:
+        assert f"lightning.trainer.{name}=1" in parse([f"--{name}", "1"]).overrides
+
+
+def test_a_flag_without_a_value_means_true():
+    options = options_of("--deterministic", "--max_steps", "-1", "--benchmark", "-t")
+    assert options["deterministic"] is True and options["benchmark"] is True and options["max_steps"] == -1
 
 
 def test_flags_win_over_the_configuration():
-    config = {"lightning": {"trainer": {"max_epochs": 3, "benchmark": True, "gpus": "0,"}}}
-    options = options_of("--max_epochs", "5", "--gpus", "0", config=config)
+    trainer = {"max_epochs": 3, "benchmark": True, "gpus": "0,"}
+    options = options_of("--max_epochs", "5", "--gpus", "0", trainer=trainer)
     assert (options["max_epochs"], options["benchmark"], options["accelerator"]) == (5, True, "cpu")
-    options = options_of("--accelerator", "cpu", "--devices", "2", config=config)
+    options = options_of("--accelerator", "cpu", "--devices", "2", trainer=trainer)
+    assert (options["accelerator"], options["devices"]) == ("cpu", 2)
+    options = options_of(trainer={"accelerator": "cpu", "devices": 2})
     assert (options["accelerator"], options["devices"]) == ("cpu", 2)
 
 
@@ -139,17 +138,20 @@ def test_without_an_end_it_trains_a_thousand_epochs():
     ],
 )
 def test_flags_of_ldm(argv, name, value):
-    assert getattr(parse(argv)[0], name) == value
+    assert getattr(parse(argv).options, name) == value
 
 
 def test_overrides_may_stand_anywhere():
-    opt, dotlist = parse(["--base", "a.yaml", "x.y=1", "-t", "z=2"])
-    assert opt.base == ["a.yaml"] and dotlist == ["x.y=1", "z=2"] and opt.train is True
+    arguments = parse(["--base", "a.yaml", "x.y=1", "-t", "z=2"])
+    assert arguments.options.base == ["a.yaml"] and arguments.options.train is True
+    assert arguments.overrides == ["x.y=1", "z=2"]
 
 
 def test_the_value_of_a_flag_may_hold_a_sign():
-    opt, dotlist = parse(["-n", "lr=1", "--postfix", "a=b", "-s", "3", "x=2", "-t"])
-    assert (opt.name, opt.postfix, opt.seed, opt.train, dotlist) == ("lr=1", "a=b", 3, True, ["x=2"])
+    arguments = parse(["-n", "lr=1", "--postfix", "a=b", "-s", "3", "x=2", "-t"])
+    options = arguments.options
+    assert (options.name, options.postfix, options.seed, options.train) == ("lr=1", "a=b", 3, True)
+    assert arguments.overrides == ["x=2", "lightning.seed=3"]
 
 
 # ---- several processes, as far as they can be seen without starting any
@@ -230,7 +232,9 @@ def test_log_directory_of_the_first_stage(trained):
     assert {f"configs/{now}-project.yaml", f"configs/{now}-lightning.yaml"} <= found
     assert {f"images/train/{kind}_gs-000008_e-000001.png" for kind in ("inputs", "reconstructions")} <= found
     assert any(name.startswith("tensorboard/events.out.tfevents") for name in found)
-    assert {path.name for path in trained.logdir.iterdir()} == {"checkpoints", "configs", "images", "tensorboard"}
+    assert {path.name for path in trained.logdir.iterdir()} == {
+        ".lock", "checkpoints", "configs", "images", "tensorboard"
+    }  # fmt: skip
     project = OmegaConf.load(trained.logdir / f"configs/{now}-project.yaml")
     assert set(project) == {"model", "data"} and project.model.params.n_embed == 32
     assert set(OmegaConf.load(trained.logdir / f"configs/{now}-lightning.yaml")) == {"lightning"}
@@ -293,14 +297,15 @@ def test_scores_are_stored(trained_encdiff):
 
 
 def test_a_table_of_scores_is_shown(trained_encdiff):
-    assert "scores at step 8" in trained_encdiff.log and re.search(r"mig +discrete_mig +0\.\d{4}", trained_encdiff.log)
+    assert "scores of the scalars at step 8" in trained_encdiff.log
+    assert re.search(r"mig +discrete_mig +0\.\d{4}", trained_encdiff.log)
     assert "= 64 rows" in trained_encdiff.log and "samples: factor_vae 20/20, mig 64" in trained_encdiff.log
     assert list((trained_encdiff.logdir / "metrics").glob("000008_mig_mutual_information.png"))
 
 
 def test_the_sanity_check_does_not_score(trained_encdiff):
     """Two validations, two scores: Lightning's sanity check, of two batches, ran before them."""
-    assert trained_encdiff.log.count("scoring 64 codes") == 2
+    assert trained_encdiff.log.count("scoring the scalars of 64 images") == 2
     assert not (trained_encdiff.logdir / "metrics" / "000000.json").exists()
 
 
@@ -392,7 +397,7 @@ def test_runs_of_the_same_second_do_not_share_a_directory(cli, monkeypatch):
         def now(cls, tz=None):
             return cls(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr("ldm.cli_arguments.datetime.datetime", Clock)
+    monkeypatch.setattr("ldm.cli.configure.datetime.datetime", Clock)
     run = ["-t", "--gpus", 0, "--max_steps", 1, "--limit_val_batches", 0, "model.params.monitor=train/epoch_num"]
     for _ in range(3):
         result = cli.run("--base", cli.vq, *run)
@@ -400,7 +405,7 @@ def test_runs_of_the_same_second_do_not_share_a_directory(cli, monkeypatch):
     names = sorted(path.name for path in (cli.folder / "logs").iterdir())
     assert names == [f"2026-01-02T03-04-05_vq{number}" for number in ("", "-2", "-3")]
     # Both may look for a free name before either makes its directory; the later one is refused.
-    monkeypatch.setattr("ldm.cli_arguments._unused", lambda logdir: logdir)
+    monkeypatch.setattr("ldm.cli.configure.unused", lambda logdir: logdir)
     before = (cli.folder / "logs" / names[0] / "checkpoints" / "last.ckpt").read_bytes()
     result = cli.run("--base", cli.vq, *run)
     assert result.status == 2 and len(result.errors) == 1 and "another run" in result.errors[0]
@@ -415,10 +420,7 @@ def test_a_first_stage_without_weights_is_told(cli, first_stage):
 
 
 def test_a_number_that_yaml_takes_for_a_text(cli):
-    opt, _ = parse(["--base", "x.yaml", "--gradient_clip_val", "1e-1"])
-    config = OmegaConf.create({})
-    apply_flags(opt, config)
-    assert config.lightning.trainer.gradient_clip_val == 0.1
+    assert options_of("--gradient_clip_val", "1e-1")["gradient_clip_val"] == 0.1
 
 
 def test_mistakes_that_lightning_finds_are_told_in_one_line(cli, monkeypatch):
@@ -538,9 +540,8 @@ def test_two_processes(cli, first_stage, rooms):
     assert content["global_step"] == 2
     scales = [torch.load(cli.folder / f"scale_{rank}.pt") for rank in (0, 1)]
     assert torch.equal(*scales) and torch.equal(scales[0], content["state_dict"]["scale_factor"]) and scales[0] != 1
-    first, second = content["callbacks"]["RandomStateCallback"]["processes"]
-    assert not torch.equal(first["torch"], second["torch"])
-
+    first, second = (torch.load(cli.folder / f"noise_{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(first, second), "each process draws its own noise"
     codes = [np.load(cli.folder / f"codes_{rank}.npy") for rank in (0, 1)]
     assert np.array_equal(*codes) and codes[0].shape == (64, 4)
     config["model"]["params"]["first_stage_config"]["params"]["ckpt_path"] = str(first_stage)

@@ -10,13 +10,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from command_line import CHECKPOINT, ROOT, first_stage_config
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli_arguments import Run
-from ldm.cli_build import build_callbacks, lightning_nodes
-from ldm.cli_checks import check_model
-from ldm.cli_trainer import trainer_options
-from ldm.config import check_config, find_config, from_dotlist, load_yaml, merge
+from ldm.cli.build import complete, trainer_options
+from ldm.cli.checks import dry_run
+from ldm.cli.configure import Run, compose
+from ldm.config import find_config, from_dotlist, load_yaml, merge
 from ldm.data.dis import Shapes3D
 from ldm.util import UserError, instantiate_from_config
 
@@ -62,15 +61,15 @@ def stages(tmp_path_factory):
     return checkpoint
 
 
-def completed(path: Path, stages, vgg16) -> OmegaConf:
+def completed(path: Path, stages, vgg16) -> DictConfig:
     """A shipped configuration, with what a user has to give."""
-    config = load_yaml(path)
+    config, given = load_yaml(path), []
     node = OmegaConf.select(config, "model.params.first_stage_config")
     if node is not None and OmegaConf.is_missing(node.params, "ckpt_path"):
-        OmegaConf.update(config, CHECKPOINT, str(stages(node)))
+        given.append(f"{CHECKPOINT}={stages(node)}")
     if OmegaConf.select(config, "model.params.lossconfig") is not None:
-        OmegaConf.update(config, "model.params.lossconfig.params.perceptual_weights", str(vgg16))
-    return config
+        given.append(f"model.params.lossconfig.params.perceptual_weights={vgg16}")
+    return compose([path], given)
 
 
 def test_the_configurations_are_there():
@@ -81,17 +80,16 @@ def test_the_configurations_are_there():
 
 @pytest.mark.parametrize("path", WHOLE, ids=name)
 def test_shipped_configuration_builds_without_data(path, stages, vgg16, tmp_path):
-    config = completed(path, stages, vgg16)
-    check_config(config)
-    run = Run(tmp_path / "run", "now", None, [])
-    score = "first_stage_config" in config.model.params
-    nodes = lightning_nodes(config, run, score)
-    callbacks = build_callbacks(config, nodes, run, 0)
-    names = {type(callback).__name__ for callback in callbacks}
-    assert {"SetupCallback", "ImageLogger", "StopCallback", "ModelCheckpoint"} <= names
+    run = Run(completed(path, stages, vgg16), tmp_path / "run", "now", None, False, True, True)
+    config = OmegaConf.to_container(run.config, resolve=True)
+    score = "first_stage_config" in config["model"]["params"]
+    complete(run, config, score)
+    lightning = config["lightning"]
+    nodes = [*lightning["callbacks"].values(), lightning["modelcheckpoint"], lightning["logger"]]
+    names = {type(instantiate_from_config(node)).__name__ for node in nodes}
+    assert {"ImageLogger", "ProgressBar", "ModelCheckpoint", "TensorBoardLogger"} <= names
     assert ("DisentanglementCallback" in names) == score
-    instantiate_from_config(nodes.logger)
-    assert isinstance(instantiate_from_config(config.model, "model"), pl.LightningModule)
+    assert isinstance(instantiate_from_config(config["model"], "model"), pl.LightningModule)
     assert not (tmp_path / "run").exists()
 
 
@@ -99,8 +97,8 @@ def test_shipped_configuration_builds_without_data(path, stages, vgg16, tmp_path
     "path", [path for path in WHOLE if "first_stage_config" in OmegaConf.load(path).model.params], ids=name
 )
 def test_the_first_stage_must_be_given(path):
-    with pytest.raises(UserError, match=r"first_stage_config\.params\.ckpt_path is left as \?\?\?.*last\.ckpt"):
-        check_config(load_yaml(path))
+    with pytest.raises(UserError, match=r"first_stage_config\.params\.ckpt_path: is left as \?\?\?.*last\.ckpt"):
+        compose([path])
 
 
 def test_every_file_is_built():
@@ -129,7 +127,7 @@ def test_the_quickstarts_rate_falls_until_its_end(overlay):
     config = merge([load_yaml(path) for path in paths])
     trainer, schedule = config.lightning.trainer, config.model.params.scheduler_config.params
     assert list(schedule.cycle_lengths) == [trainer.max_steps] and trainer.max_steps % trainer.val_check_interval == 0
-    options = trainer_options(config.lightning)
+    options = trainer_options(OmegaConf.to_container(trainer))
     assert options["check_val_every_n_epoch"] is None, "the interval counts over epochs"
     assert options["val_check_interval"] == trainer.val_check_interval
     if overlay:
@@ -146,14 +144,11 @@ def test_the_quickstart_needs_no_network(tmp_path, monkeypatch):
     config = load_yaml(ROOT / "configs/quickstart/first_stage.yaml")
     model = instantiate_from_config(config.model, "model")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "stage.ckpt")
-    config = load_yaml(ROOT / "configs/quickstart/encdiff.yaml")
-    for split in ("train", "validation"):
-        config.data.params[split].params.sizes = [1, 1, 2, 1, 1, 2]
-    OmegaConf.update(config, CHECKPOINT, str(tmp_path / "stage.ckpt"))
-    check_config(config)
+    few = [f"data.params.{split}.params.sizes=[1,1,2,1,1,2]" for split in ("train", "validation")]
+    config = compose([ROOT / "configs/quickstart/encdiff.yaml"], [f"{CHECKPOINT}={tmp_path / 'stage.ckpt'}", *few])
     data = instantiate_from_config(config.data, "data")
     data.setup()
-    check_model(instantiate_from_config(config.model, "model"), data.datasets, config.model.params.monitor, [])
+    assert "loss_simple" in dry_run(instantiate_from_config(config.model, "model"), data.datasets)
 
 
 def test_lpips_without_weights_says_what_to_do(tmp_path, monkeypatch):
@@ -268,12 +263,6 @@ def test_another_target_replaces_the_params():
     assert same.model.params.x == 1 and same.model.params.y == 2
 
 
-def test_the_originals_name_is_the_same_target():
-    ours = OmegaConf.create({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"x": 1}})
-    theirs = OmegaConf.create({"target": "ldm.models.diffusion.ddpm_enc.LatentDiffusion"})
-    assert merge([OmegaConf.create({"model": ours}), OmegaConf.create({"model": theirs})]).model.params == {"x": 1}
-
-
 def test_base_files_merge_left_to_right(cli, first_stage):
     cli.write("steps.yaml", {"model": {"params": {"timesteps": 20}}})
     cli.write("more.yaml", {"model": {"params": {"timesteps": 30, "loss_type": "l2"}}})
@@ -287,26 +276,26 @@ def test_base_files_merge_left_to_right(cli, first_stage):
 
 
 UNKNOWN_KEYS = [
-    ("modle.target=x", "'modle'", "model"),
-    ("model.parms.x=1", "'model.parms'", "params"),
-    ("model.params.val_loss_evry=1", "model.params: unknown key 'val_loss_evry'", "val_loss_every"),
-    ("model.params.ddconfig.ch_mul=[1]", "ddconfig: unknown key 'ch_mul'", "ch_mult"),
-    ("model.params.lossconfig.params.disc_strt=1", "lossconfig.params: unknown key 'disc_strt'", "disc_start"),
-    ("data.parms.batch_size=1", "'data.parms'", "params"),
-    ("data.params.batchsize=1", "data.params: unknown key 'batchsize'", "batch_size"),
-    ("data.params.train.params.image_sise=8", "data.params.train.params: unknown key 'image_sise'", "image_size"),
-    ("lightning.traner.max_epochs=1", "unknown key 'lightning.traner'", "trainer"),
-    ("lightning.trainer.max_epoch=1", "lightning.trainer: unknown key 'max_epoch'", "max_epochs"),
-    ("lightning.callbacks.image_logger.params.max_image=1", "image_logger.params: unknown key", "max_images"),
-    ("lightning.modelcheckpoint.params.save_top=1", "lightning.modelcheckpoint.params: unknown key", "save_top_k"),
+    ("modle.target=x", "modle: unknown key", "model"),
+    ("model.parms.x=1", "model.parms: unknown key", "params"),
+    ("model.params.val_loss_evry=1", "model.params.val_loss_evry: unknown key", "val_loss_every"),
+    ("model.params.ddconfig.ch_mul=[1]", "ddconfig.ch_mul: unknown key", "ch_mult"),
+    ("model.params.lossconfig.params.disc_strt=1", "lossconfig.params.disc_strt: unknown key", "disc_start"),
+    ("data.parms.batch_size=1", "data.parms: unknown key", "params"),
+    ("data.params.batchsize=1", "data.params.batchsize: unknown key", "batch_size"),
+    ("data.params.train.params.image_sise=8", "data.params.train.params.image_sise: unknown key", "image_size"),
+    ("lightning.traner.max_epochs=1", "lightning.traner: unknown key", "trainer"),
+    ("lightning.trainer.max_epoch=1", "lightning.trainer.max_epoch: unknown key", "max_epochs"),
+    ("lightning.callbacks.image_logger.params.max_image=1", "image_logger.params.max_image: unknown key", "max_images"),
+    ("lightning.modelcheckpoint.params.save_top=1", "modelcheckpoint.params.save_top: unknown key", "save_top_k"),
 ]  # fmt: skip
 UNKNOWN_KEYS_OF_ENCDIFF = [
-    ("model.params.unet_config.params.chanel_mult=[1]", "unet_config.params: unknown key", "channel_mult"),
-    ("model.params.cond_stage_config.params.latent_units=1", "unknown key 'latent_units'", "latent_unit"),
-    ("model.params.scheduler_config.params.warm_up=1", "scheduler_config.params: unknown key", "warm_up_steps"),
-    ("model.params.first_stage_config.params.ddconfig.chm=1", "ddconfig: unknown key 'chm'", "ch"),
-    ("lightning.callbacks.disentanglement.params.metric=[]", "disentanglement.params: unknown key", "metrics"),
-    ("lightning.callbacks.image_logger.params.log_images_kwargs.ddim_step=1", "unknown key 'ddim_step'", "ddim_steps"),
+    ("model.params.unet_config.params.chanel_mult=[1]", "unet_config.params.chanel_mult: unknown key", "channel_mult"),
+    ("model.params.cond_stage_config.params.latent_units=1", "params.latent_units: unknown key", "latent_unit"),
+    ("model.params.scheduler_config.params.warm_up=1", "scheduler_config.params.warm_up: unknown key", "warm_up_steps"),
+    ("model.params.first_stage_config.params.ddconfig.chm=1", "ddconfig.chm: unknown key", "ch"),
+    ("lightning.callbacks.disentanglement.params.metric=[]", "disentanglement.params.metric: unknown key", "metrics"),
+    ("lightning.callbacks.image_logger.params.log_images_kwargs.ddim_step=1", "ddim_step: unknown key", "ddim_steps"),
 ]  # fmt: skip
 
 

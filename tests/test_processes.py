@@ -1,4 +1,4 @@
-"""Two processes on the CPU: manual optimisation and two optimisers under DDP, stopping and going on."""
+"""Two processes on the CPU: manual optimisation and two optimisers under DDP, stopping and resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from command_line import CommandLine
+from command_line import CommandLine, encdiff_config
 from pytorch_lightning.callbacks import Callback
 from test_resume import assert_same_end, config_of, last
+from torch.nn.parallel import DistributedDataParallel
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
 class SaveEachRank(Callback):
@@ -57,3 +60,17 @@ def test_two_processes_stop_together_and_go_on(tmp_path, rooms, first_stage, sta
     scores = [sorted((logdir / "metrics").glob("*.json")) for logdir in (whole, pieces)]
     assert [path.read_text() for path in scores[0]] == [path.read_text() for path in scores[1]]
     assert len(scores[0]) == (1 if stage == "encdiff" else 0)
+
+
+def test_ddp_does_not_broadcast_ema_weights(tmp_path):
+    """It would broadcast every buffer before each forward pass; the batch statistics still are."""
+    params = encdiff_config(tmp_path)["model"]["params"] | {"ema_parameters": "all"}
+    params["first_stage_config"]["params"]["ckpt_path"] = None
+    model = LatentDiffusion(**params)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        broadcast = {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
+    finally:
+        torch.distributed.destroy_process_group()
+    names = {name for name, buffer in model.named_buffers() if id(buffer) in broadcast}
+    assert any("running_mean" in name for name in names) and not any("_ema." in name for name in names)

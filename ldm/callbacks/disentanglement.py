@@ -11,32 +11,34 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ldm.evaluation.files import write_json
+from ldm.evaluation.heatmaps import write_heatmaps
+from ldm.evaluation.scores import score_codes
 from ldm.factors import factors_of
-from ldm.metrics.evaluate import HEADLINES, SUITE, check_settings, evaluate
-from ldm.metrics.report import score_table, write_heatmaps, write_json
+from ldm.metrics.evaluate import HEADLINES, SUITE, check_seed, check_settings
 from ldm.metrics.sampling import Factors, Scores
-from ldm.util import UserError, plain, require_at_least
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
-WHERE = "lightning.callbacks.disentanglement.params"
+PARAMS = "lightning.callbacks.disentanglement.params"
 
 
 class DisentanglementCallback(Callback):
     """Encodes the validation set into scalars and scores them against its factor grid, or its table of attributes.
 
-    Codes are collected batch by batch over the whole set, also over several processes, and put into grid order by the
-    batch's `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, the matrices
-    behind them as pictures beside it, and as a table into the log.
+    Scalars are collected batch by batch over the whole set, also over several processes, and put into grid order by the
+    batch's `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, the matrices behind them into
+    pictures beside it, and into the log as a table.
 
     Args:
         metrics: names from `ldm.metrics.evaluate`; an empty list turns scoring off.
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
-        every_n_validations: score in every so-manieth validation.
+        every_n_validations: score every N validations.
         weights: `live`, as released, or `ema`.
         score_tokens: score the concept tokens too, by their first principal component each (paper, Table 11): logged as
             `val/tokens_<metric>`, and `scores_of_tokens` in the file.
         seed: of the metrics' random states.
-        logdir: directory under which `metrics/` is made; the trainer's `default_root_dir` if left out.
+        logdir: folder in which `metrics/` is made; the trainer's `default_root_dir` if left out.
     """
 
     def __init__(
@@ -50,82 +52,82 @@ class DisentanglementCallback(Callback):
         logdir: str | None = None,
     ) -> None:
         if weights not in ("live", "ema"):
-            raise UserError(f"{WHERE}.weights: '{weights}' is neither live nor ema")
-        require_at_least(1, WHERE, every_n_validations=every_n_validations)
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{WHERE}.seed: expected a whole number from 0 to 2^32 - 1, got {seed}")
-        self.metrics, self.settings = tuple(metrics), plain(settings) or {}
+            raise UserError(f"expected live or ema, got {weights!r}", "weights")
+        if every_n_validations < 1:
+            raise UserError(f"expected at least 1, got {every_n_validations}", "every_n_validations")
+        self.metrics, self.settings = tuple(metrics), settings or {}
         self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
         self.score_tokens, self.logdir = score_tokens, logdir
-        self.grid: Factors | None = None
+        self.factors: Factors | None = None
         self._validations = 0
-        self._codes: list[tuple[torch.Tensor, ...]] = []
-        try:
-            if self.metrics:
-                check_settings(self.metrics, self.settings)
-        except ValueError as error:
-            raise UserError(f"{WHERE}: {error}") from error
+        self._parts: list[tuple[torch.Tensor, ...]] = []
+        check_seed(seed)
+        if self.metrics:
+            check_settings(self.metrics, self.settings)
+
+    @property
+    def logged(self) -> list[str]:
+        """Metrics that are logged as `val/…`, for a monitor."""
+        return [*self.metrics, *(f"tokens_{metric}" for metric in self.metrics if self.score_tokens)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of validations so far, so that a resumed run scores in the same rhythm."""
+        """The number of validations so far, so that a resumed run scores at the same ones."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._validations = state_dict["validations"]
 
-    # ---- before anything is trained
-
-    def check(self, datasets: Mapping[str, Any], model: Any, limit_val_batches: Any = None) -> None:
+    def check(self, model: Any, datasets: Mapping[str, Any], trainer_options: Mapping[str, Any]) -> None:
         """Refuse what could not be scored, before anything is trained.
 
         Args:
-            datasets: by split, as of `DataModuleFromConfig`.
             model: the Lightning module.
-            limit_val_batches: the trainer's setting.
+            datasets: by split, as of `DataModuleFromConfig`.
+            trainer_options: arguments of Lightning's Trainer.
 
         Raises:
-            UserError: no concept encoder, no averages of it, no validation set, no factors, or a limit on the
+            UserError: no concept encoder or no EMA weights of it, no validation set, no factors, or a limit on the
                 validation batches.
         """
         if not self.metrics:
             return
-        off = f"set {WHERE}.metrics=[] to train without scores"
+        off = f"set {PARAMS}.metrics=[] to train without scores"
         if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
             raise UserError(f"{type(model).__name__} has no concept encoder to score: train it with main.py, or {off}")
         if self.weights == "ema" and not (model.use_ema and model.ema_parameters == "all"):
             raise UserError(
-                f"{WHERE}.weights: ema needs averages of the encoder, whose codes are scored: set"
-                " model.params.ema_parameters=all (and use_ema), or take the live weights"
+                "ema needs EMA weights of the encoder, whose scalars are scored: set model.params.ema_parameters=all"
+                " (and use_ema=true), or take the live weights",
+                f"{PARAMS}.weights",
             )
         dataset = datasets.get("validation")
         if dataset is None:
             raise UserError(f"scores need a validation set: give data.params.validation, or {off}")
-        self.grid = factors_of(dataset)
-        if self.grid is None:
-            kind = type(dataset).__name__
+        self.factors = factors_of(dataset)
+        if self.factors is None:
             raise UserError(
-                f"data.params.validation ({kind}) has neither a factor grid nor attributes to score against: {off}"
+                f"{type(dataset).__name__} has neither a factor grid nor attributes to score against: {off}",
+                "data.params.validation",
             )
-        if limit_val_batches not in (None, 1.0) or isinstance(limit_val_batches, int):
+        limit = trainer_options.get("overfit_batches") or trainer_options.get("limit_val_batches")
+        if limit is not None and (limit != 1.0 or isinstance(limit, int)):
             raise UserError(
-                f"limit_val_batches is {limit_val_batches}: scores of part of the codes would mean nothing."
-                f" Leave it out (model.params.val_loss_every=N saves time instead), or {off}"
+                f"limit_val_batches is {limit}: scores of a part of the set would mean nothing. Leave it out"
+                f" (model.params.val_loss_every=N saves time instead), or {off}"
             )
         try:
-            check_settings(self.metrics, self.settings, self.grid)
+            check_settings(self.metrics, self.settings, self.factors)
         except ValueError as error:
-            raise UserError(f"{WHERE}: {error}") from error
-
-    # ---- at validation
+            raise UserError(str(error), PARAMS) from error
 
     def _scoring(self, trainer: pl.Trainer) -> bool:
         due = self._validations % self.every_n_validations == 0
-        return bool(self.metrics) and self.grid is not None and not trainer.sanity_checking and due
+        return bool(self.metrics) and self.factors is not None and not trainer.sanity_checking and due
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what an interrupted validation left."""
-        self._codes = []
+        self._parts = []
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -144,30 +146,27 @@ class DisentanglementCallback(Callback):
         with model.ema_scope() if self.weights == "ema" else nullcontext():
             scalars = model.cond_stage_model.encoding(model.get_input(batch, model.cond_stage_key))
             codes = [scalars, model.cond_stage_model.warp(scalars)] if self.score_tokens else [scalars]
-        self._codes.append((batch["idx"], *(code.float() for code in codes)))
+        self._parts.append((batch["idx"], *(code.float() for code in codes)))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the codes into grid order, score them on the first process, and log the scores on all."""
+        """Score on the first process, and log the scores on all.
+
+        Raises:
+            UserError: on all processes, so that none waits for the others: the scalars cannot be scored.
+        """
         if trainer.sanity_checking:
             return
         scoring = self._scoring(trainer)
         self._validations += 1
         if not scoring:
             return
-        assert self.grid is not None
-        codes = self._gather(pl_module, len(self.grid))
-        scores: dict[str, dict[str, Scores]] | str = {}
+        assert self.factors is not None
+        codes = self._gather(pl_module, len(self.factors))
+        scores: dict[str, dict[str, Scores]] = {}
+        problem = ""
         if trainer.is_global_zero:
-            try:
-                scores = {kind: self._score(trainer, kind, values) for kind, values in codes.items()}
-            except ValueError as error:
-                scores = f"the codes of step {trainer.global_step} cannot be scored: {error}"
-            else:
-                self._write(trainer, scores)
-        scores = trainer.strategy.broadcast(scores)
-        if isinstance(scores, str):
-            # On all processes: otherwise the others would wait for the first one's scores.
-            raise UserError(scores)
+            scores, problem = self._score(trainer, codes)
+        scores, problem = trainer.strategy.broadcast((scores, problem))
         for kind, found in scores.items():
             prefix = "val/" if kind == "scalars" else f"val/{kind}_"
             for metric, entries in found.items():
@@ -175,16 +174,8 @@ class DisentanglementCallback(Callback):
                     headline = HEADLINES.get(metric) == entry
                     name = f"{prefix}{metric}" if headline else f"{prefix}{metric}_{entry}"
                     pl_module.log(name, float(value), prog_bar=headline and kind == "scalars")
-
-    def _score(self, trainer: pl.Trainer, kind: str, codes: np.ndarray) -> dict[str, Scores]:
-        """Scores of the scalars, or of the tokens, and the table of them."""
-        assert self.grid is not None
-        log.info("scoring %d codes (%s): %s", len(codes), kind, ", ".join(self.metrics))
-        scores = evaluate(codes, self.grid, self.metrics, self.settings, self.seed)
-        settings = check_settings(self.metrics, self.settings, self.grid)
-        of = "" if kind == "scalars" else f" of the {kind}"
-        log.info("scores%s at step %d\n%s", of, trainer.global_step, score_table(scores, self.grid, settings))
-        return scores
+        if problem:
+            raise UserError(problem)
 
     def _gather(self, pl_module: pl.LightningModule, rows: int) -> dict[str, np.ndarray]:
         """Scalars (rows, n), or codes (rows, n, w), and tokens (rows, n, d) if asked for: float32 in grid order, from
@@ -193,41 +184,53 @@ class DisentanglementCallback(Callback):
         Raises:
             UserError: some rows were not validated.
         """
-        own = tuple(torch.cat(parts) for parts in zip(*self._codes, strict=True))
+        own = tuple(torch.cat(parts) for parts in zip(*self._parts, strict=True))
         gathered: Any = pl_module.all_gather(own)
-        self._codes = []
+        self._parts = []
         index = gathered[0].reshape(-1).cpu().numpy()
         codes = {}
         for kind, mine, parts in zip(("scalars", "tokens"), own[1:], gathered[1:], strict=False):
-            # Of several processes, `gathered` has a dimension more.
+            # From several processes, `gathered` has one dimension more.
             values = parts.reshape(len(index), *mine.shape[1:]).cpu().numpy()
             codes[kind] = np.full((rows, *values.shape[1:]), np.nan, dtype=np.float32)
             codes[kind][index] = values
-        seen = np.zeros(rows, dtype=bool)
-        seen[index] = True
-        if not seen.all():
+        missing = rows - len(np.unique(index))
+        if missing:
             raise UserError(
-                f"{int((~seen).sum())} of the {rows} rows of the set were not validated: scores need them all"
+                f"{missing} of the {rows} rows of the set were not validated: scores need them all"
                 " (is limit_val_batches set, or does the validation loader leave images out?)"
             )
         return codes
 
-    def _write(self, trainer: pl.Trainer, scores: Mapping[str, dict[str, Scores]]) -> None:
-        assert self.grid is not None
-        folder = Path(self.logdir or trainer.default_root_dir) / "metrics"
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            "factors": dict(zip(self.grid.names, self.grid.sizes, strict=True)),
-            "weights": self.weights,
-            "random_state": self.seed,
-            "settings": check_settings(self.metrics, self.settings, self.grid),
-            "scores": scores["scalars"],
-        }
-        if "tokens" in scores:
-            record["scores_of_tokens"] = scores["tokens"]
-        write_json(folder / f"{trainer.global_step:06}.json", record)
-        for kind, found in scores.items():
-            prefix = f"{trainer.global_step:06}_" + ("" if kind == "scalars" else f"{kind}_")
-            write_heatmaps(folder, found, self.grid.names, prefix)
+    def _score(self, trainer: pl.Trainer, codes: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, Scores]], str]:
+        """Score the scalars, and the tokens if given; write the scores, and put their table into the log.
+
+        Tokens that cannot be scored are a warning only.
+
+        Returns:
+            The scores by kind, and why some of the scalars' are missing.
+        """
+        assert self.factors is not None
+        step, folder = trainer.global_step, Path(self.logdir or trainer.default_root_dir) / "metrics"
+        record: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "weights": self.weights}
+        scores: dict[str, dict[str, Scores]] = {}
+        problems: dict[str, str] = {}
+        for kind, values in codes.items():
+            log.info("scoring the %s of %d images: %s", kind, len(values), ", ".join(self.metrics))
+            try:
+                found = score_codes(values, self.factors, self.metrics, self.settings, self.seed)
+            except ValueError as error:
+                problems[kind] = str(error)
+                continue
+            scores[kind] = found.scores
+            problems[kind] = "; ".join(f"{metric}: {reason}" for metric, reason in found.not_computed.items())
+            log.info("scores of the %s at step %d\n%s", kind, step, found.table())
+            record |= found.summary() if kind == "scalars" else {"scores_of_tokens": found.scores}
+            prefix = f"{step:06}_" if kind == "scalars" else f"{step:06}_{kind}_"
+            write_heatmaps(folder, found.scores, self.factors.names, prefix)
+        if "scalars" in scores:
+            write_json(folder / f"{step:06}.json", record)
+        told = {kind: f"the {kind} of step {step} cannot be scored: {why}" for kind, why in problems.items() if why}
+        if "tokens" in told:
+            log.warning(told["tokens"])
+        return scores, told.get("scalars", "")

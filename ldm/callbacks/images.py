@@ -1,6 +1,7 @@
-"""Pictures of a fixed batch, while training goes on."""
+"""Pictures of a fixed batch during training."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ from pytorch_lightning.callbacks import Callback
 from torchvision.utils import make_grid
 
 from ldm.callbacks.record import Record
-from ldm.data.images import to_unit_range_all
-from ldm.util import UserError, instantiate_from_config
+from ldm.data.images import evenly_spaced, to_unit_range_all
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.visuals import diffusion_images
+from ldm.modules.mode import evaluating
+from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
+OPTIONS = "lightning.callbacks.image_logger.params.log_images_kwargs"
+COUNTS = ("N", "n_row", "ddim_steps", "swap_images")
 
 
 class ImageLogger(Callback):
     """Calls the model's `log_images` on the same images every time, and saves the pictures.
 
-    Images are taken at even distances from the validation set, or the training set if there is none. Random numbers
-    are fixed, and training's are left alone.
+    Images are taken at even distances from the validation set, or the training set if there is none. The random numbers
+    are the same every time too.
 
     Args:
         batch_frequency: steps between pictures.
@@ -31,9 +37,9 @@ class ImageLogger(Callback):
         increase_log_steps: also at steps 1, 2, 4, 8, … below `batch_frequency`.
         log_first_step: also before the first step. log_last_step: also at the end of training.
         disabled: no pictures.
-        log_images_kwargs: handed to the model's `log_images`.
-        log_config: node of a `Record`, which writes the losses into a table besides, as in the release.
-        logdir: directory under which `images/` is made; the trainer's `default_root_dir` if left out.
+        log_images_kwargs: arguments of the model's `log_images`.
+        log_config: node of a `Record`, which also writes the losses into a table, as in the release.
+        logdir: folder in which `images/` is made; the trainer's `default_root_dir` if left out.
         seed: of the random numbers.
     """
 
@@ -52,22 +58,44 @@ class ImageLogger(Callback):
         logdir: str | None = None,
         seed: int = 0,
     ) -> None:
-        if batch_frequency < 1 or max_images < 1:
-            raise UserError(
-                "lightning.callbacks.image_logger.params: batch_frequency and max_images must be at least 1,"
-                f" got {batch_frequency} and {max_images}"
-            )
+        for name, count in (("batch_frequency", batch_frequency), ("max_images", max_images)):
+            if count < 1:
+                raise UserError(f"expected at least 1, got {count}", name)
         self.batch_frequency, self.max_images = batch_frequency, max_images
         self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
         self.log_first_step, self.log_last_step = log_first_step, log_last_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
         self.record: Record | None = None
         if log_config is not None:
-            self.record = instantiate_from_config(log_config, "lightning.callbacks.image_logger.params.log_config")
+            self.record = instantiate_from_config(log_config, "log_config")
         self.logdir, self.seed = logdir, seed
         self.early = {2**n for n in range(int(np.log2(batch_frequency)) + 1)} if increase_log_steps else set()
         self._logged: int | None = None
         self._batch: dict[str, torch.Tensor] | None = None
+
+    def check(self, model: Any, datasets: Mapping[str, Any], trainer_options: Mapping[str, Any]) -> None:
+        """Refuse `log_images_kwargs` that the model's `log_images` would not take, before anything is trained.
+
+        Args:
+            model: the Lightning module.
+            datasets, trainer_options: as every callback's `check` gets them.
+
+        Raises:
+            UserError: an unknown argument, a count below 1, or a codebook where there is none.
+        """
+        if not hasattr(model, "log_images"):
+            return
+        latent = type(model).log_images is LatentDiffusion.log_images
+        check_params(diffusion_images if latent else model.log_images, self.log_images_kwargs, OPTIONS)
+        for name, value in self.log_images_kwargs.items():
+            if name in ("model", "batch", "generator"):
+                raise UserError("unknown key: the callback gives it", f"{OPTIONS}.{name}")
+            if name in COUNTS and value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"expected at least 1, got {value!r}", f"{OPTIONS}.{name}")
+        quantized = latent and self.log_images_kwargs.get("quantize_denoised")
+        if quantized and not hasattr(model.first_stage_model, "quantize"):
+            kind = type(model.first_stage_model).__name__
+            raise UserError(f"{kind} has no codebook: set it to false", f"{OPTIONS}.quantize_denoised")
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(self.logdir or trainer.default_root_dir)
@@ -80,8 +108,7 @@ class ImageLogger(Callback):
             if dataset is None:
                 loader = trainer.val_dataloaders or trainer.train_dataloader
                 dataset = loader.dataset  # type: ignore[union-attr]
-            count = min(self.max_images, len(dataset))
-            items = [dataset[int(row)] for row in np.linspace(0, len(dataset) - 1, count).round()]
+            items = [dataset[int(row)] for row in evenly_spaced(len(dataset), self.max_images)]
             arrays = [key for key, value in items[0].items() if hasattr(value, "shape")]
             stacked = {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in arrays}
             self._batch = to_unit_range_all(stacked)
@@ -96,15 +123,12 @@ class ImageLogger(Callback):
         if not trainer.is_global_zero:
             return
         batch = {key: value.to(pl_module.device) for key, value in self._fixed_batch(trainer).items()}
-        was_training = pl_module.training
-        pl_module.eval()
-        device = pl_module.device
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        device, model = pl_module.device, pl_module
+        # Forked, so that a Trainer of your own, which does not seed every batch, does not repeat its noise.
+        fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with fork, torch.no_grad(), evaluating(model), trainer.precision_plugin.forward_context():
             torch.manual_seed(self.seed)
-            with trainer.precision_plugin.forward_context():
-                model: Any = pl_module
-                pictures = model.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
-        pl_module.train(was_training)
+            pictures = model.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})  # type: ignore
         for name, images in pictures.items():
             self._save(trainer, split, name, images.detach().float().cpu(), step)
 
@@ -137,11 +161,9 @@ class ImageLogger(Callback):
             self.log_pictures(trainer, pl_module)
         # Lightning computes the means of the epoch so far whenever it is asked for its values.
         if self.record is not None and trainer.is_global_zero and self.record.due(step):
-            suffix = "_step"
             found = trainer.callback_metrics
-            losses = {
-                k.removesuffix(suffix): v for k, v in found.items() if k.startswith("train/") and k.endswith(suffix)
-            }
+            names = [name for name in found if name.startswith("train/") and name.endswith("_step")]
+            losses = {name.removesuffix("_step"): found[name] for name in names}
             self.record.log(self._folder(trainer), losses, step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,5 +1,6 @@
 """The progress bar."""
 
+import math
 import time
 from typing import Any
 
@@ -7,23 +8,23 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, drawn once in a while rather than once in so many batches, and with the right number of them.
+    """Lightning's bar, drawn every few seconds instead of every few batches, and with the right number of batches.
 
     A batch takes milliseconds on a GPU, where reading the loss for the bar waits for the device, and may take a minute
-    on a CPU: an interval in seconds serves both. Where `max_steps` ends training, Lightning's bar counts steps, not
+    on a CPU: an interval in seconds suits both. Where `max_steps` ends training, Lightning's bar counts steps, not
     batches.
 
     Args:
-        seconds: at least this long between two drawings.
+        seconds: the shortest time between two updates.
         options: of `TQDMProgressBar`; `refresh_rate` counts batches.
     """
 
     def __init__(self, seconds: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.seconds, self._drawn, self._first = seconds, 0.0, False
+        self.seconds, self._drawn, self._first = seconds, -math.inf, False
 
     def _batches(self, done: int) -> int | float:
-        """Number of batches of this epoch, `done` of which are over."""
+        """Number of batches in this epoch, `done` of which are over."""
         trainer, model = self.trainer, self.trainer.lightning_module
         if trainer.max_epochs != -1 or trainer.max_steps <= 0:
             return trainer.num_training_batches
@@ -32,7 +33,7 @@ class ProgressBar(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Number of batches of the epoch that starts."""
+        """Number of batches in the epoch that starts."""
         return self._batches(0)
 
     def on_train_start(self, *args: Any) -> None:
@@ -41,7 +42,7 @@ class ProgressBar(TQDMProgressBar):
         self._first = True
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Name the epoch also where it goes on after a resume: Lightning's bar is told of an epoch's start only."""
+        """Name the epoch of a run that resumes within it; Lightning's bar does so at an epoch's start only."""
         if self._first and batch_idx > 0:
             total = self._batches(batch_idx)
             self.train_progress_bar.total = total if isinstance(total, int) else None

@@ -1,4 +1,4 @@
-"""Losses as a table, for the release's `log_config: {target: ldm.tools.Record}`."""
+"""Losses as a table in the log directory, which the first release calls a record."""
 
 import csv
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.files import atomic_output
-from ldm.util import require_at_least
+from ldm.util import UserError
 
 NAME = "record.csv"
 
@@ -19,12 +19,13 @@ class Record:
     """
 
     def __init__(self, every_step_num: int = 200) -> None:
-        require_at_least(1, "lightning.callbacks.image_logger.params.log_config.params", every_step_num=every_step_num)
+        if every_step_num < 1:
+            raise UserError(f"expected at least 1, got {every_step_num}", "every_step_num")
         self.every_step_num = every_step_num
         self._step: int | None = None
 
     def start(self, folder: str | Path, step: int) -> None:
-        """Begin a run, or go on at a step: rows of later steps, which will be done again, are dropped."""
+        """Begin a run, or resume it at a step: rows of later steps, which will be repeated, are dropped."""
         self._step = step
         path = Path(folder) / NAME
         if not path.is_file():
@@ -36,7 +37,7 @@ class Record:
             csv.writer(file).writerows([header, *kept] if kept else [])
 
     def due(self, step: int) -> bool:
-        """Whether a step gets a row that it has not got yet."""
+        """Whether a step is to have a row and does not have it yet."""
         return step % self.every_step_num == 0 and step != self._step
 
     def log(self, folder: str | Path, values: Mapping[str, Any], step: int) -> None:

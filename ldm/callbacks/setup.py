@@ -1,48 +1,85 @@
-"""The log directory: made when training starts, with the configuration that was used."""
+"""What every run sets up: its log directory, held by one run at a time, and the seeds of its batches."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
 from ldm.util import UserError
 
+LOCK = ".lock"
+
+
+@contextmanager
+def hold(logdir: Path, wanted: bool = True) -> Iterator[None]:
+    """Hold a log directory that exists, so that no second run can resume there at the same time.
+
+    The lock is the operating system's, and ends with the process, however that ends.
+
+    Args:
+        logdir: the directory.
+        wanted: False does nothing.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    lock = FileLock(logdir / LOCK)
+    if wanted:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"the run in '{logdir}' is still running: stop it first, or start another one") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
 
 class SetupCallback(Callback):
-    """Makes the log directory and saves the configuration in it.
+    """Makes the log directory and saves the configuration there.
 
     Nothing is written before training starts, so that a mistake leaves no empty directory behind.
 
     Args:
         logdir: the run's directory.
         now: time stamp of this start; a resumed run has several.
-        config: everything but the `lightning` section.
-        lightning_config: the `lightning` section.
-        fresh: refuse a directory that another run has made meanwhile.
+        config: the configuration.
+        resumed: whether the directory is an earlier run's, which `hold` holds already.
     """
 
-    def __init__(
-        self, logdir: str | Path, now: str, config: DictConfig, lightning_config: DictConfig, fresh: bool = True
-    ) -> None:
-        self.logdir, self.now, self.fresh = Path(logdir), now, fresh
-        self.config, self.lightning_config = config, lightning_config
+    def __init__(self, logdir: str | Path, now: str, config: DictConfig, resumed: bool = False) -> None:
+        self.logdir, self.now, self.resumed, self.config = Path(logdir), now, resumed, config
+        self._lock = FileLock(self.logdir / LOCK)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the directories and save the configuration, on the first process."""
         if trainer.is_global_zero:
             try:
-                (self.logdir / "configs").mkdir(parents=True, exist_ok=not self.fresh)
+                (self.logdir / "configs").mkdir(parents=True, exist_ok=self.resumed)
             except FileExistsError as error:
                 raise UserError(
                     f"another run started at the same moment and logs to '{self.logdir}': start again, or give them"
                     " different names with -n or -f"
                 ) from error
+            if not self.resumed:
+                self._lock.acquire(timeout=0)
             (self.logdir / "checkpoints").mkdir(exist_ok=True)
-            OmegaConf.save(self.config, self.logdir / "configs" / f"{self.now}-project.yaml")
-            lightning = OmegaConf.create({"lightning": self.lightning_config})
-            OmegaConf.save(lightning, self.logdir / "configs" / f"{self.now}-lightning.yaml")
+            sections = {
+                "project": [str(key) for key in self.config if key != "lightning"],
+                "lightning": ["lightning"],
+            }
+            for name, keys in sections.items():
+                OmegaConf.save(
+                    OmegaConf.masked_copy(self.config, keys), self.logdir / "configs" / f"{self.now}-{name}.yaml"
+                )
         trainer.strategy.barrier()
 
     def on_train_batch_start(
@@ -53,3 +90,37 @@ class SetupCallback(Callback):
         Lightning's loggers count batches under manual optimisation, and one more after a resume at an epoch's end.
         """
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Release the directory."""
+        self._lock.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Release the directory; after an exception Lightning does not call `teardown`."""
+        self._lock.release()
+
+
+class SeedEachBatch(Callback):
+    """Seeds Python, NumPy and PyTorch before each training batch from (seed, process, step, batch of the epoch).
+
+    Timesteps, noise and dropout of a batch then depend on nothing else, as in edm2's training loop: a resumed run is
+    exact without a saved random state, validation and pictures disturb nothing, and each process draws its own. The
+    batch tells accumulated batches of one step apart. The shuffle is a function of (seed, epoch); see
+    `ldm.data.sampler`.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed the batch."""
+        counter = [self.seed, trainer.global_rank, trainer.global_step, batch_idx]
+        state = np.random.SeedSequence(counter).generate_state(3)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[1]))  # noqa: NPY002 - the global state, which augmentations of data sets use
+        torch.manual_seed(int(state[2]))

@@ -1,13 +1,11 @@
-"""Stopping and going on: signals, random state, the last validation."""
+"""Signals, and `last.ckpt`: what lets a run stop at any step and resume there."""
 
 import logging
-import random
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -21,7 +19,7 @@ class Interrupted(Exception):
 
     Args:
         signum: the signal.
-        checkpoint: what was saved; None if there was nothing to save yet.
+        checkpoint: what was saved; None before the first step.
     """
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
@@ -30,11 +28,11 @@ class Interrupted(Exception):
 
 
 class StopCallback(Callback):
-    """Stops after the step on SIGINT or SIGTERM, saving `last.ckpt`; saves and goes on at SIGUSR1.
+    """Saves `last.ckpt` and stops after the step on SIGINT (Ctrl-C) or SIGTERM; saves and continues on SIGUSR1.
 
-    A second SIGINT stops at once. Where `max_steps` ends training within an epoch, it is validated and saved there.
+    A second signal stops at once. Where `max_steps` ends training within an epoch, the model is validated there.
     Several processes act together, one batch after the signal: they agree on the CPU while the next batch is computed,
-    so that no device waits for it.
+    so that no device waits.
 
     Args:
         checkpoint: the file to save.
@@ -49,7 +47,7 @@ class StopCallback(Callback):
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over; only the main thread may."""
+        """Install the handlers, which only the main thread may."""
         self._asked = None
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
@@ -65,13 +63,13 @@ class StopCallback(Callback):
         if self._stop is not None:
             raise KeyboardInterrupt
         self._stop = signum
-        log.warning("%s: stopping after this step; once more to stop at once", signal.Signals(signum).name)
+        log.warning("%s: stopping after this step; repeat it to stop at once", signal.Signals(signum).name)
 
     def _on_save(self, signum: int, frame: Any) -> None:
         self._save = True
 
     def _wanted(self) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save: all processes must do it together."""
+        """Whether to stop, and whether to save; the same for all processes."""
         own, self._save = (self._stop is not None, self._save), False
         if self._group is None:
             return own
@@ -98,7 +96,7 @@ class StopCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop or save, if a signal asked for it."""
-        # Within a group of accumulated batches there are gradients, which no checkpoint holds.
+        # Gradients that are being accumulated are in no checkpoint.
         accumulate = max(trainer.accumulate_grad_batches, getattr(pl_module, "accumulate_grad_batches", 1))
         full = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         stop, save = self._wanted() if full else (False, False)
@@ -114,25 +112,25 @@ class StopCallback(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop within validation too: no weights are changing."""
+        """Stop within validation too, where no weights change."""
         stop, save = self._wanted()
         if stop:
             self._end(trainer)
         self._save |= save  # after validation
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back; after an exception Lightning does not call `teardown`."""
+        """Restore the handlers; after an exception Lightning does not call `teardown`."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the handlers."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old = {}
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Saves `last.ckpt` whatever the monitor says; `save_last` skips epochs that are not among the best.
+    """Saves `last.ckpt` whatever the monitor says; Lightning's `save_last` skips epochs that are not among the best.
 
     Args:
         folder: of the checkpoints.
@@ -143,88 +141,6 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(folder, filename="last", enable_version_counter=False, **options)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of training, where it falls between two intervals."""
+        """Save the end of training where it falls between two intervals."""
         if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
-
-
-class RandomStateCallback(Callback):
-    """Keeps every process's random state in checkpoints, makes processes differ, and keeps validation's draws apart.
-
-    All processes are seeded alike, so that they build the same model; from the start of training on, each draws its own
-    timesteps and noise. On a resume the saved state is set right before the first batch. Validation leaves training's
-    state as it found it, so that how often one validates does not change what is trained.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._restored: list[dict[str, Any]] | None = None
-        self._training: dict[str, Any] | None = None
-
-    @staticmethod
-    def _state() -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the global state is what is saved
-        version, internal, gauss = random.getstate()
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            # Plain tensors and numbers: a checkpoint must load without unpickling objects.
-            "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *map(float, rest)],
-            "python": [version, list(internal), gauss],
-        }
-
-    @staticmethod
-    def _set(state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["torch"].cpu())
-        if state["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"].cpu())
-        kind, keys, position, has_gauss, cached = state["numpy"]
-        numpy_state = (kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The random state of every process."""
-        own = self._training or self._state()
-        states: list[Any] = [own]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, own)
-        return {"processes": states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the saved state until the first batch."""
-        self._restored = state_dict["processes"]
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep training's state."""
-        self._training = self._state()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set it again."""
-        if self._training is not None:
-            self._set(self._training)
-        self._training = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the processes of a fresh run differ."""
-        if self._restored is None and trainer.global_rank > 0:
-            torch.manual_seed(self.seed + trainer.global_rank)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Set the saved state, once."""
-        if self._restored is None:
-            return
-        if trainer.world_size == len(self._restored):
-            self._set(self._restored[trainer.global_rank])
-        else:
-            log.warning(
-                "the checkpoint holds the random state of %d processes, this run has %d: a new one is drawn",
-                len(self._restored),
-                trainer.world_size,
-            )
-            torch.manual_seed(self.seed + trainer.global_step * trainer.world_size + trainer.global_rank)
-        self._restored = None

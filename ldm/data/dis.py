@@ -30,8 +30,9 @@ def check_resolution(original_resolution: int | None, dataset: ImageDataset) -> 
     """
     if original_resolution not in (None, dataset.image_size):
         raise UserError(
-            f"original_resolution: {original_resolution}, but the images are {dataset.image_size}×"
-            f"{dataset.image_size}; leave it out, or resize them with image_size="
+            f"{original_resolution}, but the images are {dataset.image_size}×{dataset.image_size}; leave it out, or"
+            " resize them with image_size=",
+            "original_resolution",
         )
 
 
@@ -136,7 +137,7 @@ class MPI3D(ImageDataset):
         variant: str = "toy",
     ) -> None:
         if variant not in self.variants:
-            raise UserError(f"variant: '{variant}' does not exist{nearest(variant, self.variants)}")
+            raise UserError(f"'{variant}' does not exist{nearest(variant, self.variants)}", "variant")
         title = "MPI3D"
         source = f"Get mpi3d_{variant}.npz from the page of disentanglement_dataset by rr-learning"
         file = find(path, f"mpi_{variant}/mpi3d_{variant}.npz", title, source)

@@ -28,6 +28,11 @@ def to_unit_range_all(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """`count` rows (count,) int64 at even distances over `length`, the first and the last included; at most all."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Pixels:
     """Where in a file the uint8 pixels of a data set are.
@@ -94,7 +99,7 @@ def resized_shape(shape: tuple[int, ...], image_size: int | None) -> tuple[int, 
     if image_size is None:
         return tuple(shape)
     if image_size < 1:
-        raise UserError(f"image_size: expected at least 1 pixel, got {image_size}")
+        raise UserError(f"expected at least 1 pixel, got {image_size}", "image_size")
     return (shape[0], image_size, image_size, *shape[3:])
 
 
@@ -122,7 +127,7 @@ class ImageDataset(Dataset):
     def __init__(self, pixels: Pixels, grid: FactorGrid | None, channels: int | None = None) -> None:
         own = pixels.shape[3] if len(pixels.shape) == 4 else 1
         if channels not in (None, own) and (own, channels) != (1, 3):
-            raise UserError(f"channels: expected {own if own == 3 else '1 or 3'}, got {channels}")
+            raise UserError(f"expected {own if own == 3 else '1 or 3'}, got {channels}", "channels")
         self.pixels = pixels
         self.images, self._map = pixels.open()
         self.grid = grid
@@ -196,4 +201,4 @@ def make_grid(sizes: Sequence[int], names: Sequence[str]) -> FactorGrid:
     try:
         return FactorGrid(tuple(sizes), tuple(names) if len(names) == len(sizes) else ())
     except (TypeError, ValueError) as error:
-        raise UserError(f"factor_sizes: expected a list of positive whole numbers, got {sizes!r}") from error
+        raise UserError(f"expected a list of positive whole numbers, got {sizes!r}", "factor_sizes") from error

@@ -92,8 +92,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             dataset = self.datasets[same] if same else instantiate_from_config(node, where=where)
             if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
                 raise UserError(
-                    f"{where}: expected a data set (__len__, __getitem__) of at least one image, "
-                    f"got {type(dataset).__name__}"
+                    f"expected a data set (__len__, __getitem__) of at least one image, got {type(dataset).__name__}",
+                    where,
                 )
             self.datasets[split] = dataset
 

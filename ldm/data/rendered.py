@@ -39,7 +39,7 @@ def rooms_grid(sizes: Sequence[int] = SIZES) -> FactorGrid:
             return grid
     except (TypeError, ValueError):
         pass
-    raise UserError(f"sizes: expected six positive numbers ({', '.join(NAMES)}), at most 4 shapes, got {sizes!r}")
+    raise UserError(f"expected six positive numbers ({', '.join(NAMES)}), at most 4 shapes, got {sizes!r}", "sizes")
 
 
 def _spread(low: float, high: float, count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """First stages: VQ- and KL-regularised autoencoders, trained against a discriminator."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,17 +16,36 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.models.checkpoint import load_weights
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.ema import LitEma
-from ldm.util import check_keys, instantiate_from_config, plain, require_at_least, used
+from ldm.modules.ema import LitEma, ema_buffers
+from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
+
+
+def build_schedule(scheduler_config: Mapping[str, Any] | None) -> Callable[[int], float] | None:
+    """The multiplier of the learning rate by step that a node of `ldm.lr_scheduler` describes.
+
+    Raises:
+        UserError: it gives no number for step 0.
+    """
+    if scheduler_config is None:
+        return None
+    scheduler = instantiate_from_config(scheduler_config, "scheduler_config")
+    try:
+        float(scheduler.schedule(0))
+    except Exception as error:
+        kind = type(scheduler).__name__
+        raise UserError(
+            f"{kind} gives no multiplier for step 0: {error!r}; see ldm.lr_scheduler", "scheduler_config"
+        ) from error
+    return scheduler.schedule
 
 
 class FirstStage(pl.LightningModule):
     """What both first stages share: networks, and the training step with two optimisers.
 
-    Lightning 2 trains with two optimisers only by manual optimisation, and then refuses accumulation and clipping: they
-    are attributes here, which the command line sets from `lightning.trainer`.
+    Lightning 2 trains with two optimisers only by manual optimisation, and then refuses accumulation and clipping: here
+    they are attributes, which the command line sets from `lightning.trainer`.
 
     Args:
         ddconfig: arguments of `Encoder` and `Decoder`.
@@ -35,8 +54,8 @@ class FirstStage(pl.LightningModule):
         monitor: the value by which the best checkpoints are kept.
         scheduler_config: multiplier of both learning rates by step.
         lr_g_factor: factor on the autoencoder's learning rate.
-        use_ema: average the weights, and validate the averages besides.
-        val_loss_every: compute the validation losses on every so-manieth batch only.
+        use_ema: keep EMA weights, and validate them too.
+        val_loss_every: compute the validation losses on every Nth batch only.
 
     Attributes:
         learning_rate: set by the command line from `base_learning_rate`.
@@ -62,20 +81,20 @@ class FirstStage(pl.LightningModule):
         self.gradient_clip_val: float | None = None
         self.gradient_clip_algorithm = "norm"
         self.image_key, self.monitor = image_key, monitor
-        self.scheduler_config, self.lr_g_factor = scheduler_config, lr_g_factor
+        self.schedule, self.lr_g_factor = build_schedule(scheduler_config), lr_g_factor
+        if val_loss_every < 1:
+            raise UserError(f"expected at least 1, got {val_loss_every}", "val_loss_every")
         self.use_ema, self.val_loss_every = use_ema, val_loss_every
-        require_at_least(1, "model.params", val_loss_every=val_loss_every)
-        options = plain(ddconfig)
-        check_keys(Encoder, options, "model.params.ddconfig")
-        options = used(Encoder, options, "model.params.ddconfig")
-        self.encoder = Encoder(**options)
-        self.decoder = Decoder(**options)
-        self.loss: Any = instantiate_from_config(lossconfig, "model.params.lossconfig")
+        check_params(Encoder, ddconfig, "ddconfig")
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.loss: Any = instantiate_from_config(lossconfig, "lossconfig")
 
     def finish(self, ckpt_path: str | None, ignore_keys: Sequence[str]) -> None:
-        """Last step of building: averages and weights, which need all networks to be there."""
+        """Last step of building: EMA weights and the checkpoint's, once all networks exist."""
         if self.use_ema:
             self.model_ema = LitEma(self)
+        self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
         if ckpt_path is not None and "model_ema." in load_weights(self, ckpt_path, ignore_keys):
             self.model_ema.reset(self)
 
@@ -86,7 +105,7 @@ class FirstStage(pl.LightningModule):
         raise NotImplementedError
 
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Image (b, c, h, w) -> its reconstruction, and what the loss needs besides."""
+        """Image (b, c, h, w) -> its reconstruction, and the regulariser's part: codebook loss or posterior."""
         raise NotImplementedError
 
     # ---- training
@@ -109,7 +128,7 @@ class FirstStage(pl.LightningModule):
 
         self.toggle_optimizer(optimizers[0])
         reconstruction, extra = self.reconstruct(x)
-        loss, parts = self.loss.generator_loss(extra, x, reconstruction, step, self.get_last_layer())
+        loss, losses = self.loss.generator_loss(extra, x, reconstruction, step, self.get_last_layer())
         self.manual_backward(loss / self.accumulate_grad_batches)
         if full:
             self._step(optimizers[0], counted=True)
@@ -120,7 +139,7 @@ class FirstStage(pl.LightningModule):
             with torch.no_grad():
                 reconstruction, _ = self.reconstruct(x)
             loss, more = self.loss.discriminator_loss(x, reconstruction, step)
-            parts |= more
+            losses |= more
             self.manual_backward(loss / self.accumulate_grad_batches)
             if full:
                 self._step(optimizers[1], counted=False)
@@ -132,22 +151,25 @@ class FirstStage(pl.LightningModule):
                 scheduler.step()
         if self.use_ema:
             self.model_ema(self)
-        named = {f"train/{name}": value for name, value in parts.items()}
+        named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=x.shape[0])
-        self.log("loss", parts["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
-        self.log("train/epoch_num", float(self.current_epoch), on_step=False, on_epoch=True, batch_size=x.shape[0])
+        self.log("loss", losses["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
+
+    def on_train_epoch_end(self) -> None:
+        """Log the number of the epoch, by which checkpoints can be ranked."""
+        self.log("train/epoch_num", float(self.current_epoch))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip; Lightning calls this for both optimisers, with gradients that are no longer scaled for float16."""
+        """Clip; Lightning calls this for both optimisers, after gradients of float16 are unscaled."""
         if self.gradient_clip_val:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
     def _step(self, optimizer: Any, counted: bool) -> None:
         """Step and clear one optimiser.
 
-        Lightning's `global_step` counts the steps of wrapped optimisers. Only the autoencoder's is to count: a step is
-        one group of batches, whatever the number of optimisers. The discriminator's goes to the strategy directly,
-        where precision is handled as always.
+        Lightning's `global_step` counts the steps of wrapped optimisers. Only the autoencoder's counts: a step is one
+        group of batches, whatever the number of optimisers. The discriminator's goes to the strategy directly, which
+        handles precision as always.
         """
         if counted:
             optimizer.step()
@@ -157,15 +179,15 @@ class FirstStage(pl.LightningModule):
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Use the averaged weights inside the block, if there are any."""
+        """Use the EMA weights inside the block, if there are any."""
         if self.use_ema:
-            self.model_ema.store(self.parameters())
+            self.model_ema.store(self)
             self.model_ema.copy_to(self)
         try:
             yield
         finally:
             if self.use_ema:
-                self.model_ema.restore(self.parameters())
+                self.model_ema.restore(self)
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Losses of both parts, and the mean squared error of images in [0, 1]."""
@@ -175,42 +197,49 @@ class FirstStage(pl.LightningModule):
         """As validation, logged as `test/…`."""
         self._evaluate(batch, batch_idx, "test")
 
+    def shared_step(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Batch of images -> losses of both networks without a step, and the mean squared error in [0, 1]."""
+        x = self.get_input(batch, self.image_key)
+        reconstruction, extra = self.reconstruct(x)
+        if reconstruction.shape != x.shape:
+            raise ValueError(f"images {tuple(x.shape[1:])} come back as {tuple(reconstruction.shape[1:])}")
+        _, losses = self.loss.generator_loss(extra, x, reconstruction, self.global_step, self.get_last_layer())
+        if self.loss.discriminator is not None:
+            losses |= self.loss.discriminator_loss(x, reconstruction, self.global_step)[1]
+        return losses | {"mse": F.mse_loss(reconstruction.float().clamp(-1, 1), x) / 4}
+
     @torch.no_grad()
     def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
         if batch_idx % self.val_loss_every:
             return
-        x = self.get_input(batch, self.image_key)
-        self._validate(x, split)
+        named = {f"{split}/{name}": value for name, value in self.shared_step(batch).items()}
         if self.use_ema:
             with self.ema_scope():
-                self._validate(x, f"{split}_ema")
+                named |= {f"{split}_ema/{name}": value for name, value in self.shared_step(batch).items()}
+        size = batch[self.image_key].shape[0]
+        self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
 
-    def _validate(self, x: torch.Tensor, split: str) -> None:
-        reconstruction, extra = self.reconstruct(x)
-        _, parts = self.loss.generator_loss(extra, x, reconstruction, self.global_step, self.get_last_layer())
-        if self.loss.discriminator is not None:
-            parts |= self.loss.discriminator_loss(x, reconstruction, self.global_step)[1]
-        parts["mse"] = F.mse_loss(reconstruction.float().clamp(-1, 1), x) / 4
-        named = {f"{split}/{name}": value for name, value in parts.items()}
-        self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=x.shape[0])
+    def trained_parameters(self) -> list[list[nn.Parameter]]:
+        """Parameters of each optimiser: the autoencoder's and, if there is one, the discriminator's."""
+        discriminator = self.loss.discriminator
+        own = self.generator_parameters()
+        return [own] if discriminator is None else [own, list(discriminator.parameters())]
 
     def configure_optimizers(self) -> Any:
-        """Adam (.5, .9) for the autoencoder and, if there is one, for the discriminator."""
-        groups = [(self.generator_parameters(), self.lr_g_factor * self.learning_rate)]
-        if self.loss.discriminator is not None:
-            groups.append((list(self.loss.discriminator.parameters()), self.learning_rate))
+        """Adam (.5, .9) for each of `trained_parameters`."""
+        rates = (self.lr_g_factor * self.learning_rate, self.learning_rate)
+        groups = zip(self.trained_parameters(), rates, strict=False)
         optimizers = [torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9)) for parameters, rate in groups]
-        if self.scheduler_config is None:
+        if self.schedule is None:
             return optimizers
-        schedule = instantiate_from_config(self.scheduler_config, "model.params.scheduler_config").schedule
-        return optimizers, [{"scheduler": LambdaLR(o, schedule), "interval": "step"} for o in optimizers]
+        return optimizers, [{"scheduler": LambdaLR(o, self.schedule), "interval": "step"} for o in optimizers]
 
     @torch.no_grad()
     def log_images(
         self, batch: Mapping[str, torch.Tensor], N: int = 8, only_inputs: bool = False, plot_ema: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Inputs and reconstructions (b, c, h, w) in [-1, 1] of the first `N` images of a batch, with the averaged
-        weights besides, if there are any and `plot_ema`."""
+        """Inputs and reconstructions (b, c, h, w) in [-1, 1] of the first `N` images of a batch, with `plot_ema` by EMA
+        weights too, if there are any."""
         x = self.get_input(batch, self.image_key)[:N].to(self.device)
         if only_inputs:
             return {"inputs": x}
@@ -296,7 +325,7 @@ class VQModel(FirstStage):
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (b, c, h, w) -> reconstruction and codebook loss; marks the codes that were used."""
         reconstruction, codebook_loss, indices = self(x, return_pred_indices=True)
-        self.codes_used[indices.flatten()] = True
+        self.codes_used.index_fill_(0, indices.flatten(), True)  # an assignment would copy `True` to the device
         return reconstruction, codebook_loss
 
     def _log_codes(self, name: str) -> None:
@@ -310,16 +339,17 @@ class VQModel(FirstStage):
         self.codes_used.zero_()
 
     def on_train_epoch_end(self) -> None:
-        """Log how many codes the epoch used."""
+        """Log the epoch's number, and how many codes it used."""
+        super().on_train_epoch_end()
         self._log_codes("train/codes_in_use")
 
     def on_validation_start(self) -> None:
-        """Keep training's marks aside while validation counts its own."""
+        """Set training's marks aside while validation counts its own."""
         self._training_codes = self.codes_used.clone()
         self.codes_used.zero_()
 
     def on_validation_epoch_end(self) -> None:
-        """Log how many codes the validation batches used whose losses were computed; see `val_loss_every`."""
+        """Log how many codes were used by the validation batches whose losses are computed; see `val_loss_every`."""
         self._log_codes("val/codes_in_use")
         self.codes_used.copy_(self._training_codes)
 

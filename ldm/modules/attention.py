@@ -1,4 +1,4 @@
-"""Cross attention from feature maps to concept tokens: the spatial transformer of LDM."""
+"""Cross attention from feature maps to concept tokens: LDM's spatial transformer."""
 
 import torch
 from einops import rearrange
@@ -16,13 +16,13 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, dim_out * 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, dim_in) -> (…, dim_out)."""
+        """(..., dim_in) -> (..., dim_out)."""
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """Two-layer GEGLU network, four times as wide inside."""
+    """Two layers with GEGLU between them, `mult` times as wide inside."""
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of `x` over `context`; over itself where there is no context.
+    """Multi-head attention of `x` over `context`, or over itself without one.
 
     softmax(Q Kᵀ / √d) V, with Q from `x` and K, V from the context (paper, section 3.2).
     """
@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self attention, cross attention, feed-forward: each behind a layer norm, each residual."""
+    """Self attention, cross attention, feed-forward network: each residual, and after a layer norm."""
 
     def __init__(
         self, dim: int, n_heads: int, d_head: int, dropout: float = 0.0, context_dim: int | None = None
@@ -87,8 +87,8 @@ class SpatialTransformer(nn.Module):
     """Transformer over the positions of a feature map, with a residual connection around it.
 
     Args:
-        in_channels: channels of the map; a multiple of 32.
-        n_heads, d_head: heads of the attention and their width.
+        in_channels: channels of the map, a multiple of 32.
+        n_heads, d_head: number of attention heads and their width.
         depth: number of transformer blocks.
         context_dim: width of the concept tokens.
     """

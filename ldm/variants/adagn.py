@@ -6,19 +6,20 @@ import torch
 from torch import nn
 
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from ldm.util import UserError
 
 
 class TokenModulation(nn.Module):
     """Scale and shift of a group norm from timestep and tokens: z_s (t_s GroupNorm(h) + t_b) + z_b.
 
-    Diff-AE's adaptive group norm (Preechakul et al., CVPR 2022, Eq. 7), whose z_b is 0; here the tokens shift as well,
-    as the paper describes them. Scales are 1 plus what a layer makes, as in the residual blocks.
+    In Diff-AE's adaptive group norm (Preechakul et al., CVPR 2022, Eq. 7) z_b is 0. Here the tokens shift too, as the
+    paper describes. A scale is 1 plus the output of a layer, as in the residual blocks.
 
     Args:
-        timestep: of a `ResBlock`, the layers from the embedded timestep to (t_s - 1, t_b).
+        timestep: the layers of a `ResBlock` from the embedded timestep to (t_s - 1, t_b).
         emb_channels: width of the embedded timestep.
         token_channels: width of all tokens together.
-        channels: of the group norm.
+        channels: channels of the group norm.
     """
 
     def __init__(self, timestep: nn.Module, emb_channels: int, token_channels: int, channels: int) -> None:
@@ -34,22 +35,26 @@ class TokenModulation(nn.Module):
 
 
 class AdaGNUNet(UNetModel):
-    """The U-Net, whose residual blocks take the tokens, all in one vector, by adaptive group norm.
+    """A U-Net whose residual blocks take all tokens, as one vector, by adaptive group norm.
 
-    The transformers see no tokens: as in LDM's unconditional model, their second attention is over the positions too.
+    The transformers do not see the tokens: as in LDM's unconditional model, both of their attentions are over the
+    positions of the map.
 
     Args:
         context_dim: width of a concept token.
         latent_unit: number of concept tokens.
-        use_scale_shift_norm: must be true, since the norms are what the tokens enter by.
+        use_scale_shift_norm: must be true, as the tokens enter by the norms.
         settings: of `UNetModel`.
+
+    Raises:
+        UserError: `use_scale_shift_norm` is false.
     """
 
     def __init__(
         self, *, context_dim: int, latent_unit: int, use_scale_shift_norm: bool = True, **settings: Any
     ) -> None:
         if not use_scale_shift_norm:
-            raise ValueError("AdaGN needs use_scale_shift_norm: true: the tokens scale and shift the group norms")
+            raise UserError("AdaGN needs true, as the tokens scale and shift the group norms", "use_scale_shift_norm")
         super().__init__(use_scale_shift_norm=True, context_dim=None, latent_unit=latent_unit, **settings)
         self.context_dim = context_dim
         emb = self.model_channels * 4

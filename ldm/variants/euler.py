@@ -6,11 +6,11 @@ from ldm.modules.encoders.concept import TokenMLPs
 
 
 class EulerTokens(TokenMLPs):
-    """Scalars are angles: scalar k becomes (cos s_k, sin s_k), a point of the unit circle in a plane of its own.
+    """Scalars are angles: scalar k becomes (cos s_k, sin s_k), a point on the unit circle in a plane of its own.
 
-    The planes of different concepts are orthogonal, and moving one scalar is a rotation in its plane. The MLP of the
-    concept takes the two coordinates. The paper cites the encoding and does not say how it is built in: this is our
-    reading of it. Named as `tokens_config` of an encoder.
+    The planes of different concepts are orthogonal, and a change of one scalar is a rotation in its plane. The MLP of
+    the concept takes both coordinates. The paper cites the encoding but does not say how it is used: this is our
+    reading. Used as `tokens_config` of an encoder.
 
     Args:
         latent_unit: number of scalars, and of tokens.

@@ -1,4 +1,4 @@
-"""EncDec w/o Diff (paper, Table 3): the tokens are decoded in one pass, and nothing is noised or denoised."""
+"""EncDec w/o Diff (paper, Table 3): the tokens are decoded in one pass, without noise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +9,14 @@ from torch import nn
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from ldm.util import UserError
 
 
 class DecoderUNet(UNetModel):
-    """The U-Net without its encoder half and the skip connections: a learnable map enters the decoder half.
+    """The U-Net without its encoder half and its skip connections: a learnable map enters the decoder half.
 
-    Kept are the middle block and the upward blocks with their cross attention over the tokens. The residual blocks
-    get no timestep.
+    The middle block and the upward blocks keep their cross attention over the tokens. The residual blocks get no
+    timestep.
 
     Args:
         settings: of `UNetModel`.
@@ -35,7 +36,7 @@ class DecoderUNet(UNetModel):
         del self.input_blocks, self.time_embed
         blocks: list[Any] = [module for module in self.modules() if isinstance(module, ResBlock)]
         for block in blocks:
-            # Without a timestep there is nothing to scale, to shift or to add.
+            # Without a timestep there is nothing to scale, shift or add by.
             block.emb_layers, block.use_scale_shift_norm = nn.Identity(), False
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,7 +44,7 @@ class DecoderUNet(UNetModel):
 
         Args:
             x: (b, c, h, w), of which only the batch size is used.
-            timesteps: not used.
+            timesteps: unused.
             context: concept tokens (b, n, d), or flat (b, n·d).
 
         Returns:
@@ -59,7 +60,7 @@ class DecoderUNet(UNetModel):
 
 
 class OnePass(DDIMSampler):
-    """Takes a sampler's place: the latents that the tokens mean, by one pass."""
+    """In place of a sampler: decodes the tokens in one pass."""
 
     @torch.no_grad()
     def sample(  # type: ignore[override]
@@ -75,7 +76,7 @@ class OnePass(DDIMSampler):
         quantize_x0: bool = False,
         **options: Any,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """As `DDIMSampler.sample`; steps, noise and its other options have nothing to act on."""
+        """As `DDIMSampler.sample`; the number of steps, the noise and the other options have no effect."""
         like = self.model.scale_factor.new_zeros(batch_size, *shape)
         latent = self.model.apply_model(like, like.new_zeros(batch_size, dtype=torch.long), conditioning)
         if quantize_x0:
@@ -86,23 +87,34 @@ class OnePass(DDIMSampler):
 
 
 class NoDiffusion(LatentDiffusion):
-    """Concept encoder and decoder, trained to give latents back: no noise, no timesteps.
+    """Concept encoder and decoder, trained to reconstruct latents: no noise, no timesteps.
 
-    Takes the settings of `LatentDiffusion`; those of the noise have no effect. The paper says "L2 reconstruction loss":
-    here it is taken on the latents, which are what the diffusion models, too.
+    The paper says "L2 reconstruction loss"; we take it on the latents, which are what the diffusion models too.
+
+    Args:
+        learn_logvar: must be false, as a loss without timesteps has no weight per timestep.
+        settings: of `LatentDiffusion`; those of noise and timesteps have no effect.
+
+    Raises:
+        UserError: `learn_logvar` is true.
     """
+
+    def __init__(self, *, learn_logvar: bool = False, **settings: Any) -> None:
+        if learn_logvar:
+            raise UserError("without diffusion there are no timesteps to weigh: leave it out", "learn_logvar")
+        super().__init__(**settings)
 
     def p_losses(
         self, x_start: torch.Tensor, cond: torch.Tensor | None, t: torch.Tensor, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Distance (`loss_type`) of the latent (b, c, h, w) from what its tokens (b, n, d) are decoded to.
+        """Distance (`loss_type`) between the latent (b, c, h, w) and the decoded tokens (b, n, d).
 
-        t and noise are not used.
+        t and noise are unused.
         """
         per_sample = self.get_loss(self.apply_model(x_start, t, cond), x_start)
         loss = per_sample.mean()
         return loss, {"loss_simple": loss.detach(), "loss": loss.detach()}
 
     def sampler(self) -> OnePass:
-        """One pass instead of a sampler."""
+        """The single pass in place of a sampler."""
         return OnePass(self)

@@ -1,19 +1,19 @@
-"""Transformer encoder (paper, Table 14): learnable queries, refined by cross attention over the image's features."""
+"""Transformer encoder (paper, Table 14): learnable queries, refined by cross attention over the image."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ldm.modules.attention import CrossAttention, FeedForward
-from ldm.modules.encoders.concept import ConceptEncoder, build_tokens, check_image_size
+from ldm.modules.encoders.concept import ConceptEncoder
+from ldm.util import UserError
 
 
 class ConceptLayer(nn.Module):
-    """Queries attend to the image's features, then each passes a feed-forward network; both are residual.
+    """Queries attend to the image's features, then pass a feed-forward network one by one; both are residual.
 
-    No attention among the queries, so that concepts do not exchange information (Yang et al., Visual Concepts
+    The queries do not attend to each other, so that concepts exchange no information (Yang et al., Visual Concepts
     Tokenization, NeurIPS 2022, section 3.2).
     """
 
@@ -30,18 +30,18 @@ class ConceptLayer(nn.Module):
 
 
 class ConceptTransformer(nn.Module):
-    """Image -> codes: a convolutional stem, learnable queries refined over its features, one head for all queries.
+    """Image -> features of each concept: convolutions, learnable queries refined over their output, one shared head.
 
     Args:
-        d: width of stem and queries.
+        d: width of convolutions and queries.
         queries: number of concepts.
-        code_width: numbers that the head makes of a query.
-        depth, heads: layers, and heads of their attention.
+        outputs: features per concept.
+        depth, heads: number of layers, and heads of their attention.
         num_channels, image_size: of the image.
     """
 
     def __init__(
-        self, d: int, queries: int, code_width: int, depth: int, heads: int, num_channels: int, image_size: int
+        self, d: int, queries: int, outputs: int, depth: int, heads: int, num_channels: int, image_size: int
     ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
@@ -57,10 +57,10 @@ class ConceptTransformer(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.queries = nn.Parameter(torch.randn(queries, d))
         self.layers = nn.ModuleList(ConceptLayer(d, heads) for _ in range(depth))
-        self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, code_width))
+        self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, outputs))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """(b, c, s, s) -> codes (b, n · width of a code)."""
+        """(b, c, s, s) -> (b, n · outputs)."""
         features = self.norm(self.stem(image).flatten(2).transpose(1, 2) + self.position)
         queries = self.queries.expand(image.shape[0], -1, -1)
         for layer in self.layers:
@@ -69,35 +69,34 @@ class ConceptTransformer(nn.Module):
 
 
 class TransformerEncoder(ConceptEncoder):
-    """Learnable tokens, refined by cross attention over the image, to scalars; then one MLP per scalar to a token.
+    """Learnable queries, refined by cross attention over the image, to the scalars.
 
-    The paper names Visual Concepts Tokenization and no sizes: depth and heads are our choice.
+    The paper names Visual Concepts Tokenization and no sizes: width, depth and heads are our choice.
 
     Args:
-        context_dim: width of a token.
-        latent_unit: number of scalars, and of tokens.
-        num_channels, image_size: of the image; its size a multiple of 16.
         d: width of the network, a multiple of `heads`.
         depth: layers of cross attention.
         heads: of the attention.
-        tokens_config: another way from codes to tokens (see `build_tokens`).
+        settings: of `ConceptEncoder`.
+
+    Raises:
+        UserError: sizes that do not fit.
     """
 
-    def __init__(
-        self,
-        context_dim: int,
-        latent_unit: int,
-        num_channels: int = 3,
-        image_size: int = 64,
-        d: int = 128,
-        depth: int = 4,
-        heads: int = 4,
-        tokens_config: Mapping[str, Any] | None = None,
-    ) -> None:
-        check_image_size(type(self).__name__, image_size)
-        if heads < 1 or d % heads or depth < 1:
-            raise ValueError(f"d {d} must be a multiple of heads {heads}, and depth {depth} at least 1")
-        tokens = build_tokens(tokens_config, latent_unit, context_dim)
-        width = 1 if tokens is None else tokens.code_width
-        encoder = ConceptTransformer(d, latent_unit, width, depth, heads, num_channels, image_size)
-        super().__init__(encoder, context_dim, latent_unit, num_channels, image_size, tokens)
+    def __init__(self, *, d: int = 128, depth: int = 4, heads: int = 4, **settings: Any) -> None:
+        if heads < 1 or d % heads:
+            raise UserError(f"expected a multiple of heads ({heads}), got {d}", "d")
+        self.d, self.depth, self.heads = d, depth, heads
+        super().__init__(**settings)
+
+    def image_network(self, outputs: int) -> nn.Module:
+        """A `ConceptTransformer` with one query per concept."""
+        return ConceptTransformer(
+            self.d,
+            self.latent_unit,
+            self.features_per_concept,
+            self.depth,
+            self.heads,
+            self.num_channels,
+            self.image_size,
+        )

@@ -1,4 +1,4 @@
-"""Codes are put into grid order, and what cannot be scored is refused."""
+"""Scalars are put into grid order and scored, and what cannot be scored is refused."""
 
 import json
 from types import SimpleNamespace
@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.callbacks.disentanglement import DisentanglementCallback, score_table
+from ldm.callbacks.disentanglement import DisentanglementCallback
+from ldm.evaluation.scores import CodeScores
 from ldm.factors import FactorGrid
+from ldm.metrics.evaluate import METRICS
+from ldm.metrics.sampling import Scores
 from ldm.util import UserError
 
 GRID = FactorGrid((3, 4), ("hue", "scale"))
@@ -64,20 +67,24 @@ def batches(rows):
 
 @pytest.fixture
 def callback(monkeypatch):
-    """One whose `evaluate` keeps the codes that it is given."""
+    """One that keeps the codes that it is given to score, and fails for the kinds in `failing`."""
     made = DisentanglementCallback(metrics=["mig"], settings={"mig": {"num_train": 12}})
-    made.seen = []
+    made.seen, made.failing = [], ()
 
-    def keep(codes, grid, metrics, settings, seed):
+    def keep(codes, factors, metrics, settings, seed):
         made.seen.append(codes)
-        return {"mig": {"discrete_mig": 0.5}}
+        if codes.ndim in made.failing:
+            raise ValueError("codes hold NaN")
+        found = CodeScores(factors, dict(settings), seed, codes.shape, [])
+        found.scores["mig"] = Scores(discrete_mig=0.5)
+        return found
 
-    monkeypatch.setattr("ldm.callbacks.disentanglement.evaluate", keep)
+    monkeypatch.setattr("ldm.callbacks.disentanglement.score_codes", keep)
     return made
 
 
 def validate(callback, model, trainer, rows):
-    callback.check({"validation": dataset()}, model)
+    callback.check(model, {"validation": dataset()}, {})
     callback.on_validation_epoch_start(trainer, model)
     for number, batch in enumerate(batches(rows)):
         callback.on_validation_batch_end(trainer, model, None, batch, number)
@@ -112,7 +119,7 @@ def test_tokens_are_put_into_grid_order_too(callback, tmp_path, processes):
     assert record["scores"] == record["scores_of_tokens"] == {"mig": {"discrete_mig": 0.5}}
 
 
-def test_missing_rows_are_no_scores(callback, tmp_path):
+def test_missing_rows_are_refused(callback, tmp_path):
     with pytest.raises(UserError, match="2 of the 12 rows"):
         validate(callback, Model(), trainer(tmp_path), np.arange(10))
     assert not callback.seen
@@ -128,48 +135,80 @@ def test_the_rhythm_survives_a_resume(callback, tmp_path):
     validate(callback, Model(), trainer(tmp_path), np.arange(12))
     other = DisentanglementCallback(metrics=["mig"], every_n_validations=2)
     other.load_state_dict(callback.state_dict())
-    other.check({"validation": dataset()}, Model())
+    other.check(Model(), {"validation": dataset()}, {})
     assert len(callback.seen) == 1 and not other._scoring(trainer(tmp_path))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 0.5])
 def test_limits_are_refused(limit):
+    options = {"limit_val_batches": limit, "overfit_batches": 0.0}
     with pytest.raises(UserError, match=f"limit_val_batches is {limit}"):
-        DisentanglementCallback().check({"validation": dataset()}, Model(), limit)
-    DisentanglementCallback(metrics=[]).check({"validation": dataset()}, Model(), limit)
+        DisentanglementCallback().check(Model(), {"validation": dataset()}, options)
+    DisentanglementCallback(metrics=[]).check(Model(), {"validation": dataset()}, options)
 
 
-@pytest.mark.parametrize("limit", [None, 1.0])
-def test_the_whole_set_is_accepted(limit):
-    DisentanglementCallback().check({"validation": dataset()}, Model(), limit)
+@pytest.mark.parametrize("options", [{}, {"limit_val_batches": None}, {"limit_val_batches": 1.0}])
+def test_the_whole_set_is_accepted(options):
+    DisentanglementCallback().check(Model(), {"validation": dataset()}, options)
 
 
-def test_no_encoder_no_set_no_grid():
-    callback = DisentanglementCallback()
+def test_what_could_not_be_scored_is_refused():
+    datasets, callback = {"validation": dataset()}, DisentanglementCallback()
     with pytest.raises(UserError, match="no concept encoder"):
-        callback.check({"validation": dataset()}, nn.Identity())
+        callback.check(nn.Identity(), datasets, {})
     with pytest.raises(UserError, match=r"data\.params\.validation"):
-        callback.check({}, Model())
+        callback.check(Model(), {}, {})
     with pytest.raises(UserError, match="neither a factor grid nor attributes"):
-        callback.check({"validation": dataset(None)}, Model())
+        callback.check(Model(), {"validation": dataset(None)}, {})
+    with pytest.raises(UserError, match="limit_val_batches is 3"):
+        callback.check(Model(), datasets, {"overfit_batches": 3})
+    model = Model()
+    model.use_ema, model.ema_parameters = True, "unet"
+    with pytest.raises(UserError, match=r"params\.weights: ema needs EMA weights of the encoder"):
+        DisentanglementCallback(weights="ema").check(model, datasets, {})
+    with pytest.raises(UserError, match=r"disentanglement\.params: tad needs a table of binary attributes"):
+        DisentanglementCallback(metrics=["tad"]).check(Model(), datasets, {})
+    for options, message in (
+        ({"metrics": ["dcy"]}, "unknown metric 'dcy'"),
+        ({"weights": "averaged"}, "weights: expected live or ema, got 'averaged'"),
+        ({"every_n_validations": 0}, "every_n_validations: expected at least 1, got 0"),
+        ({"seed": -1}, "seed must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DisentanglementCallback(**options)
 
 
-def test_table():
-    table = score_table({"mig": {"discrete_mig": 0.25}}, GRID, {"mig": {"num_train": 12}})
-    assert "mig" in table and "0.2500" in table and "hue 3 × scale 4 = 12 rows\nsamples: mig 12" in table
-
-
-def test_codes_that_cannot_be_scored_are_told(callback, tmp_path, monkeypatch):
+def test_scalars_that_cannot_be_scored_end_the_run(callback, tmp_path):
     """Every process raises, so that none waits for the first one's scores."""
-
-    def refuse(*args):
-        raise ValueError("codes hold NaN")
-
-    monkeypatch.setattr("ldm.callbacks.disentanglement.evaluate", refuse)
-    with pytest.raises(UserError, match="step 7 cannot be scored: codes hold NaN"):
+    callback.failing = (2,)
+    with pytest.raises(UserError, match="the scalars of step 7 cannot be scored: codes hold NaN"):
         validate(callback, Model(), trainer(tmp_path), np.arange(12))
     other = trainer(tmp_path)
-    other.is_global_zero, other.strategy = False, SimpleNamespace(broadcast=lambda value: "refused by the first")
+    other.is_global_zero, other.strategy = False, SimpleNamespace(broadcast=lambda value: ({}, "refused by the first"))
     with pytest.raises(UserError, match="refused by the first"):
         validate(callback, Model(), other, np.arange(12))
     assert not (tmp_path / "metrics").exists()
+
+
+def test_tokens_that_cannot_be_scored_cost_their_own_scores_only(callback, tmp_path, caplog):
+    callback.score_tokens, callback.failing = True, (3,)
+    validate(callback, model := Model(), trainer(tmp_path), np.arange(12))
+    assert model.logged == {"val/mig": 0.5} and "the tokens of step 7 cannot be scored: codes hold NaN" in caplog.text
+    record = json.loads((tmp_path / "metrics" / "000007.json").read_text())
+    assert record["scores"] == {"mig": {"discrete_mig": 0.5}} and "scores_of_tokens" not in record
+
+
+def test_one_metric_that_fails_costs_no_other_scores(tmp_path, monkeypatch):
+    """They are written and logged before the run ends."""
+
+    def fail(*args, **options):
+        raise ValueError("too few rows")
+
+    monkeypatch.setitem(METRICS, "sap", fail)
+    callback = DisentanglementCallback(metrics=["mig", "sap"], settings={"mig": {"num_train": 12}})
+    with pytest.raises(UserError, match="the scalars of step 7 cannot be scored: sap: too few rows"):
+        validate(callback, model := Model(), trainer(tmp_path), np.arange(12))
+    record = json.loads((tmp_path / "metrics" / "000007.json").read_text())
+    assert record["scores"] == {"mig": {"discrete_mig": pytest.approx(model.logged["val/mig"])}}
+    assert record["not_computed"] == {"sap": "too few rows"}
+    assert (tmp_path / "metrics" / "000007_mig_mutual_information.png").is_file()

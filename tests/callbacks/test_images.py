@@ -9,6 +9,8 @@ from PIL import Image
 from torch import nn
 
 from ldm.callbacks.images import ImageLogger
+from ldm.models.autoencoder import VQModel
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError
 
 
@@ -108,12 +110,48 @@ def test_without_validation_the_training_set_is_drawn(tmp_path):
 
 @pytest.mark.parametrize("options", [{"batch_frequency": 0}, {"batch_frequency": 1, "max_images": 0}])
 def test_wrong_settings(options):
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="expected at least 1, got 0"):
         ImageLogger(**options)
 
 
-def test_any_key_and_texts(tmp_path):
-    """uint8 images under another name are normalised too; what is no array is left out."""
+def unbuilt(kind, **attributes):
+    """A model of a class, without its networks."""
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+WRONG = [
+    (LatentDiffusion, {"ddim_step": 2}, "ddim_step.*did you mean 'ddim_steps'"),
+    (LatentDiffusion, {"ddim_steps": 0}, r"log_images_kwargs\.ddim_steps: expected at least 1, got 0"),
+    (LatentDiffusion, {"ddim_steps": "two"}, r"log_images_kwargs\.ddim_steps"),
+    (LatentDiffusion, {"n_row": -1}, r"log_images_kwargs\.n_row: expected at least 1, got -1"),
+    (LatentDiffusion, {"batch": 1}, r"log_images_kwargs\.batch: unknown key"),
+    (LatentDiffusion, {"quantize_denoised": True}, r"quantize_denoised: Identity has no codebook"),
+    (VQModel, {"ddim_steps": 2}, "ddim_steps"),
+    (VQModel, {"N": 0}, r"log_images_kwargs\.N: expected at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), WRONG)
+def test_options_that_the_model_would_not_take(kind, options, message):
+    model = unbuilt(kind, first_stage_model=nn.Identity())
+    with pytest.raises(UserError, match=message):
+        ImageLogger(1, log_images_kwargs=options).check(model, {}, {})
+
+
+@pytest.mark.parametrize("kind", [LatentDiffusion, VQModel])
+def test_options_that_the_model_takes(kind):
+    options = {"ddim_steps": None, "swap_images": 1, "sample": False} if kind is LatentDiffusion else {"N": 2}
+    ImageLogger(1, log_images_kwargs=options).check(unbuilt(kind), {}, {})
+    ImageLogger(1, log_images_kwargs={"anything": 1}).check(Model(), {}, {})  # your own, which takes any
+    ImageLogger(1, log_images_kwargs={"anything": 1}).check(nn.Identity(), {}, {})  # without pictures
+
+
+def test_any_key_and_strings(tmp_path):
+    """uint8 images under another name are normalised too; what is not an array is left out."""
 
     class Named(Rows):
         def __getitem__(self, row):

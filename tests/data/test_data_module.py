@@ -235,6 +235,6 @@ def test_nodes_that_are_missing_empty_or_not_a_data_set(node):
         DataModuleFromConfig(4, train={"target": f"{__name__}.Own", "params": {"length": 0}}).setup()
     with pytest.raises(UserError, match=r"expected a data set .* got "):
         DataModuleFromConfig(4, train={"target": "pathlib.Path"}).setup()
-    with pytest.raises(UserError, match=r"data\.params\.train.*'image_sise'"):
+    with pytest.raises(UserError, match=r"data\.params\.train\.params\.image_sise: unknown key"):
         params = {**node["params"], "image_sise": 3}
         DataModuleFromConfig(4, train={**node, "params": params}).setup()

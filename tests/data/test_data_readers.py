@@ -112,7 +112,7 @@ def test_the_originals_snippet_works(tmp_path):
 
     assert len(Edited()) == 144
     assert Edited(image_size=16).image_size == 16
-    node = {"target": "ldm.data.disdata.Shapes3DTrain", "params": {"path": str(tmp_path), "original_resolution": 64}}
+    node = {"target": "ldm.data.dis.Shapes3DTrain", "params": {"path": str(tmp_path), "original_resolution": 64}}
     assert len(instantiate_from_config(node)) == 144
 
 

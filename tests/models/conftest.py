@@ -55,7 +55,6 @@ def release_params() -> dict[str, Any]:
         "ddconfig": DDCONFIG,
         "lossconfig": {"target": "torch.nn.Identity"},
     }
-    modules = "ldm.modules.diffusionmodules.openaimodel_enc"
     return {
         "linear_start": 0.0015,
         "linear_end": 0.0155,
@@ -64,9 +63,9 @@ def release_params() -> dict[str, Any]:
         "image_size": 16,
         "channels": 3,
         "scale_by_std": True,
-        "unet_config": {"target": f"{modules}.UNetModel", "params": unet},
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
         "first_stage_config": {"target": "ldm.models.autoencoder.VQModelInterface", "params": first_stage},
-        "cond_stage_config": {"target": f"{modules}.Encoder4", "params": encoder},
+        "cond_stage_config": {"target": "ldm.modules.encoders.concept.Encoder4", "params": encoder},
     }
 
 

@@ -79,7 +79,7 @@ class TamingVQ(nn.Module):
 
 def ours(vgg: Path, **options: Any) -> VQModel:
     params = {**LOSS, "perceptual_weights": str(vgg), **options}
-    loss = {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": params}
+    loss = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": params}
     return VQModel(DDCONFIG, loss, n_embed=16, embed_dim=3)
 
 

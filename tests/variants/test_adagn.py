@@ -1,4 +1,4 @@
-"""AdaGN: tokens by group norm, none by attention."""
+"""AdaGN: the tokens enter by group norms, not by attention."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def unet() -> AdaGNUNet:
     return model
 
 
-def test_no_attention_over_tokens_yet_every_token_counts(unet):
+def test_no_attention_over_tokens_but_every_token_counts(unet):
     contexts = []
     for module in unet.modules():
         if isinstance(module, CrossAttention):
@@ -50,7 +50,7 @@ def test_no_attention_over_tokens_yet_every_token_counts(unet):
             assert (changed > 1e-5).all(), (k, component)
     assert (unet(x, t + 1, tokens) - out).abs().max() > 1e-5
     swapped = tokens[:, [1, 0, 2, 3]]
-    assert (unet(x, t, swapped) - out).abs().max() > 1e-4, "tokens have places, unlike in attention"
+    assert (unet(x, t, swapped) - out).abs().max() > 1e-4, "their order matters, unlike in attention"
 
 
 def test_a_block_computes_diff_aes_formula(unet):
@@ -79,7 +79,7 @@ def test_tokens_of_zero_weight_leave_the_plain_block(unet):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="use_scale_shift_norm: true"):
+    with pytest.raises(ValueError, match="use_scale_shift_norm: AdaGN needs true"):
         AdaGNUNet(**SETTINGS, use_scale_shift_norm=False)
     with pytest.raises(ValueError, match="expected 4 concept tokens of width 8"):
         AdaGNUNet(**SETTINGS)(torch.zeros(1, 3, 8, 8), torch.zeros(1).long(), torch.zeros(1, 5, 8))

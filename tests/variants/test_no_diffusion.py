@@ -47,11 +47,11 @@ def model(tmp_path) -> NoDiffusion:
 def test_the_loss_knows_neither_timestep_nor_noise(model):
     x, tokens = torch.randn(3, 3, 8, 8), torch.randn(3, 4, 8)
     first, _ = model.p_losses(x, tokens, torch.tensor([0, 5, 99]), torch.randn_like(x))
-    again, parts = model.p_losses(x, tokens, torch.tensor([7, 7, 7]), torch.zeros_like(x))
+    again, losses = model.p_losses(x, tokens, torch.tensor([7, 7, 7]), torch.zeros_like(x))
     assert torch.equal(first, again)
     decoded = model.apply_model(torch.zeros_like(x), torch.zeros(3, dtype=torch.long), tokens)
     torch.testing.assert_close(first, ((decoded - x) ** 2).mean())
-    assert set(parts) == {"loss_simple", "loss"}
+    assert set(losses) == {"loss_simple", "loss"}
     image = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
     losses = [model(x, image, torch.Generator().manual_seed(seed))[0] for seed in (1, 2)]
     assert torch.equal(*losses)
@@ -67,6 +67,11 @@ def test_only_the_tokens_are_decoded(model):
         assert (unet(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), moved) - out).abs().max() > 1e-4
     with pytest.raises(ValueError, match="no concept tokens"):
         unet(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())
+
+
+def test_a_weight_per_timestep_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="learn_logvar: without diffusion"):
+        NoDiffusion(**encdiff_config(tmp_path)["model"]["params"], learn_logvar=True)
 
 
 def test_the_decoder_half_is_what_is_left():

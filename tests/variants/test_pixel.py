@@ -2,16 +2,14 @@
 
 import torch
 from command_line import ROOT
+from overlays import composed, without_checkpoint
 
-from ldm.config import load_bases, merge
 from ldm.util import instantiate_from_config
 
-BASE = ROOT / "configs" / "quickstart" / "encdiff.yaml"
 
-
-def test_the_image_itself_is_noised():
-    config = merge(load_bases([BASE, ROOT / "configs" / "ablations" / "pixel.yaml"]))
-    model = instantiate_from_config(config.model, "model")
+def test_the_image_itself_is_noised(tmp_path):
+    base = ROOT / "configs" / "quickstart" / "encdiff.yaml"
+    model = instantiate_from_config(composed(without_checkpoint(tmp_path, base), "pixel").model, "model")
     assert not list(model.first_stage_model.parameters())
     assert not [name for name in model.state_dict() if name.startswith("first_stage_model")]
     image = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -25,12 +23,11 @@ def test_the_image_itself_is_noised():
     assert seen == [(2, 3, 32, 32)]
 
 
-def test_attention_is_at_the_maps_of_16_and_8():
+def test_attention_is_on_maps_of_16_and_8(tmp_path):
     """As on latents of 16 positions a side, for images of 64."""
-    base = ROOT / "configs" / "latent-diffusion" / "shapes3d-vq-4-16.yaml"
-    config = merge(load_bases([base, ROOT / "configs" / "ablations" / "pixel.yaml"]))
+    config = composed(without_checkpoint(tmp_path), "pixel")
     with torch.device("meta"):
-        unet = instantiate_from_config(config.model.params.unet_config)
+        unet = instantiate_from_config(config.model.params.unet_config, "unet_config")
         sizes: set[int] = set()
         for name, module in unet.named_modules():
             if name.endswith("transformer_blocks.0"):

@@ -1,4 +1,4 @@
-"""Chunks, orthogonal vectors and Euler encoding: from codes to tokens."""
+"""Chunks, orthogonal vectors and Euler encoding: other ways from scalars to tokens."""
 
 import math
 
@@ -22,12 +22,12 @@ def test_chunks_of_the_feature_vector_are_the_tokens():
     model, image = encoder("vector.ChunkTokens"), torch.randn(3, 3, 16, 16)
     features = model.encoder(image)
     assert features.shape == (3, 24), "n·d features"
-    codes = model.encoding(image)
+    chunks = model.encoding(image)
     for k in range(4):
-        assert torch.equal(codes[:, k], features[:, 6 * k : 6 * (k + 1)])
-    assert torch.equal(model.warp(codes), codes) and torch.equal(model(image), codes)
+        assert torch.equal(chunks[:, k], features[:, 6 * k : 6 * (k + 1)])
+    assert torch.equal(model.warp(chunks), chunks) and torch.equal(model(image), chunks)
     assert not list(model.net.parameters()), "no scalars, no MLPs"
-    assert ChunkTokens(4, 6).code_width == 6
+    assert ChunkTokens(4, 6).features_per_concept == 6
 
 
 def test_vectors_are_orthonormal_and_stay_so():
@@ -55,7 +55,7 @@ def test_a_token_is_its_scalar_times_its_vector():
         torch.testing.assert_close(made[:, k], scalars[:, k : k + 1] * vector)
     inner = torch.einsum("bkd,bjd->bkj", made, made)
     torch.testing.assert_close(inner, torch.diag_embed(scalars**2), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="no 7 orthogonal vectors of width 6"):
+    with pytest.raises(ValueError, match=r"context_dim: expected at least latent_unit \(7\)"):
         OrthogonalVectors(7, 6)
 
 

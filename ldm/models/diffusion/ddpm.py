@@ -12,15 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.models.autoencoder import IdentityFirstStage
+from ldm.compat.checkpoints import fit_to
+from ldm.models.autoencoder import IdentityFirstStage, build_schedule
 from ldm.models.checkpoint import load_weights
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.latents import encode_training_set
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.ema import LitEma
-from ldm.util import UserError, instantiate_from_config, require_at_least, used
+from ldm.modules.ema import LitEma, ema_buffers
+from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class DiffusionWrapper(nn.Module):
 
     def __init__(self, unet_config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.diffusion_model = instantiate_from_config(unet_config, "model.params.unet_config")
+        self.diffusion_model = instantiate_from_config(unet_config, "unet_config")
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """x (b, c, h, w), t (b,), tokens (b, n, d) -> (b, c, h, w)."""
@@ -42,26 +43,27 @@ class LatentDiffusion(pl.LightningModule):
 
     Args:
         unet_config, first_stage_config, cond_stage_config: nodes with `target` and `params`; the first stage is
-            frozen. `cond_stage_config` is left out, or LDM's `__is_unconditional__`, for a model without conditioning.
+            frozen.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, v_posterior: see `schedule.py`.
         loss_type: l1 or l2. parameterization: eps (predict the noise) or x0.
         original_elbo_weight, l_simple_weight: weights of the variational bound and of the simple loss.
-        learn_logvar, logvar_init: log variance per timestep that weighs the loss; learned or constant.
+        learn_logvar, logvar_init: log variance per timestep, which weights the loss; learned or constant.
         image_size, channels: of the latent.
         first_stage_key, cond_stage_key: entries of the batch for the two encoders.
         cond_stage_trainable: train the concept encoder with the U-Net.
-        conditioning_key: crossattn or none; if null, as in LDM, crossattn where there is a concept encoder.
+        conditioning_key: crossattn or none; null, as in LDM, means crossattn where there is a concept encoder.
         scale_factor: latents are multiplied by it; with `scale_by_std` it becomes 1/std of the first training batch's
-            latents, or, with `scale_factor_images` N, of N images spread over the training set. Images themselves, of
-            an identity as first stage, are not scaled, as released.
-        use_ema, ema_decay, ema_parameters: average the weights of the `unet`, as released, or of `all` networks.
+            latents, or, with `scale_factor_images` N, of N images spread over the training set. With an identity as
+            first stage nothing is scaled, as released.
+        use_ema, ema_decay, ema_parameters: EMA weights of the `unet`, as released, or of `all` networks, the encoder's
+            BatchNorm statistics included.
         scheduler_config: multiplier of the learning rate by step, from `ldm.lr_scheduler`.
         monitor: the value by which the best checkpoints are kept.
         ckpt_path, ignore_keys: weights to start from, and prefixes of names to leave out.
-        log_every_t: distance of the intermediate results that samplers keep.
-        cache_latents: encode the training set once, before training, and keep its latents in memory. The same numbers
-            for less work, as the first stage is frozen and images are not augmented.
-        val_loss_every: compute the validation loss on every so-manieth batch only; the codes are not affected.
+        log_every_t: samplers keep an intermediate result every N steps.
+        cache_latents: encode the training set once, before training, and keep its latents in memory. The numbers are
+            the same, since the first stage is frozen and images are not augmented.
+        val_loss_every: compute the validation loss on every Nth batch only; scores are not affected.
 
     Attributes:
         learning_rate: set by the command line from `base_learning_rate`.
@@ -82,7 +84,7 @@ class LatentDiffusion(pl.LightningModule):
         self,
         unet_config: Mapping[str, Any],
         first_stage_config: Mapping[str, Any],
-        cond_stage_config: Mapping[str, Any] | str | None = None,
+        cond_stage_config: Mapping[str, Any] | None = None,
         timesteps: int = 1000,
         beta_schedule: str = "linear",
         linear_start: float = 1e-4,
@@ -116,16 +118,26 @@ class LatentDiffusion(pl.LightningModule):
         val_loss_every: int = 1,
     ) -> None:
         super().__init__()
-        _check_choice("loss_type", loss_type, ("l1", "l2"))
-        _check_choice("parameterization", parameterization, ("eps", "x0"))
-        _check_choice("conditioning_key", conditioning_key, ("crossattn", "none", None))
-        _check_choice("ema_parameters", ema_parameters, ("unet", "all"))
-        unconditional = cond_stage_config == "__is_unconditional__"
-        if conditioning_key is None and cond_stage_config is not None:
-            conditioning_key = "crossattn"
-        self.conditioned = conditioning_key == "crossattn" and not unconditional
+        for key, value, choices in (
+            ("loss_type", loss_type, ("l1", "l2")),
+            ("parameterization", parameterization, ("eps", "x0")),
+            ("conditioning_key", conditioning_key, ("crossattn", "none", None)),
+            ("ema_parameters", ema_parameters, ("unet", "all")),
+        ):
+            if value not in choices:
+                raise UserError(f"{value!r} is not one of {', '.join(map(str, choices))}", key)
+        for key, count in (
+            ("val_loss_every", val_loss_every),
+            ("log_every_t", log_every_t),
+            ("scale_factor_images", scale_factor_images),
+        ):
+            if count is not None and count < 1:
+                raise UserError(f"expected at least 1, got {count}", key)
+        self.conditioned = conditioning_key == "crossattn" or (
+            conditioning_key is None and cond_stage_config is not None
+        )
         if self.conditioned and cond_stage_config is None:
-            raise UserError("model.params.cond_stage_config is missing: conditioning_key crossattn needs an encoder")
+            raise UserError("is missing: conditioning_key crossattn needs an encoder", "cond_stage_config")
         self.loss_type, self.parameterization = loss_type, parameterization
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
         self.image_size, self.channels = image_size, channels
@@ -133,11 +145,10 @@ class LatentDiffusion(pl.LightningModule):
         self.cond_stage_trainable = cond_stage_trainable
         self.scale_by_std, self.scale_factor_images = scale_by_std, scale_factor_images
         if scale_by_std and scale_factor != 1.0:
-            raise UserError(f"model.params.scale_factor: {scale_factor} would be replaced: set scale_by_std to false")
-        self.scheduler_config, self.log_every_t = scheduler_config, log_every_t
+            raise UserError(f"{scale_factor} would be replaced: set scale_by_std to false", "scale_factor")
+        self.log_every_t = log_every_t
+        self.schedule = build_schedule(scheduler_config)
         self.monitor, self.val_loss_every = monitor, val_loss_every
-        counts = {"val_loss_every": val_loss_every, "log_every_t": log_every_t}
-        require_at_least(1, "model.params", scale_factor_images=scale_factor_images, **counts)
         self.num_timesteps = timesteps
         self.cache_latents = cache_latents
         self._latents: torch.Tensor | None = None
@@ -159,22 +170,22 @@ class LatentDiffusion(pl.LightningModule):
         self.use_ema, self.ema_parameters, self._averaged = use_ema, ema_parameters, False
         if use_ema:
             self.model_ema = LitEma(self.model, ema_decay)
-        self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
+        self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config")
         self.first_stage_model.eval().requires_grad_(False)
         self.cond_stage_model: Any = None
         if self.conditioned:
-            assert cond_stage_config is not None
-            self.cond_stage_model = instantiate_from_config(cond_stage_config, "model.params.cond_stage_config")
+            self.cond_stage_model = instantiate_from_config(cond_stage_config, "cond_stage_config")
             self.cond_stage_model.requires_grad_(cond_stage_trainable)
             if use_ema and ema_parameters == "all":
-                self.cond_stage_model_ema = LitEma(self.cond_stage_model, ema_decay)
-        # Whether the scale factor stands: given by a checkpoint, or computed on the first batch.
+                self.cond_stage_model_ema = LitEma(self.cond_stage_model, ema_decay, buffers=True)
+        self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
+        # Whether the scale factor is final: from a checkpoint, or computed on the first batch.
         self.scale_factor_known = not scale_by_std
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Take the weights of a checkpoint; averages that it lacks begin at them.
+        """Load the weights of a checkpoint; EMA weights that it lacks start from them.
 
         Raises:
             UserError: see `load_weights`.
@@ -182,7 +193,7 @@ class LatentDiffusion(pl.LightningModule):
         given = self.scale_factor.clone()
         absent = load_weights(self, path, ignore_keys)
         if not self.scale_by_std:
-            self.scale_factor.copy_(given)  # as in LDM, the configuration's
+            self.scale_factor.copy_(given)  # the configuration's, as in LDM
         if "model_ema." in absent:
             self.model_ema.reset(self.model)
         if "cond_stage_model_ema." in absent:
@@ -190,29 +201,31 @@ class LatentDiffusion(pl.LightningModule):
         self.scale_factor_known = not self.scale_by_std or "scale_factor" not in absent
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
-        """Set training mode; the first stage always stays in evaluation mode."""
+        """Set training mode; the first stage stays in evaluation mode."""
         super().train(mode)
         self.first_stage_model.eval()
         return self
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Use the averaged weights inside the block; the trained ones return at its end."""
-        averaged: list[tuple[nn.Module, LitEma]] = []
-        if self.use_ema:
-            averaged.append((self.model, self.model_ema))
-            if self.ema_parameters == "all" and self.cond_stage_model is not None:
-                averaged.append((self.cond_stage_model, self.cond_stage_model_ema))
-        for module, ema in averaged:
-            ema.store(module.parameters())
+        """Use the EMA weights inside the block."""
+        for module, ema in self.emas():
+            ema.store(module)
             ema.copy_to(module)
         if context is not None:
-            log.info("%s: using the averaged weights", context)
+            log.info("%s: using EMA weights", context)
         try:
             yield
         finally:
-            for module, ema in averaged:
-                ema.restore(module.parameters())
+            for module, ema in self.emas():
+                ema.restore(module)
+
+    def emas(self) -> list[tuple[nn.Module, LitEma]]:
+        """The networks that have EMA weights, and these."""
+        found: list[tuple[nn.Module, LitEma]] = [(self.model, self.model_ema)] if self.use_ema else []
+        if self.use_ema and self.ema_parameters == "all" and self.conditioned:
+            found.append((self.cond_stage_model, self.cond_stage_model_ema))
+        return found
 
     # ---- image <-> latent, image -> tokens
 
@@ -230,7 +243,8 @@ class LatentDiffusion(pl.LightningModule):
     ) -> torch.Tensor:
         """Result of `encode_first_stage` -> scaled latent (b, c, h, w)."""
         latent = encoded.sample(generator) if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        return self.scale_factor * latent
+        # In float32 also under autocast, and with it x_t and the noise: a factor without dimensions would not widen it.
+        return self.scale_factor * latent.float()
 
     @torch.no_grad()
     def decode_first_stage(self, z: torch.Tensor) -> torch.Tensor:
@@ -285,19 +299,19 @@ class LatentDiffusion(pl.LightningModule):
             noise: like x_start; drawn if not given.
 
         Returns:
-            The loss, and its parts by name: `loss_simple`, `loss_vlb`, `loss`.
+            The loss, and for the log `loss_simple`, `loss_vlb` and `loss`.
         """
         noise = _noise_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         per_sample = self.get_loss(output, noise if self.parameterization == "eps" else x_start)
         logvar = self.logvar[t]
         loss = self.l_simple_weight * (per_sample / logvar.exp() + logvar).mean()
-        parts = {"loss_simple": per_sample.detach().mean()}
+        losses = {"loss_simple": per_sample.detach().mean()}
         if self.learn_logvar:
-            parts["loss_gamma"], parts["logvar"] = loss.detach(), self.logvar.detach().mean()
+            losses["loss_gamma"], losses["logvar"] = loss.detach(), self.logvar.detach().mean()
         loss_vlb = (self.lvlb_weights[t] * per_sample).mean()
         loss = loss + self.original_elbo_weight * loss_vlb
-        return loss, {**parts, "loss_vlb": loss_vlb.detach(), "loss": loss.detach()}
+        return loss, {**losses, "loss_vlb": loss_vlb.detach(), "loss": loss.detach()}
 
     def forward(
         self, x: torch.Tensor, image: torch.Tensor | None, generator: torch.Generator | None = None
@@ -317,12 +331,16 @@ class LatentDiffusion(pl.LightningModule):
     def shared_step(
         self, batch: Mapping[str, torch.Tensor], generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Batch of images -> loss and its parts."""
+        """Batch of images -> the loss, and losses for the log."""
         x = self.get_input(batch, self.first_stage_key)
         known = self._latents is not None and self.training
         encoded = self._latents[batch["idx"]] if known else self.encode_first_stage(x)  # type: ignore[index]
         latent = self.get_first_stage_encoding(encoded, generator)
         image = x if self.cond_stage_key == self.first_stage_key else self.get_input(batch, self.cond_stage_key)
+        expected = (self.channels, self.image_size, self.image_size)
+        if latent.shape[1:] != expected:
+            found = tuple(latent.shape[1:])
+            raise ValueError(f"the first stage's latents are {found}, but channels and image_size say {expected}")
         return self(latent, image, generator)
 
     def sampler(self) -> DDIMSampler:
@@ -332,12 +350,12 @@ class LatentDiffusion(pl.LightningModule):
     # ---- training
 
     def on_train_start(self) -> None:
-        """Encode the training set, if its latents are to be kept."""
+        """Encode the training set, if its latents are cached."""
         if self.cache_latents:
             self._latents = encode_training_set(self)
 
     def on_train_end(self) -> None:
-        """Let the latents go."""
+        """Free the cached latents."""
         self._latents = None
 
     def on_train_batch_start(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
@@ -353,7 +371,7 @@ class LatentDiffusion(pl.LightningModule):
         x = self.get_input({"x": images}, "x")
         encoded = self.encode_first_stage(x)
         latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        # Rank 0's value holds for all: the model must be the same everywhere.
+        # Rank 0's value, since all processes train the same model.
         scale = self.trainer.strategy.broadcast(1.0 / latent.float().flatten().std())
         self.scale_factor.copy_(scale.to(self.scale_factor.device))
         self.scale_factor_known = True
@@ -367,22 +385,23 @@ class LatentDiffusion(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """One batch: the loss that Lightning differentiates."""
-        loss, parts = self.shared_step(batch)
+        loss, losses = self.shared_step(batch)
         size = batch[self.first_stage_key].shape[0]
-        named = {f"train/{name}": value for name, value in parts.items()}
+        named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=size)
-        self.log("loss", parts["loss"], prog_bar=True, logger=False, batch_size=size)
-        self.log("train/epoch_num", float(self.current_epoch), on_step=False, on_epoch=True, batch_size=size)
+        self.log("loss", losses["loss"], prog_bar=True, logger=False, batch_size=size)
         return loss
 
+    def on_train_epoch_end(self) -> None:
+        """Log the number of the epoch, by which checkpoints can be ranked."""
+        self.log("train/epoch_num", float(self.current_epoch))
+
     def _update_ema(self) -> None:
-        if self.use_ema:
-            self.model_ema(self.model)
-            if self.ema_parameters == "all" and self.cond_stage_model is not None:
-                self.cond_stage_model_ema(self.cond_stage_model)
+        for module, ema in self.emas():
+            ema(module)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then update the averages.
+        """Step, then update the EMA weights.
 
         Not in `on_train_batch_end`, where LDM does it: Lightning saves checkpoints right before that hook, and a
         resumed run would miss an update.
@@ -392,13 +411,13 @@ class LatentDiffusion(pl.LightningModule):
         self._averaged = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the averages also after batches without a step (accumulation): once per batch, as released."""
+        """Update the EMA weights after batches without a step too (accumulation): once per batch, as released."""
         if not self._averaged:
             self._update_ema()
         self._averaged = False
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Losses with the trained and with the averaged weights, as `val/loss_simple` and `val/loss_simple_ema`."""
+        """Losses with live and with EMA weights, as `val/loss_simple` and `val/loss_simple_ema`."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
@@ -407,67 +426,59 @@ class LatentDiffusion(pl.LightningModule):
 
     @torch.no_grad()
     def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
-        """Losses at timesteps and noise fixed by the batch's number.
-
-        The fixed draw makes losses comparable between epochs, and leaves training's random numbers alone.
-        """
+        """Losses at timesteps and noise fixed by the batch's number, which makes them comparable between epochs."""
         if batch_idx % self.val_loss_every:
             return
         size = batch[self.first_stage_key].shape[0]
 
-        def losses(suffix: str) -> dict[str, torch.Tensor]:
+        def compute(suffix: str) -> dict[str, torch.Tensor]:
             generator = torch.Generator(device=self.device).manual_seed(batch_idx)
-            _, parts = self.shared_step(batch, generator)
-            return {f"{split}/{name}{suffix}": value for name, value in parts.items()}
+            _, losses = self.shared_step(batch, generator)
+            return {f"{split}/{name}{suffix}": value for name, value in losses.items()}
 
-        named = losses("")
+        named = compute("")
         with self.ema_scope():
-            named |= losses("_ema")
+            named |= compute("_ema")
         self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW over the U-Net's parameters, then the encoder's, then `logvar` if it is learned: one group."""
+    def trained_parameters(self) -> list[list[nn.Parameter]]:
+        """Parameters of the one optimiser: the U-Net's, then the encoder's, then `logvar` if it is learned."""
         parameters = list(self.model.parameters())
         if self.conditioned and self.cond_stage_trainable:
             parameters += list(self.cond_stage_model.parameters())
-        if self.learn_logvar:
-            parameters.append(self.logvar)
+        return [[*parameters, self.logvar] if self.learn_logvar else parameters]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over `trained_parameters`, in one group."""
         # The fused kernel unscales gradients itself, which Lightning cannot combine with clipping under float16.
         scaled = getattr(self._trainer, "precision", None) == "16-mixed"
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, fused=not scaled)
-        if self.scheduler_config is None:
+        optimizer = torch.optim.AdamW(self.trained_parameters()[0], lr=self.learning_rate, fused=not scaled)
+        if self.schedule is None:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config, "model.params.scheduler_config")
-        scheduler = {"scheduler": LambdaLR(optimizer, schedule.schedule), "interval": "step", "frequency": 1}
+        scheduler = {"scheduler": LambdaLR(optimizer, self.schedule), "interval": "step", "frequency": 1}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As in LDM, a scale factor that was not computed is the configuration's, and not saved."""
+        """A scale factor that was not computed is the configuration's, and not saved, as in LDM."""
         if not self.scale_by_std:
             checkpoint["state_dict"].pop("scale_factor", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint brings its scale factor. Where the original does not save it, or saves a constant `logvar`, the
-        state dict is made whole."""
+        """A checkpoint brings its scale factor, unless it is the configuration's."""
         state = checkpoint["state_dict"]
         self.scale_factor_known = not self.scale_by_std or "scale_factor" in state
         if not self.scale_by_std or "scale_factor" not in state:
             state["scale_factor"] = self.scale_factor.clone()
-        state["scale_factor"] = state["scale_factor"].reshape(())
-        state.setdefault("alphas_cumprod_next", self.alphas_cumprod_next)
-        if not self.learn_logvar:
-            state.pop("logvar", None)
+        if hasattr(self, "cond_stage_model_ema"):  # earlier checkpoints lack EMA statistics
+            for live, own in self.cond_stage_model_ema.names.items():
+                state.setdefault(f"cond_stage_model_ema.{own}", state[f"cond_stage_model.{live}"])
+        fit_to(self.state_dict(), state)
 
     def log_images(self, batch: Mapping[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
         """Pictures of what the model does: see `ldm.models.diffusion.visuals.diffusion_images`."""
-        return diffusion_images(self, batch, **used(diffusion_images, options, "log_images_kwargs"))
+        return diffusion_images(self, batch, **options)
 
 
 def _noise_like(x: torch.Tensor) -> torch.Tensor:
     """Noise drawn in (b, c, h, w) order whatever the memory layout, so that a seed means the same noise as in LDM."""
     return torch.randn_like(x, memory_format=torch.contiguous_format)
-
-
-def _check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"model.params.{key}: {value!r} is not one of {', '.join(map(str, choices))}")

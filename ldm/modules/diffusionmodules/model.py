@@ -28,7 +28,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3×3 convolution of stride 2, padded at the right and the bottom only, as in LDM."""
+    """3×3 convolution of stride 2, padded on the right and at the bottom only, as in LDM."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Downsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised 3×3 convolutions around a residual connection."""
+    """Residual block of two normalised 3×3 convolutions."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, c, h, w) -> the same shape."""
         h = self.norm(x)
-        # Contiguous, as the fused kernels ask for.
+        # Contiguous, as the fused kernels need them.
         q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c").contiguous() for layer in (self.q, self.k, self.v))
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
@@ -93,7 +93,7 @@ class _Mid(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution, with the attention that follows each where there is any."""
+    """The residual blocks of one resolution, each followed by attention if `attention`."""
 
     downsample: nn.Module
     upsample: nn.Module
@@ -120,12 +120,16 @@ class Encoder(nn.Module):
     """Image (b, in_channels, s, s) -> (b, z_channels or twice that, s/f, s/f), f = 2^(levels - 1).
 
     Args:
-        ch: width of the first level; ch_mult: width of each level as a multiple of it.
-        out_ch: the decoder's; accepted because both are built from one `ddconfig`.
+        ch: width of the first level.
+        out_ch: used by the decoder only; both are built from one `ddconfig`.
+        ch_mult: width of each level as a multiple of `ch`.
         num_res_blocks: residual blocks per level.
-        attn_resolutions: sizes of the feature map at which attention follows the blocks.
-        resolution: size of the image, in pixels.
-        double_z: give means and log variances, for the KL-regularised model.
+        attn_resolutions: sizes of the feature map at which attention follows the residual blocks.
+        dropout: in the residual blocks.
+        in_channels: channels of the image.
+        resolution: size of the image in pixels.
+        z_channels: channels of the latent.
+        double_z: output means and log variances, for the KL-regularised model.
     """
 
     def __init__(
@@ -165,9 +169,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (b, z_channels, s/f, s/f) -> image (b, out_ch, s, s): the encoder's mirror, one block more per level.
+    """Latent (b, z_channels, s/f, s/f) -> image (b, out_ch, s, s): mirrors the encoder, with one more block per level.
 
-    Arguments as of `Encoder`; `in_channels` and `double_z` are the encoder's.
+    Takes the arguments of `Encoder`; `in_channels` and `double_z` are used by the encoder only.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The denoising U-Net: LDM's, steered by concept tokens through cross attention."""
+"""LDM's denoising U-Net, steered by concept tokens through cross attention."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import GroupNorm32, timestep_embedding, zero_module
+from ldm.util import UserError
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, followed by a 3×3 convolution if `use_conv`."""
+    """Nearest-neighbour doubling, then a 3×3 convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halving by a strided 3×3 convolution if `use_conv`, else by averaging."""
+    """Halving, by a strided 3×3 convolution if `use_conv`, else by averaging."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -36,13 +37,13 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block that the timestep modulates (guided-diffusion).
+    """Residual block, modulated by the timestep (guided-diffusion).
 
     Args:
         channels, out_channels: width of input and output.
         emb_channels: width of the timestep embedding.
-        use_scale_shift_norm: the embedding scales and shifts the second norm, instead of being added.
-        resample: "up" or "down" to double or halve the map inside the block.
+        use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added.
+        resample: "up" or "down": double or halve the map inside the block.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ResBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence whose residual blocks get the timestep, and whose transformers get the tokens."""
+    """A sequence in which residual blocks get the timestep and transformers get the tokens."""
 
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None = None
@@ -111,21 +112,24 @@ class UNetModel(nn.Module):
     """Noise prediction from a noisy latent, a timestep and concept tokens.
 
     Args:
-        image_size: size of the latent map; must be divisible by 2^(levels - 1).
+        image_size: size of the latent map, a multiple of 2^(levels - 1).
         in_channels, out_channels: channels of the latent.
         model_channels: width of the first level; a multiple of 32.
         num_res_blocks: residual blocks per level.
-        attention_resolutions: downsampling factors at which transformers follow the residual blocks.
+        attention_resolutions: downsampling factors at which a transformer follows each residual block.
         dropout: in the residual blocks only, as released.
         channel_mult: width of each level as a multiple of `model_channels`.
-        conv_resample: resample by convolutions where `resblock_updown` is off.
-        num_heads, num_head_channels: heads of the attention, or (if not -1) the width of a head.
-        use_scale_shift_norm: the timestep scales and shifts the norms, instead of being added.
+        conv_resample: without `resblock_updown`, resample by convolutions.
+        num_heads, num_head_channels: number of attention heads, or their width; the other one is -1.
+        use_scale_shift_norm: the timestep scales and shifts the norms instead of being added.
         resblock_updown: resample inside residual blocks.
-        use_spatial_transformer: must be true: plain attention blocks would not see the tokens.
-        transformer_depth: transformer blocks at each place.
-        context_dim: width of a concept token; `None` for a model without conditioning.
-        latent_unit: number of concept tokens; needed for tokens given flat, (b, n·d).
+        use_spatial_transformer: must be true, as plain attention blocks would not see the tokens.
+        transformer_depth: blocks per transformer.
+        context_dim: width of a concept token; None for a model without conditioning.
+        latent_unit: number of concept tokens; None accepts any number.
+
+    Raises:
+        UserError: sizes that do not fit, or a value that is not supported.
     """
 
     def __init__(
@@ -150,13 +154,14 @@ class UNetModel(nn.Module):
     ) -> None:
         super().__init__()
         if not use_spatial_transformer:
-            raise ValueError("use_spatial_transformer: false is not supported: the tokens enter by cross attention")
+            raise UserError("false is not supported, as the tokens enter by cross attention", "use_spatial_transformer")
         if (num_heads == -1) == (num_head_channels == -1):
-            raise ValueError("give one of num_heads and num_head_channels, and leave the other at -1")
+            raise UserError("set either num_heads or num_head_channels, and leave the other at -1", "num_heads")
         if image_size % 2 ** (len(channel_mult) - 1):
-            raise ValueError(
-                f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times"
-                f" (channel_mult {list(channel_mult)}): give fewer levels or another latent size"
+            levels = len(channel_mult)
+            raise UserError(
+                f"expected a multiple of {2 ** (levels - 1)}, as channel_mult has {levels} levels, got {image_size}",
+                "image_size",
             )
         self.context_dim, self.latent_unit = context_dim, latent_unit
         self.model_channels = model_channels
@@ -169,7 +174,7 @@ class UNetModel(nn.Module):
         def transformer(channels: int) -> SpatialTransformer:
             heads = num_heads if num_head_channels == -1 else channels // num_head_channels
             if heads < 1 or channels % heads:
-                raise ValueError(f"{channels} channels cannot be divided into {heads} heads: change num_heads")
+                raise UserError(f"{channels} channels cannot be divided into {heads} heads", "num_heads")
             return SpatialTransformer(
                 channels, heads, channels // heads, depth=transformer_depth, context_dim=context_dim
             )
@@ -215,10 +220,10 @@ class UNetModel(nn.Module):
         )
 
     def tokens(self, context: torch.Tensor | None) -> torch.Tensor | None:
-        """Check the concept tokens, and shape those given flat (b, n·d) as (b, n, d).
+        """Check the concept tokens (b, n, d); flat ones (b, n·d) are reshaped.
 
         Raises:
-            ValueError: tokens where the model takes none, none where it takes some, or another width.
+            ValueError: missing or superfluous tokens, or another shape than the model was built for.
         """
         if (context is None) != (self.context_dim is None):
             raise ValueError(
@@ -239,7 +244,7 @@ class UNetModel(nn.Module):
     def conditions(
         self, timesteps: torch.Tensor, context: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the residual blocks get, the embedded timestep (b, e), and what the transformers get, the tokens."""
+        """For the residual blocks, the embedded timestep (b, e); for the transformers, the tokens (b, n, d)."""
         dtype = next(self.parameters()).dtype
         return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype)), self.tokens(context)
 

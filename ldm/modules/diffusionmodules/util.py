@@ -1,4 +1,4 @@
-"""Small parts shared by the networks: normalisation, zero initialisation, timestep embedding."""
+"""What several networks use: normalisation, zero initialisation, timestep embedding."""
 
 import math
 
@@ -9,7 +9,11 @@ GROUPS = 32
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation over 32 groups, computed in float32 whatever the input's type (LDM)."""
+    """Group normalisation over 32 groups, computed in float32 whatever the type of the input (LDM).
+
+    Raises:
+        ValueError: `channels` is not a multiple of 32.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         if channels % GROUPS:
@@ -17,14 +21,14 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(GROUPS, channels, eps=eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, c, …) -> the same shape and type."""
+        """(b, c, ...) -> the same shape and type."""
         if x.dtype == torch.float64 or x.dtype == self.weight.dtype == torch.float32:
             return super().forward(x)
         return super().forward(x.float()).type(x.dtype)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Set all parameters of a module to zero, so that its residual branch starts as nothing."""
+    """Set all parameters of a module to zero, so that its residual branch starts at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -35,10 +39,10 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
 
     Args:
         timesteps: (b,), integer or real.
-        dim: width of the embedding; for an odd width the last column is zero.
+        dim: width of the embedding; if it is odd, the last column is zero.
 
     Returns:
-        (b, dim) float32 on the timesteps' device.
+        (b, dim) float32 on the device of the timesteps.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half

@@ -4,7 +4,7 @@ import torch
 
 
 class DiagonalGaussianDistribution:
-    """N(mean, exp(logvar)) for every element; log variances are clamped to [-30, 20].
+    """N(mean, exp(logvar)) per element; log variances are clamped to [-30, 20].
 
     Args:
         parameters: (b, 2c, h, w): the means, then the log variances.
@@ -18,7 +18,7 @@ class DiagonalGaussianDistribution:
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """A draw (b, c, h, w)."""
-        # Drawn on the generator's device or the mean's own; LDM draws on the CPU and moves.
+        # Drawn on the device; LDM draws on the CPU and copies.
         noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 

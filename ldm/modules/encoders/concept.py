@@ -1,13 +1,12 @@
 """From an image to N scalars, and from each scalar to its concept token (paper, section 3.1)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ldm.util import instantiate_from_config
+from ldm.util import UserError, instantiate_from_config
 
 
 class ResBlock(nn.Module):
@@ -29,104 +28,108 @@ class ResBlock(nn.Module):
 
 
 class TokenMLPs(nn.ModuleList):
-    """Each scalar to its token by a three-layer network of its own (paper, section 3.1), all in one batched pass.
+    """Each scalar to its token by an MLP of its own (paper, section 3.1), all of them in one batched pass.
+
+    A subclass overrides `mlp` for another network, and `forward` for another input.
 
     Args:
         latent_unit: number of scalars, and of tokens.
         context_dim: width of a token.
-        inputs: numbers that a network takes for its token.
-
-    Attributes:
-        code_width: numbers per concept that the image network has to make.
+        inputs: numbers that each network takes.
     """
-
-    code_width = 1
 
     def __init__(self, latent_unit: int, context_dim: int, inputs: int = 1) -> None:
-        super().__init__(
-            nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 128), nn.ELU(), nn.Linear(128, context_dim))
-            for _ in range(latent_unit)
+        super().__init__()
+        self.latent_unit, self.context_dim, self.inputs = latent_unit, context_dim, inputs
+        self.extend(self.mlp() for _ in range(latent_unit))
+
+    def mlp(self) -> nn.Module:
+        """The network of one scalar: (b, inputs) -> (b, context_dim)."""
+        return nn.Sequential(
+            nn.Linear(self.inputs, 64), nn.ELU(), nn.Linear(64, 128), nn.ELU(), nn.Linear(128, self.context_dim)
         )
-        self.latent_unit, self.context_dim = latent_unit, context_dim
 
     def forward(self, scalars: torch.Tensor) -> torch.Tensor:
-        """Scalars (b, n), or `inputs` numbers for each token (b, n, i), -> tokens (b, n, d)."""
-        h = (scalars.unsqueeze(-1) if scalars.ndim == 2 else scalars).transpose(0, 1)  # (n, b, i)
-        nets: list[Any] = list(self)
-        for layer in (0, 2, 4):
-            weight = torch.stack([net[layer].weight for net in nets])
-            bias = torch.stack([net[layer].bias for net in nets])
-            h = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
-            if layer < 4:
-                h = F.elu(h)
-        return h.transpose(0, 1)
+        """Scalars (b, n), or (b, n, inputs) -> tokens (b, n, d)."""
+        h = scalars.unsqueeze(-1) if scalars.ndim == 2 else scalars
+        return _side_by_side(list(self), h.transpose(0, 1)).transpose(0, 1)
 
 
-def build_tokens(tokens_config: Mapping[str, Any] | None, latent_unit: int, context_dim: int) -> Any:
-    """Another way from codes to tokens than `TokenMLPs`, if a configuration names one.
+def _side_by_side(modules: Sequence[nn.Module], h: torch.Tensor) -> torch.Tensor:
+    """Apply n modules of the same structure, each to its own row: (n, b, i) -> (n, b, o).
 
-    Args:
-        tokens_config: node with `target` and `params`; its class has `latent_unit`, `context_dim` and `code_width`.
-        latent_unit, context_dim: of the encoder, which it must fit.
-
-    Returns:
-        The module, or None for `TokenMLPs`.
-
-    Raises:
-        ValueError: other sizes than the encoder's.
+    Linear layers are one batched product. What has neither weights nor statistics, such as an activation, takes all
+    rows at once. Any other module is called row by row.
     """
-    if tokens_config is None:
-        return None
-    tokens = instantiate_from_config(tokens_config, "model.params.cond_stage_config.params.tokens_config")
-    if (tokens.latent_unit, tokens.context_dim) != (latent_unit, context_dim):
-        raise ValueError(
-            f"tokens_config.params has latent_unit {tokens.latent_unit} and context_dim {tokens.context_dim}, the"
-            f" encoder {latent_unit} and {context_dim}: give both the same"
-        )
-    return tokens
-
-
-def check_image_size(name: str, image_size: int) -> None:
-    """Refuse sizes that cannot be halved four times.
-
-    Raises:
-        ValueError: not a positive multiple of 16.
-    """
-    if image_size < 16 or image_size % 16:
-        raise ValueError(f"{name} halves images four times: image_size must be a multiple of 16, got {image_size}")
+    first: Any = modules[0]
+    if type(first) is nn.Sequential:
+        for layers in zip(*modules, strict=True):  # type: ignore[call-overload]
+            h = _side_by_side(layers, h)
+        return h
+    if type(first) is nn.Linear:
+        linear: Any = modules
+        weight = torch.stack([layer.weight for layer in linear]).transpose(1, 2)
+        if first.bias is None:
+            return torch.bmm(h, weight)
+        return torch.baddbmm(torch.stack([layer.bias for layer in linear]).unsqueeze(1), h, weight)
+    if not [*first.parameters(), *first.buffers()]:
+        return first(h)
+    return torch.stack([module(row) for module, row in zip(modules, h, strict=True)])
 
 
 class ConceptEncoder(nn.Module):
-    """Image to codes by one network, a scalar for each concept, and each scalar to its token by an MLP of its own.
+    """Image to scalars by one network, and each scalar to its token by an MLP of its own.
+
+    A subclass overrides `image_network`.
 
     Args:
-        encoder: image (b, num_channels, image_size, image_size) -> codes (b, latent_unit · width of a code).
         context_dim: width of a token.
         latent_unit: number of scalars, and of tokens.
-        num_channels, image_size: of the image.
-        tokens: from codes to tokens (see `build_tokens`); `TokenMLPs` if not given.
+        num_channels: channels of the image.
+        image_size: size of the image in pixels, a multiple of 16.
+        tokens_config: node of a class that replaces `TokenMLPs`. It takes `latent_unit` and `context_dim`, and maps
+            scalars (b, n) to tokens (b, n, d). If it has an attribute `features_per_concept`, w > 1, it gets features
+            (b, n, w) in place of the scalars.
+
+    Raises:
+        UserError: sizes that do not fit.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
         context_dim: int,
         latent_unit: int,
-        num_channels: int,
-        image_size: int,
-        tokens: nn.Module | None = None,
+        num_channels: int = 3,
+        image_size: int = 64,
+        tokens_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if image_size < 16 or image_size % 16:
+            raise UserError(f"expected a multiple of 16, got {image_size}", "image_size")
         self.latent_unit, self.context_dim = latent_unit, context_dim
         self.num_channels, self.image_size = num_channels, image_size
-        self.encoder = encoder
+        tokens: Any = None
+        if tokens_config is not None:
+            tokens = instantiate_from_config(tokens_config, "tokens_config")
+            if (tokens.latent_unit, tokens.context_dim) != (latent_unit, context_dim):
+                raise UserError(
+                    f"latent_unit {tokens.latent_unit} and context_dim {tokens.context_dim} must be the encoder's,"
+                    f" {latent_unit} and {context_dim}",
+                    "tokens_config.params",
+                )
+        self.features_per_concept: int = getattr(tokens, "features_per_concept", 1)
+        self.encoder = self.image_network(latent_unit * self.features_per_concept)
         self.net: Any = TokenMLPs(latent_unit, context_dim) if tokens is None else tokens
 
+    def image_network(self, outputs: int) -> nn.Module:
+        """The network from an image (b, num_channels, image_size, image_size) to (b, outputs)."""
+        raise NotImplementedError
+
     def encoding(self, image: torch.Tensor) -> torch.Tensor:
-        """Image (b, c, s, s) in [-1, 1] -> scalars (b, n); codes (b, n, w) where a code has several numbers.
+        """Image (b, c, s, s) in [-1, 1] -> scalars (b, n), or features (b, n, w) where a concept has several.
 
         Raises:
-            ValueError: an image of another size or number of channels than the encoder was built for.
+            ValueError: an image of another shape than the encoder was built for.
         """
         expected = (self.num_channels, self.image_size, self.image_size)
         if tuple(image.shape[1:]) != expected:
@@ -134,11 +137,12 @@ class ConceptEncoder(nn.Module):
                 f"the concept encoder was built for images of shape {expected}, got {tuple(image.shape[1:])}:"
                 " set cond_stage_config.params.image_size to the size of the data's images"
             )
-        codes = self.encoder(image)
-        return codes if self.net.code_width == 1 else codes.unflatten(1, (self.latent_unit, self.net.code_width))
+        features = self.encoder(image)
+        width = self.features_per_concept
+        return features if width == 1 else features.unflatten(1, (self.latent_unit, width))
 
     def warp(self, scalars: torch.Tensor) -> torch.Tensor:
-        """What `encoding` gives -> tokens (b, n, d)."""
+        """What `encoding` returns -> tokens (b, n, d)."""
         return self.net(scalars)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -147,31 +151,22 @@ class ConceptEncoder(nn.Module):
 
 
 class Encoder4(ConceptEncoder):
-    """The release's encoder: a strided convolutional network to scalars, and one MLP per scalar to a token.
+    """The release's encoder: a strided convolutional network.
 
     Args:
         d: width of the convolutions.
-        context_dim: width of a token.
-        latent_unit: number of scalars, and of tokens.
-        num_channels: channels of the image.
-        image_size: size of the image in pixels, a multiple of 16.
-        tokens_config: another way from codes to tokens than one MLP per scalar (see `build_tokens`).
+        settings: of `ConceptEncoder`.
     """
 
-    def __init__(
-        self,
-        d: int,
-        context_dim: int,
-        latent_unit: int,
-        num_channels: int = 3,
-        image_size: int = 64,
-        tokens_config: Mapping[str, Any] | None = None,
-    ) -> None:
-        check_image_size(type(self).__name__, image_size)
-        tokens = build_tokens(tokens_config, latent_unit, context_dim)
-        codes = latent_unit * (1 if tokens is None else tokens.code_width)
-        encoder = nn.Sequential(
-            nn.Conv2d(num_channels, d, 4, stride=2, padding=1),
+    def __init__(self, d: int, **settings: Any) -> None:
+        self.d = d
+        super().__init__(**settings)
+
+    def image_network(self, outputs: int) -> nn.Module:
+        """Four convolutions of stride 2, two residual blocks, one linear layer."""
+        d = self.d
+        return nn.Sequential(
+            nn.Conv2d(self.num_channels, d, 4, stride=2, padding=1),
             nn.BatchNorm2d(d),
             nn.ReLU(),
             nn.Conv2d(d, d, 4, stride=2, padding=1),
@@ -188,6 +183,5 @@ class Encoder4(ConceptEncoder):
             nn.ReLU(),
             ResBlock(d),
             nn.Flatten(),
-            nn.Linear(d * (image_size // 16) ** 2, codes),
+            nn.Linear(d * (self.image_size // 16) ** 2, outputs),
         )
-        super().__init__(encoder, context_dim, latent_unit, num_channels, image_size, tokens)

@@ -1,4 +1,4 @@
-"""What the two first-stage losses share: pixel and perceptual distance, discriminator, adaptive weight."""
+"""What both first-stage losses share: pixel and perceptual distance, discriminator, adaptive weight."""
 
 import torch
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm.modules.losses.lpips import LPIPS
+from ldm.util import UserError
 
 
 def hinge_d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
@@ -25,14 +26,18 @@ class AdversarialLoss(nn.Module):
     """Reconstruction loss of LDM's first stage: pixels, LPIPS, PatchGAN.
 
     Args:
-        disc_start: step from which the discriminator counts.
-        disc_num_layers, disc_in_channels, disc_ndf, use_actnorm: the discriminator's shape.
-        disc_factor: 0 trains without a discriminator, which then is not built.
+        disc_start: first step at which the discriminator is used.
+        disc_num_layers, disc_in_channels, disc_ndf, use_actnorm: shape of the discriminator.
+        disc_factor: factor on the adversarial losses; at 0 no discriminator is built.
         disc_weight: factor on the adaptive weight.
-        perceptual_weight: weight of LPIPS, which is built only where it is above 0.
-        perceptual_weights: file with VGG16's weights; perceptual_dropout: see `ldm.modules.losses.lpips`.
-        disc_conditional: must be false: this first stage has no condition.
-        disc_loss: hinge or vanilla. pixel_loss: l1 or l2.
+        perceptual_weight: weight of LPIPS; at 0 it is not built.
+        perceptual_weights, perceptual_dropout: see `ldm.modules.losses.lpips`.
+        disc_conditional: must be false, as the first stage has no condition.
+        disc_loss: hinge or vanilla.
+        pixel_loss: l1 or l2.
+
+    Raises:
+        UserError: a value that is not supported.
     """
 
     def __init__(
@@ -53,14 +58,14 @@ class AdversarialLoss(nn.Module):
     ) -> None:
         super().__init__()
         if disc_loss not in D_LOSSES:
-            raise ValueError(f"disc_loss '{disc_loss}' is unknown: choose hinge or vanilla")
+            raise UserError(f"expected hinge or vanilla, got '{disc_loss}'", "disc_loss")
         if pixel_loss not in ("l1", "l2"):
-            raise ValueError(f"pixel_loss '{pixel_loss}' is unknown: choose l1 or l2")
+            raise UserError(f"expected l1 or l2, got '{pixel_loss}'", "pixel_loss")
         if disc_conditional:
-            raise ValueError("disc_conditional: true is not supported: this first stage has no condition")
-        if perceptual_weight < 0 or disc_factor < 0:
-            found = f"{perceptual_weight} and {disc_factor}"
-            raise ValueError(f"perceptual_weight and disc_factor must not be negative, got {found}")
+            raise UserError("true is not supported, as the first stage has no condition", "disc_conditional")
+        for name, value in (("perceptual_weight", perceptual_weight), ("disc_factor", disc_factor)):
+            if value < 0:
+                raise UserError(f"expected at least 0, got {value}", name)
         self.pixel_loss = pixel_loss
         self.perceptual_weight = perceptual_weight
         self.perceptual_loss = LPIPS(perceptual_weights, perceptual_dropout) if perceptual_weight > 0 else None
@@ -77,9 +82,9 @@ class AdversarialLoss(nn.Module):
         return self.disc_factor if step >= self.discriminator_iter_start else 0.0
 
     def reconstruction(self, inputs: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (b, c, h, w) twice -> the distance per pixel (b, c, h, w), LPIPS added, and LPIPS (b, 1, 1, 1).
+        """Images (b, c, h, w) twice -> distance per pixel plus weighted LPIPS (b, c, h, w), and LPIPS (b, 1, 1, 1).
 
-        Computed in float32: half precision is known to break LPIPS and the adaptive weight.
+        In float32: half precision is known to break LPIPS and the adaptive weight.
         """
         with torch.autocast(inputs.device.type, enabled=False):
             x, y = inputs.float(), reconstructions.float()
@@ -99,24 +104,24 @@ class AdversarialLoss(nn.Module):
     def adversarial_term(
         self, nll_loss: torch.Tensor, reconstructions: torch.Tensor, last_layer: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The generator's share of the loss, and its parts by name. Without gradients the adaptive weight is 0."""
-        factor = torch.tensor(self.factor(step))
+        """The generator's adversarial loss (), and what to log. Without gradients the adaptive weight is 0."""
+        factor = nll_loss.new_full((), self.factor(step))  # filled on the device, not copied to it
         if self.discriminator is None:
             return nll_loss.new_zeros(()), {"disc_factor": factor}
         g_loss = -self.discriminator(reconstructions).float().mean()
         weight = nll_loss.new_zeros(())
         if torch.is_grad_enabled() and nll_loss.requires_grad:
             weight = self.adaptive_weight(nll_loss, g_loss, last_layer)
-        parts = {"d_weight": weight, "disc_factor": factor, "g_loss": g_loss.detach()}
-        return weight * self.factor(step) * g_loss, parts
+        losses = {"d_weight": weight, "disc_factor": factor, "g_loss": g_loss.detach()}
+        return weight * self.factor(step) * g_loss, losses
 
     def discriminator_loss(
         self, inputs: torch.Tensor, reconstructions: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Images (b, c, h, w) twice, detached inside -> the discriminator's loss, and its parts by name."""
+        """Images (b, c, h, w) twice, detached here -> the discriminator's loss (), and what to log."""
         assert self.discriminator is not None
         real = self.discriminator(inputs.detach()).float()
         fake = self.discriminator(reconstructions.detach()).float()
         loss = self.factor(step) * self.d_loss(real, fake)
-        parts = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-        return loss, {name: value.detach() for name, value in parts.items()}
+        losses = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return loss, {name: value.detach() for name, value in losses.items()}

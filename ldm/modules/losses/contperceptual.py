@@ -11,8 +11,8 @@ class LPIPSWithDiscriminator(AdversarialLoss):
     """Pixels + LPIPS under an output variance, KL divergence, PatchGAN; sums over pixels, means over the batch.
 
     Args:
-        disc_start: step from which the discriminator counts.
-        logvar_init: log variance of the output. It is a parameter, but, as in LDM, no optimiser holds it.
+        disc_start: first step at which the discriminator is used.
+        logvar_init: log variance of the output; a parameter that, as in LDM, no optimiser updates.
         kl_weight: weight of the KL divergence.
         options: see `AdversarialLoss`.
     """
@@ -30,17 +30,17 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         step: int,
         last_layer: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Posterior and images (b, c, h, w) twice -> the autoencoder's loss, and its parts by name."""
+        """Posterior and images (b, c, h, w) twice -> the autoencoder's loss (), and what to log."""
         distance, _ = self.reconstruction(inputs, reconstructions)
         nll_loss = (distance / self.logvar.exp() + self.logvar).sum() / inputs.shape[0]
         kl_loss = posterior.kl().mean()
-        adversarial, parts = self.adversarial_term(nll_loss, reconstructions, last_layer, step)
+        adversarial, losses = self.adversarial_term(nll_loss, reconstructions, last_layer, step)
         loss = nll_loss + self.kl_weight * kl_loss + adversarial
-        parts |= {
+        losses |= {
             "total_loss": loss.detach(),
             "logvar": self.logvar.detach(),
             "kl_loss": kl_loss.detach(),
             "nll_loss": nll_loss.detach(),
             "rec_loss": distance.detach().mean(),
         }
-        return loss, parts
+        return loss, losses

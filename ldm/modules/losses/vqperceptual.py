@@ -1,4 +1,4 @@
-"""Loss of the VQ-regularised first stage (Esser et al., 2021; as taming and LDM have it)."""
+"""Loss of the VQ-regularised first stage (Esser et al., 2021), as in taming and LDM."""
 
 import torch
 
@@ -9,7 +9,7 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
     """Pixels + LPIPS + codebook + PatchGAN.
 
     Args:
-        disc_start: step from which the discriminator counts.
+        disc_start: first step at which the discriminator is used.
         codebook_weight: weight of the codebook loss.
         options: see `AdversarialLoss`.
     """
@@ -26,17 +26,17 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         step: int,
         last_layer: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Codebook loss () and images (b, c, h, w) twice -> the autoencoder's loss, and its parts by name."""
+        """Codebook loss () and images (b, c, h, w) twice -> the autoencoder's loss (), and what to log."""
         distance, perceptual = self.reconstruction(inputs, reconstructions)
         nll_loss = distance.mean()
-        adversarial, parts = self.adversarial_term(nll_loss, reconstructions, last_layer, step)
+        adversarial, losses = self.adversarial_term(nll_loss, reconstructions, last_layer, step)
         quant_loss = codebook_loss.mean()
         loss = nll_loss + adversarial + self.codebook_weight * quant_loss
-        parts |= {
+        losses |= {
             "total_loss": loss.detach(),
             "quant_loss": quant_loss.detach(),
             "nll_loss": nll_loss.detach(),
             "rec_loss": nll_loss.detach(),
             "p_loss": perceptual.detach().mean(),
         }
-        return loss, parts
+        return loss, losses

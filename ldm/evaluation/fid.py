@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from ldm.data.images import to_unit_range
-from ldm.reconstruction import Weights, check_model, image_batches, pretrained, reconstruct, way_of_drawing
-from ldm.util import UserError, require_at_least
+from ldm.evaluation.batches import image_batches
+from ldm.evaluation.reconstruction import check_sampling, describe_sampling, reconstruct
+from ldm.modules.pretrained import Pretrained
+from ldm.util import UserError
 
 # Ported from TensorFlow's network of 2015, with which published figures are measured.
-_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-_INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
-INCEPTION = Weights("Inception", _INCEPTION_FILE, _INCEPTION_URL, "name its path by weights (--inception-weights)")
+INCEPTION = Pretrained(
+    "Inception",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "name your own copy (--inception-weights FILE)",
+)
 FEATURES = "2048"  # of Inception's last pooling
 
 
@@ -32,19 +36,19 @@ def fid(
     real_images: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Fréchet Inception distance (Heusel et al., 2017) by torch-fidelity, on images of whole numbers 0–255.
+    """Fréchet Inception distance (Heusel et al., 2017) by torch-fidelity, on images rounded to 0–255.
 
-    The set is shuffled by the seed. The tokens of its first `images` steer the samples, its last `real_images` are
-    what they are compared with: no image is in both, unless the set is too small. With fewer images than the 2,048
-    features, covariances are singular, and the figure says little.
+    The set is shuffled by the seed. The tokens of its first `images` steer the samples, which are compared with its
+    last `real_images`: no image is in both, unless the set is too small. With fewer images than the 2,048 features,
+    covariances are singular, and the figure says little.
 
     Args:
-        model_or_images: see `reconstruct` (of a first stage, its reconstructions are taken); or images (n, c, h, w)
-            uint8, which are all used.
+        model_or_images: a model, see `reconstruct` (of a first stage, its reconstructions are taken); or images
+            (n, c, h, w) uint8, all of which are used.
         dataset: of `ldm.data`, with `fetch`.
         images: number of samples; tokens of a smaller set are used again.
         steps, eta: of DDIM. seed: of the shuffling and of the noise.
-        weights: path of Inception's weights; torch hub's folder, into which they are fetched, if left out.
+        weights: file of Inception's weights; fetched into torch hub's folder if left out.
         batch_size: images at a time; none are kept.
         real_images: as many as samples if left out, as in the release's script; at most all.
         progress: show bars.
@@ -53,13 +57,14 @@ def fid(
         `fid`; the numbers of `images` and `real_images`; and what was done, as `protocol`.
 
     Raises:
-        UserError: see `reconstruct`; fewer than two images, torch-fidelity is not installed, or no weights.
+        UserError: an argument out of range, fewer than two images, no torch-fidelity, or no weights.
     """
     given = isinstance(model_or_images, torch.Tensor | np.ndarray)
     images = len(model_or_images) if given else images
     real = min(images if real_images is None else real_images, len(dataset))
-    require_at_least(2, "fid", images=images, real_images=real)
-    require_at_least(1, "fid", batch_size=batch_size)
+    for name, count in (("images", images), ("real_images", real)):
+        if count < 2:
+            raise UserError(f"expected at least 2, got {count}", name)
     order = np.random.default_rng(seed).permutation(len(dataset))
     if given:
         batches, device, way = _given(model_or_images, batch_size)
@@ -67,7 +72,7 @@ def fid(
         rows = np.sort(np.resize(order, images))
         batches, device, way = _sampled(model_or_images, dataset, rows, steps, eta, seed, batch_size, progress)
     reals = image_batches(dataset, np.sort(order[len(order) - real :]), batch_size, progress, "real images")
-    distance, network = _inception(weights, device, progress)
+    distance, network = _inception(weights, device)
     protocol = (
         f"{images} images ({way}) against the last {real} of {len(dataset)} images shuffled by seed {seed},"
         f" {dataset.image_size}×{dataset.image_size} pixels; rounded to 0–255; {network}"
@@ -76,22 +81,22 @@ def fid(
 
 
 def _given(images: Any, batch_size: int) -> tuple[Iterator[torch.Tensor], torch.device, str]:
-    """Batches (b, c, h, w) of images that a user gave, their device, and a description."""
+    """Batches (b, c, h, w) of given images, their device, and a description."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise UserError(f"images: expected uint8 of shape (n, c, h, w), got {images.dtype} {tuple(images.shape)}")
+        raise UserError(f"expected uint8 of shape (n, c, h, w), got {images.dtype} {tuple(images.shape)}", "images")
     return iter(images.split(batch_size)), images.device, f"given, {images.shape[3]}×{images.shape[2]} pixels"
 
 
 def _sampled(
     model: Any, dataset: Any, rows: np.ndarray, steps: int, eta: float, seed: int, batch_size: int, progress: bool
 ) -> tuple[Iterator[torch.Tensor], torch.device, str]:
-    """Batches (b, c, h, w) uint8 of what a model makes of rows, each made when asked for; its device; a description."""
-    check_model(model, steps, eta)
+    """Batches (b, c, h, w) uint8 of a model's reconstructions of rows, made one by one; its device; a description."""
+    check_sampling(model, steps, eta)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     inputs = image_batches(dataset, rows, batch_size, progress, "sampling")
     made = (reconstruct(model, to_unit_range(x.to(model.device)), steps, eta, generator) for x in inputs)
-    way = f"{way_of_drawing(model, steps, eta, seed, batch_size)}, the first of the set shuffled by seed {seed}"
+    way = f"{describe_sampling(model, steps, eta, seed, batch_size)}, the first of the set shuffled by seed {seed}"
     return (((x + 1) * 127.5).round().to(torch.uint8) for x in made), model.device, way
 
 
@@ -106,23 +111,34 @@ def _statistics(batches: Iterable[torch.Tensor], inception: nn.Module, device: t
     return {"mu": mean.numpy(), "sigma": ((products - count * torch.outer(mean, mean)) / (count - 1)).numpy()}
 
 
-def _inception(
-    path: str | Path | None, device: torch.device, progress: bool
-) -> tuple[Callable[[Iterable[torch.Tensor], Iterable[torch.Tensor]], float], str]:
-    """The FID between two series of batches (b, c, h, w) uint8, and its description."""
+def require_torch_fidelity() -> Any:
+    """The package torch-fidelity.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import torch_fidelity
-        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     except ImportError as error:
         raise UserError('FID needs the package torch-fidelity: pip install -e ".[fid]"') from error
+    return torch_fidelity
+
+
+def _inception(
+    path: str | Path | None, device: torch.device
+) -> tuple[Callable[[Iterable[torch.Tensor], Iterable[torch.Tensor]], float], str]:
+    """The FID between two series of batches (b, c, h, w) uint8, and its description."""
+    torch_fidelity = require_torch_fidelity()
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     def build(file: Path) -> nn.Module:
         torch.load(file, map_location="cpu", weights_only=True)  # torch-fidelity would run what else a file holds
-        return torch_fidelity.FeatureExtractorInceptionV3(
-            "inception-v3-compat", [FEATURES], feature_extractor_weights_path=str(file)
-        )
+        with torch.random.fork_rng(devices=[]):  # building draws weights, which the file's replace
+            return torch_fidelity.FeatureExtractorInceptionV3(
+                "inception-v3-compat", [FEATURES], feature_extractor_weights_path=str(file)
+            )
 
-    network = pretrained(INCEPTION, path, progress, build).to(device)
+    network = INCEPTION.load(path, build).to(device)
 
     def distance(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> float:
         statistics = [_statistics(batches, network, device) for batches in (a, b)]

@@ -1,0 +1,311 @@
+"""Phase 3, build: from a configuration to model, data and trainer, checked as far as it can be without training."""
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
+
+from ldm.callbacks.setup import SeedEachBatch, SetupCallback
+from ldm.callbacks.stop import LastCheckpoint, StopCallback
+from ldm.cli.checks import check
+from ldm.cli.configure import Run, without_checkpoints
+from ldm.models.autoencoder import FirstStage
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import UserError, check_params, instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+# What decides when ModelCheckpoint saves; `last.ckpt` follows the same intervals.
+INTERVALS = ("every_n_train_steps", "train_time_interval", "every_n_epochs")
+ABOVE_ZERO = ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches")
+# With two optimisers each backward pass leaves the other network's parameters unused, which DDP must know.
+UNUSED_PARAMETERS = {
+    "auto": "ddp_find_unused_parameters_true",
+    "ddp": "ddp_find_unused_parameters_true",
+    "ddp_spawn": "ddp_spawn_find_unused_parameters_true",
+    "ddp_fork": "ddp_fork_find_unused_parameters_true",
+}
+
+
+@dataclass
+class Job:
+    """What `fit` needs."""
+
+    run: Run
+    model: pl.LightningModule
+    data: pl.LightningDataModule
+    trainer: pl.Trainer
+    datasets: dict[str, Any]
+
+
+def build(run: Run, score: bool) -> Job:
+    """Build everything that the configuration names; nothing is written.
+
+    Args:
+        run: from `configure`.
+        score: with the callback that scores disentanglement at validation.
+
+    Raises:
+        UserError: what cannot be built, or does not fit together.
+    """
+    config: Any = OmegaConf.to_container(run.config, resolve=True)
+    lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
+    options = trainer_options(lightning["trainer"])
+    complete(run, config, score and not options.get("fast_dev_run"))
+    rhythm = intervals(lightning)
+    pl.seed_everything(lightning["seed"], workers=True, verbose=False)
+
+    first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
+    last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
+    callbacks = [
+        instantiate_from_config(node, f"lightning.callbacks.{name}") for name, node in lightning["callbacks"].items()
+    ]
+    best = instantiate_from_config(lightning["modelcheckpoint"], "lightning.modelcheckpoint")
+    if options.get("logger") in (None, True):
+        options["logger"] = instantiate_from_config(lightning["logger"], "lightning.logger")
+    log.info("building the model")
+    model = instantiate_from_config(config["model"], "model")
+    log.info("reading the data")
+    data = instantiate_from_config(config["data"], "data")
+    for key, built, kind in (("model", model, pl.LightningModule), ("data", data, pl.LightningDataModule)):
+        if not isinstance(built, kind):
+            raise UserError(f"{config[key]['target']} is not a {kind.__name__}", f"{key}.target")
+    data.prepare_data()
+    data.setup("fit")
+
+    datasets = getattr(data, "datasets", {})
+    check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
+    trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
+    return Job(run, model, data, trainer, datasets)
+
+
+def complete(run: Run, config: dict[str, Any], score: bool) -> None:
+    """Add to the configuration, in place, what depends on the run: its directory, its checkpoint, its monitor.
+
+    Raises:
+        UserError: a folder that cannot be written to.
+    """
+    check_writable(run.logdir, "-l/--logdir")
+    lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
+    if not score:  # main.py trains the configurations of main_val.py too
+        lightning["callbacks"].pop("disentanglement", None)
+    nodes = {f"lightning.callbacks.{name}": node for name, node in lightning["callbacks"].items()}
+    nodes |= {f"lightning.{name}": lightning[name] for name in ("modelcheckpoint", "logger")}
+    for where, node in nodes.items():
+        if not isinstance(node, dict):
+            raise UserError(f"expected 'target' and 'params', found {node!r}", where)
+        params = node["params"] = node.get("params") or {}
+        if str(node.get("target")).endswith("callbacks.ModelCheckpoint"):  # else Lightning takes the logger's folder
+            params["dirpath"] = str(checkpoints / params.get("dirpath", ""))
+        for key in ("dirpath", "logdir"):
+            if params.get(key) is not None:
+                check_writable(Path(params[key]), f"{where}.params.{key}")
+    best = lightning["modelcheckpoint"]["params"]
+    lightning["modelcheckpoint"]["params"] = {**best_checkpoints(config, best), **best}
+    if str(lightning["logger"].get("target")).endswith("loggers.TensorBoardLogger"):
+        lightning["logger"]["params"].setdefault("save_dir", str(run.logdir))
+
+    params = config["model"].get("params") or {}
+    first_stage = (params.get("first_stage_config") or {}).get("params") or {}
+    if run.checkpoint is not None:
+        config["model"] = without_checkpoints(config["model"])
+    elif "ddconfig" in first_stage and not (first_stage.get("ckpt_path") or params.get("ckpt_path")) and run.train:
+        log.warning("model.params.first_stage_config.params.ckpt_path is not given: the first stage has random weights")
+
+
+def best_checkpoints(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ModelCheckpoint that keep the three best by the model's monitor, or else the newest."""
+    monitor = (config["model"].get("params") or {}).get("monitor")
+    if any(given.get(key) is not None for key in ("every_n_train_steps", "train_time_interval")):
+        monitor = "step"  # nothing else is sure to be known then
+    elif str(monitor).startswith("val") and not (config["data"].get("params") or {}).get("validation"):
+        log.warning(
+            "model.params.monitor: '%s' is never logged without data.params.validation; taking train/epoch_num, which"
+            " keeps the newest checkpoints",
+            monitor,
+        )
+        monitor = "train/epoch_num"
+    params: dict[str, Any] = {}
+    if "filename" not in given:
+        name = "step={step:09d}" if monitor == "step" else "epoch={epoch:06d}"
+        params |= {"filename": name, "auto_insert_metric_name": False}
+    if monitor is not None:
+        lower_is_better = "loss" in monitor or monitor.endswith("mse")
+        params |= {"monitor": monitor, "save_top_k": 3, "mode": "min" if lower_is_better else "max"}
+        if monitor.startswith("train/"):
+            params["save_on_train_epoch_end"] = True  # it is not logged before
+    return params
+
+
+def intervals(lightning: dict[str, Any]) -> dict[str, Any]:
+    """When `last.ckpt` is saved: with the other checkpoints, or at validation if it has an interval, or every epoch."""
+    found = {key: value for key, value in lightning["modelcheckpoint"]["params"].items() if key in INTERVALS}
+    if not found and lightning["trainer"].get("val_check_interval") is None:
+        found["save_on_train_epoch_end"] = True
+    return found
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder that cannot be made or written to; `key` names it in the message."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to '{parent}' ({error.strerror}): give another folder", key) from error
+
+
+def trainer_options(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of Lightning's Trainer from `lightning.trainer`, where `gpus` stands for accelerator and devices.
+
+    Raises:
+        UserError: an unknown argument, or a value of another kind.
+    """
+    options = dict(trainer)
+    gpus = options.pop("gpus", None)
+    for name in ("callbacks", "plugins"):
+        if options.get(name) is not None:
+            raise UserError("give callbacks as lightning.callbacks, and leave plugins out", f"lightning.trainer.{name}")
+    check_params(pl.Trainer, options, "lightning.trainer")
+    for name in ABOVE_ZERO:
+        if isinstance(options.get(name), int | float) and options[name] <= 0:
+            raise UserError(f"expected a number above 0, got {options[name]!r}", f"lightning.trainer.{name}")
+    if options.get("gradient_clip_algorithm") not in (None, "norm", "value"):
+        found = options["gradient_clip_algorithm"]
+        raise UserError(f"expected norm or value, got {found!r}", "lightning.trainer.gradient_clip_algorithm")
+    options |= devices(gpus) if gpus is not None else {"accelerator": "auto", "devices": 1} | options
+    if not {"max_epochs", "max_steps", "max_time"} & set(options):
+        options["max_epochs"] = 1000  # Lightning's own default, without its warning
+    return options
+
+
+def devices(gpus: str | int | list[int]) -> dict[str, Any]:
+    """Lightning's `accelerator` and `devices` for LDM's `--gpus`: device numbers with a comma, a count, or -1 for all.
+
+    Raises:
+        UserError: a value of another form, or more devices than there are.
+    """
+    text = ",".join(map(str, gpus)) + "," if isinstance(gpus, list) else str(gpus).strip()
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+        wanted: Any = numbers if "," in text else int(text)
+        if min(numbers, default=0) < (0 if wanted is numbers else -1) or len(set(numbers)) < len(numbers):
+            raise ValueError
+    except ValueError as error:
+        raise UserError(
+            f"expected device numbers such as 0, or 0,1 (with a comma), a count such as 2, or -1, got '{text}'",
+            "--gpus",
+        ) from error
+    if wanted in (0, []):
+        return {"accelerator": "cpu", "devices": 1}
+    if not torch.cuda.is_available():
+        log.warning("=" * 78)
+        log.warning("--gpus %s asks for a GPU, but PyTorch sees no CUDA device: TRAINING ON THE CPU, slowly", gpus)
+        log.warning("=" * 78)
+        return {"accelerator": "cpu", "devices": 1}
+    found = torch.cuda.device_count()
+    if (max(wanted) >= found) if isinstance(wanted, list) else wanted > found:
+        raise UserError(f"{gpus}: there are {found} CUDA devices, numbered from 0", "--gpus")
+    return {"accelerator": "gpu", "devices": wanted}
+
+
+def build_trainer(
+    run: Run,
+    config: dict[str, Any],
+    options: dict[str, Any],
+    callbacks: list[Any],
+    model: pl.LightningModule,
+    datasets: dict[str, Any],
+) -> pl.Trainer:
+    """Lightning's Trainer, without the callbacks that its options exclude; sets the model's learning rate.
+
+    Raises:
+        UserError: options that the Trainer refuses, or that do not fit the model or the data.
+    """
+    accumulate = options.get("accumulate_grad_batches") or 1
+    configure_manual_optimization(model, options)
+    switches = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar, "logger": LearningRateMonitor}
+    excluded = tuple(kind for name, kind in switches.items() if options.get(name) is False)
+    callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]
+    options = {"default_root_dir": str(run.logdir), "use_distributed_sampler": False, **options}
+    try:
+        trainer = pl.Trainer(**options, callbacks=callbacks)
+    except Exception as error:  # Lightning raises many kinds for invalid arguments
+        raise UserError(" ".join(str(error).split()), "lightning.trainer") from error
+    check_batches(options, datasets, config["data"], trainer.world_size)
+    set_learning_rate(model, config, accumulate, trainer.world_size)
+    return trainer
+
+
+def processes(options: dict[str, Any]) -> int | None:
+    """The number of processes that the Trainer's options ask for; None if Lightning decides."""
+    count = options.get("devices", 1)
+    if isinstance(count, str):
+        count = int(count) if count.isdigit() else -1
+    count = len(count) if isinstance(count, list) else count
+    return None if count < 0 else count * options.get("num_nodes", 1)
+
+
+def configure_manual_optimization(model: pl.LightningModule, options: dict[str, Any]) -> None:
+    """Move accumulation and clipping into a model that optimises by itself; Lightning's Trainer refuses them there.
+
+    Raises:
+        UserError: a precision that the model cannot be trained in.
+    """
+    precision = str(options.get("precision"))
+    if isinstance(model, FirstStage | LatentDiffusion) and precision in ("bf16-true", "16-true", "64-true", "64"):
+        message = f"'{precision}' would change schedules and codebooks: train with 32-true, bf16-mixed or 16-mixed"
+        raise UserError(message, "lightning.trainer.precision")
+    if model.automatic_optimization:
+        return
+    if precision == "16-mixed" and getattr(getattr(model, "loss", None), "discriminator", None) is not None:
+        message = "'16-mixed' would compute the discriminator's adaptive weight from unscaled half-precision gradients"
+        raise UserError(f"{message}: train with 32-true or bf16-mixed", "lightning.trainer.precision")
+    for name in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):
+        value = options.pop(name, None)
+        if value is not None:
+            setattr(model, name, value)
+    strategy = options.get("strategy", "auto")
+    if strategy in UNUSED_PARAMETERS and (processes(options) != 1 or strategy != "auto"):
+        options["strategy"] = UNUSED_PARAMETERS[strategy]
+
+
+def check_batches(options: dict[str, Any], datasets: dict[str, Any], data: dict[str, Any], world_size: int) -> None:
+    """Refuse limits that leave no batch, and a validation interval longer than an epoch, before anything is written."""
+    batch_size = (data.get("params") or {}).get("batch_size")
+    if "train" not in datasets or not isinstance(batch_size, int):
+        return
+    batches, limit = -(-len(datasets["train"]) // world_size // batch_size), options.get("limit_train_batches")
+    if limit is not None:
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    if batches < 1:
+        raise UserError(f"{limit} leaves no batch to train on", "lightning.trainer.limit_train_batches")
+    interval, by_epoch = options.get("val_check_interval"), options.get("check_val_every_n_epoch", 1) is not None
+    if by_epoch and isinstance(interval, int) and interval > batches and "validation" in datasets:
+        raise UserError(
+            f"{interval} batches are more than the {batches} of an epoch; to count over epochs, set"
+            " lightning.trainer.check_val_every_n_epoch=null",
+            "lightning.trainer.val_check_interval",
+        )
+
+
+def set_learning_rate(model: Any, config: dict[str, Any], accumulate: int, processes: int) -> None:
+    """The learning rate: accumulated batches × processes × batch size × base rate, as in LDM.
+
+    With `scale_lr: false` it is the base rate; without `base_learning_rate`, the model's own.
+    """
+    base, batch_size = config["model"].get("base_learning_rate"), config["data"]["params"].get("batch_size")
+    origin = "the model's own"
+    if base is not None and config["lightning"]["scale_lr"]:
+        model.learning_rate = accumulate * processes * batch_size * base
+        parts = f"{accumulate} accumulated batches x {processes} processes x batch size {batch_size}"
+        origin = f"{parts} x base rate {base:.2e}"
+    elif base is not None:
+        model.learning_rate, origin = base, "the base rate, not scaled"
+    log.info("learning rate %.2e = %s", model.learning_rate, origin)

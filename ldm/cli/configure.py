@@ -1,0 +1,160 @@
+"""Phase 2, configure: YAML files and overrides become one checked configuration, a log directory and a checkpoint."""
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.cli.arguments import Arguments
+from ldm.compat.translate import translate
+from ldm.config import check_sections, find_config, from_dotlist, load_bases, load_yaml, merge
+from ldm.util import UserError
+
+# What every run has; nodes of the same name in a configuration are merged over these.
+DEFAULTS = {
+    "lightning": {
+        "seed": 23,
+        "scale_lr": True,
+        "trainer": {},
+        "callbacks": {
+            "image_logger": {
+                "target": "ldm.callbacks.images.ImageLogger",
+                "params": {"batch_frequency": 750, "max_images": 8},
+            },
+            "learning_rate_logger": {
+                "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+                "params": {"logging_interval": "step"},
+            },
+            "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar"},
+            "disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback"},  # main_val.py
+        },
+        "modelcheckpoint": {
+            "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+            "params": {"enable_version_counter": False},  # a resumed run overwrites what it repeats
+        },
+        "logger": {
+            "target": "pytorch_lightning.loggers.TensorBoardLogger",
+            "params": {"name": "tensorboard", "version": ""},
+        },
+    }
+}
+
+
+@dataclass
+class Run:
+    """What to run, and where."""
+
+    config: DictConfig  # the sections model, data and lightning
+    logdir: Path
+    now: str  # time stamp of this start, in the names of the saved configurations
+    checkpoint: Path | None  # to resume from
+    resumed: bool  # the log directory is an earlier run's
+    train: bool
+    test: bool
+
+
+def compose(
+    paths: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    saved: Sequence[DictConfig] = (),
+    complete: bool = True,
+) -> DictConfig:
+    """Read, translate, merge and check configurations.
+
+    Args:
+        paths: YAML files, merged from left to right.
+        overrides: `key.sub=value`, merged last.
+        saved: configurations of a run that is resumed, merged first.
+        complete: refuse values that are left open (`???`).
+
+    Returns:
+        The sections `model`, `data` and `lightning`; interpolations are kept.
+
+    Raises:
+        UserError: a file that cannot be read, files that do not go together, or an invalid section.
+    """
+    files = load_bases([find_config(path) for path in paths])
+    given = [translate(config) for config in (*saved, *files, from_dotlist(overrides))]
+    config = merge([OmegaConf.create(DEFAULTS), *given])
+    try:
+        check_sections(config)
+        for key in sorted(OmegaConf.missing_keys(config)) if complete else []:
+            hint = ": the first stage's checkpoint (…/checkpoints/last.ckpt)" if key.endswith("ckpt_path") else ""
+            raise UserError(f"is left as ???; give it a value{hint}, in the YAML file or as {key}=VALUE", key)
+        if complete:
+            OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from error
+    return config
+
+
+def configure(arguments: Arguments) -> Run:
+    """Find log directory and checkpoint, and compose the configuration; nothing is written.
+
+    Raises:
+        UserError: see `compose`; or a path that does not exist.
+    """
+    options, now = arguments.options, datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    saved: list[DictConfig] = []
+    checkpoint = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
+    if options.resume:
+        logdir, checkpoint, saved = saved_run(Path(options.resume))
+    else:
+        name = options.name or "+".join(find_config(path).stem for path in options.base)
+        logdir = unused(Path(options.logdir) / f"{now}_{name}{options.postfix}")
+    if checkpoint is not None and not checkpoint.is_file():
+        flag = "-r" if options.resume else "--resume_from_checkpoint"
+        raise UserError(f"there is no checkpoint '{checkpoint}' to resume from", flag)
+    if not saved and not options.base:
+        where = f"'{logdir / 'configs'}' holds none: " if options.resume else ""
+        raise UserError(f"no configuration: {where}give YAML files with --base, or a log directory to resume with -r")
+    config = compose(options.base, arguments.overrides, saved)
+    return Run(config, logdir, now, checkpoint, bool(options.resume), options.train, not options.no_test)
+
+
+def saved_run(path: Path) -> tuple[Path, Path, list[DictConfig]]:
+    """Log directory, checkpoint and configuration of a run: of its directory, or of a checkpoint in it."""
+    if not path.exists():
+        raise UserError(f"there is no log directory or checkpoint '{path}'", "-r")
+    logdir = logdir_of(path)
+    checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    saved = []
+    for kind in ("project", "lightning"):
+        # A run that was resumed has several; the latest counts.
+        files = sorted((logdir / "configs").glob(f"*-{kind}.yaml"))
+        saved += [load_yaml(file, "-r") for file in files[-1:]]
+    return logdir, checkpoint, saved
+
+
+def logdir_of(path: Path) -> Path:
+    """The log directory in which a checkpoint lies, or the directory itself."""
+    if path.is_dir():
+        return path
+    folders = path.absolute().parents
+    return next((folder for folder in folders if (folder / "configs").is_dir()), folders[min(1, len(folders) - 1)])
+
+
+def unused(logdir: Path) -> Path:
+    """The directory, or one with a number appended where another run started in the same second.
+
+    The other processes of a run start later, and share its directory.
+    """
+    shared = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) > 0
+    found, number = logdir, 2
+    while found.exists() and not shared:
+        found, number = logdir.with_name(f"{logdir.name}-{number}"), number + 1
+    return found
+
+
+def without_checkpoints(node: dict[str, Any]) -> dict[str, Any]:
+    """A model's node whose weights come from a checkpoint of its own: files that it names may be gone."""
+    params = {key: value for key, value in (node.get("params") or {}).items() if key != "ckpt_path"}
+    stage = params.get("first_stage_config")
+    if isinstance(stage, dict):
+        params["first_stage_config"] = without_checkpoints(stage)
+    return {"target": node["target"], "params": params}

@@ -1,0 +1,110 @@
+"""The command line: parse -> configure -> build -> fit, each once."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ldm.callbacks.setup import hold
+from ldm.callbacks.stop import Interrupted
+from ldm.cli.arguments import Arguments, parse
+from ldm.cli.build import Job, build
+from ldm.cli.configure import configure
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+# Advice of the libraries that does not apply here.
+QUIET = (
+    ".*does not have many workers.*",  # batches come whole from a memory map
+    ".*LeafSpec.*",  # a notice for Lightning's developers
+    r".*module\(s\) in eval mode at the start of training.*",  # the first stage is frozen
+    ".*could not find the monitored key.*",  # in an epoch that a signal cut short; otherwise it was checked
+    ".*exists and is not empty.*",  # a resumed run's checkpoints
+    ".*It is recommended to use .*sync_dist=True.*",  # training losses are the first process's
+    r".*torch\.distributed\.nn\.functional\.all_gather is deprecated.*",  # Lightning's own call
+    ".*The dirpath has changed from.*",  # --resume_from_checkpoint continues in a new directory
+)
+
+
+def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
+    """Entry point of `main.py` and, with `score`, of `main_val.py`.
+
+    Returns:
+        The exit status: 0; 2 after a mistake in the input; 130 after an interruption.
+    """
+    set_up_logging()
+    argv = sys.argv[1:] if argv is None else argv
+    arguments: Arguments | None = None
+    debug = "-d" in argv or "--debug" in argv
+    try:
+        arguments = parse(argv)
+        run = configure(arguments)
+        job = build(run, score)
+        fit(job)
+        return 0
+    except UserError as error:
+        if debug:
+            raise
+        # A key that was given by a flag, or above it, is reported by the flag's name.
+        given = {} if arguments is None else arguments.flags
+        flags = [flag for key, flag in given.items() if error.key and f"{key}.".startswith(f"{error.key}.")]
+        report(f"error: {flags[0]}: {error.message}" if flags else f"error: {error}")
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        saved: Path | None = getattr(stop, "checkpoint", None)
+        if not is_follower():
+            resume = f"; saved {saved}. Resume with -r {saved.parent.parent}" if saved else " before the first step"
+            report(f"stopped{resume}")
+        return 130
+    except (MisconfigurationException, OSError) as error:
+        if debug:
+            raise
+        report(f"error: {error}")
+        return 2
+    except Exception:
+        if debug:
+            import pdb
+
+            pdb.post_mortem()
+        raise
+
+
+def fit(job: Job) -> None:
+    """Phase 4, fit: train, then test where there is a test set."""
+    run, checkpoint = job.run, str(job.run.checkpoint) if job.run.checkpoint else None
+    if run.train:
+        log.info("logging to %s", run.logdir)
+        with hold(run.logdir, run.resumed and not is_follower()):
+            job.trainer.fit(job.model, job.data, ckpt_path=checkpoint, weights_only=True)
+    else:
+        log.info("built everything; add -t to train")
+    if "test" in job.datasets and run.test:
+        checkpoint = None if run.train else checkpoint
+        results = job.trainer.test(job.model, job.data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        for name, value in results[0].items():
+            log.info("%s %.5g", name, value)
+
+
+def is_follower() -> bool:
+    """Whether this is not the first process of a run on several devices."""
+    return (getattr(rank_zero_only, "rank", None) or 0) > 0
+
+
+def set_up_logging() -> None:
+    """Messages on stderr, from the first process only, without advice that does not apply."""
+    logging.basicConfig(level=logging.ERROR if is_follower() else logging.INFO, format="%(message)s", stream=sys.stderr)
+    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    if not lightning.filters:
+        lightning.addFilter(lambda record: "For seamless cloud" not in record.getMessage())  # an advertisement
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
+
+
+def report(line: str) -> None:
+    """One line on stderr, however long the message."""
+    sys.stderr.write(f"{' '.join(line.split())}\n")

@@ -1,0 +1,24 @@
+"""Images of a data set, batch by batch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+
+def image_batches(
+    dataset: Any, rows: np.ndarray, batch_size: int, progress: bool, title: str
+) -> Iterator[torch.Tensor]:
+    """Images (b, c, h, w) uint8 of a data set's rows, on the CPU.
+
+    Args:
+        dataset: of `ldm.data`, with `fetch`.
+        rows: (m,).
+        batch_size: images at a time.
+        progress, title: whether to show a bar, and what it says.
+    """
+    for start in tqdm(range(0, len(rows), batch_size), desc=title, disable=not progress, leave=False):
+        yield rearrange(dataset.fetch(rows[start : start + batch_size])["image"], "b h w c -> b c h w")
