@@ -103,7 +103,7 @@ def test_a_value_of_a_single_row_cannot_be_held(sample):
     values = table.values.copy()
     values[7, 1] = 9
     for metric in ("beta_vae", "factor_vae"):
-        with pytest.raises(ValueError, match=r"value number 3 of factor 'shape' has a single row.*leave that row out"):
+        with pytest.raises(ValueError, match=r"value number 3 of factor 'shape' has a single row.*leave out that row"):
             evaluate(codes, FactorTable(values, table.names), [metric], SMALL)
 
 
