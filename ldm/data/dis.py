@@ -210,8 +210,8 @@ class Cars3D(ImageDataset):
         grid = make_grid((4, 24, len(files)) if factor_sizes is None else factor_sizes, self.names)
         if grid.num_factors != 3 or grid.sizes[2] != len(files):
             raise UserError(
-                f"factor_sizes: expected (elevations, azimuths, cars), with {len(files)} cars as in {folder}, "
-                f"got {grid.sizes}"
+                f"expected (elevations, azimuths, cars), with {len(files)} cars as in {folder}, got {grid.sizes}",
+                "factor_sizes",
             )
         super().__init__(cars3d_pixels(folder, files, grid, 64 if image_size is None else image_size, title), grid)
         check_resolution(original_resolution, self)

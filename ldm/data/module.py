@@ -57,7 +57,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value < least:
-                raise UserError(f"{key}: expected at least {least}, got {value}")
+                raise UserError(f"expected at least {least}, got {value}", key)
         nodes = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.nodes = {split: node for split, node in nodes.items() if node is not None}
         if not self.nodes:
@@ -99,7 +99,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader:
         if split not in self.nodes:
-            raise UserError(f"data.params.{split} is missing, and is needed here; found only {', '.join(self.nodes)}")
+            raise UserError(f"this node is needed here; found only {', '.join(self.nodes)}", f"data.params.{split}")
         self._build()
         dataset: Any = self.datasets[split]
         training = split == "train"
