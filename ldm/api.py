@@ -31,7 +31,7 @@ def load_config(path: str | Path) -> DictConfig:
     files = sorted((logdir / "configs").glob("*-project.yaml"))
     if not files:
         raise UserError(f"'{logdir / 'configs'}' holds no *-project.yaml: give a log directory, or a checkpoint in one")
-    return load_yaml(files[-1], "load")
+    return translate(load_yaml(files[-1], "load"))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "live") -> Any:

@@ -111,14 +111,16 @@ def from_dotlist(items: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an argument of another form.
     """
+    config = OmegaConf.create({})
     for item in items:
         key, sign, _ = item.partition("=")
         if not sign or not key:
             raise UserError(f"unknown argument '{item}': expected a flag or key.sub=value")
-    try:
-        return OmegaConf.from_dotlist(list(items))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"cannot read {' '.join(items)}: {' '.join(str(error).split())}") from error
+        try:
+            config.merge_with_dotlist([item])
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+            raise UserError(f"cannot read '{item}': {' '.join(str(error).split())}") from error
+    return config
 
 
 def merge(configs: Sequence[DictConfig]) -> DictConfig:
@@ -220,6 +222,15 @@ def _whole(cls: type, params: Any) -> bool:
     return set(required) <= set(params)
 
 
+def drop_empty(config: DictConfig) -> None:
+    """Drop sections of `lightning` that a file leaves empty, in place: they say nothing, and must not undo defaults."""
+    for section in (config, config.get("lightning")):
+        for key in list(section) if isinstance(section, DictConfig) else []:
+            if (section is not config or key == "lightning") and not OmegaConf.is_missing(section, key):
+                if section[key] is None:
+                    del section[key]
+
+
 def check_sections(config: DictConfig) -> None:
     """Check what is not the argument of a class; those are checked where the classes are built.
 
@@ -234,11 +245,11 @@ def check_sections(config: DictConfig) -> None:
         for key in node:
             if key not in known:
                 raise UserError(f"unknown key{nearest(str(key), known)}", f"{section}.{key!s}".lstrip("."))
-    lightning, rate = config.lightning, config.model.get("base_learning_rate", 1)
+    lightning, rate = config.lightning, config.model.get("base_learning_rate")
     for name in ("trainer", "callbacks"):
         if not isinstance(lightning[name], DictConfig):
             raise UserError(f"expected names and values, found {lightning[name]!r}", f"lightning.{name}")
-    if type(rate) not in (int, float) or rate <= 0:
+    if rate is not None and (type(rate) not in (int, float) or rate <= 0):
         raise UserError(f"expected a positive number, got {rate!r}", "model.base_learning_rate")
     if type(lightning.seed) is not int or not 0 <= lightning.seed < 2**32:
         raise UserError(f"expected a whole number from 0 to 2^32 - 1, got {lightning.seed!r}", "lightning.seed")

@@ -16,10 +16,9 @@ KEYS = {"target", "params", "base_learning_rate"}  # of a node; the last is the 
 
 
 class UserError(ValueError):
-    """A mistake in a file, a key or a flag that the user gave; the command line prints it as one line.
+    """A mistake of the user's: what was expected and found, and what to do; printed as one line by the command line.
 
-    `message` says what was expected and found, and what to do. `key` is the key or flag at fault;
-    `instantiate_from_config` puts the place of the node in front of it.
+    `key` is the key or flag at fault; `instantiate_from_config` puts the place of the node in front of it.
     """
 
     def __init__(self, message: str, key: str = "") -> None:
@@ -29,8 +28,7 @@ class UserError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` if a known name is close to `name`, else the list of known names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known := sorted(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known) or 'nothing'}"
 
 
@@ -71,6 +69,8 @@ def parameters_of(function: Any) -> tuple[dict[str, Any], bool]:
 def check_params(function: Any, params: Mapping[str, Any], where: str = "") -> None:
     """Refuse an unknown key, or a value of another kind than its hint (plain values and lists only), by a UserError."""
     parameters, takes_any = parameters_of(function)
+    if not isinstance(params, Mapping):
+        raise UserError(f"expected names and values, found {params!r}", where)
     for key, value in params.items():
         full, hint = f"{where}.{key}".lstrip("."), parameters.get(key, Any)
         if key not in parameters and not takes_any:

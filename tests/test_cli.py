@@ -19,6 +19,7 @@ import ldm
 from ldm.callbacks.images import ImageLogger
 from ldm.cli.arguments import parse
 from ldm.cli.build import configure_manual_optimization, devices, processes, trainer_options
+from ldm.cli.configure import compose, logdir_of
 from ldm.config import from_dotlist, merge
 from ldm.evaluation.codes import encode
 from ldm.metrics.evaluate import evaluate
@@ -152,6 +153,69 @@ def test_the_value_of_a_flag_may_hold_a_sign():
     options = arguments.options
     assert (options.name, options.postfix, options.seed, options.train) == ("lr=1", "a=b", 3, True)
     assert arguments.overrides == ["x=2", "lightning.seed=3"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("--no_test", "--no-test"), ("--posfix", "--postfix"), ("--max_step", "--max_steps")]
+)
+def test_an_unknown_flag_suggests_the_nearest_of_all(flag, meant):
+    with pytest.raises(UserError, match=f"unknown flag '{flag}'; did you mean '{meant}'"):
+        parse([flag, "x"])
+
+
+def test_an_override_that_cannot_be_read_is_named_alone():
+    with pytest.raises(UserError, match=r"^cannot read 'a=\[1': "):
+        from_dotlist(["x=1", "a=[1", "y=2"])
+
+
+def test_empty_sections_say_nothing(cli):
+    overlay = cli.write("empty.yaml", "model: {base_learning_rate: null}\nlightning: {callbacks: null, logger: null}\n")
+    empty = cli.write("lightning.yaml", "lightning:\n")
+    config = compose([cli.folder / cli.vq, cli.folder / overlay, cli.folder / empty])
+    assert "image_logger" in config.lightning.callbacks and "target" in config.lightning.logger
+
+
+def test_the_log_directory_of_a_checkpoint(tmp_path):
+    """A folder `configs` is a run's if it holds a run's configuration; a repository has one too."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "kept" / "x.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    (tmp_path / "configs").mkdir()
+    assert logdir_of(checkpoint) == tmp_path / "run" / "checkpoints"
+    (tmp_path / "run" / "configs").mkdir()
+    (tmp_path / "run" / "configs" / "2026-project.yaml").touch()
+    assert logdir_of(checkpoint) == logdir_of(tmp_path / "run") == tmp_path / "run"
+
+
+def test_pictures_stay_in_the_log_directory_and_classes_derived_from_lightnings_too(cli, monkeypatch):
+    (cli.folder / "own_classes.py").write_text(
+        "from pytorch_lightning.callbacks import ModelCheckpoint\n"
+        "from pytorch_lightning.loggers import TensorBoardLogger\n"
+        "class Logger(TensorBoardLogger): pass\n"
+        "class Checkpoints(ModelCheckpoint): pass\n"
+    )
+    monkeypatch.syspath_prepend(cli.folder)
+    run = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_epochs", 1, "--default_root_dir", "elsewhere",
+                  "lightning.logger.target=own_classes.Logger",
+                  "lightning.modelcheckpoint.target=own_classes.Checkpoints")  # fmt: skip
+    assert run.status == 0, run.err
+    found = files(run.logdir)
+    assert any(name.startswith("images/") for name in found) and "checkpoints/epoch=000000.ckpt" in found
+    assert any(name.startswith("tensorboard/events") for name in found)
+    assert not list(cli.folder.glob("elsewhere/*"))
+    resumed = cli.run("-r", run.logdir, "-t", "--max_epochs", 2)
+    rate = re.compile("learning rate .*")
+    assert resumed.status == 0 and rate.search(resumed.log)[0] == rate.search(run.log)[0]
+
+
+def test_a_bug_in_a_data_set_of_ones_own_keeps_its_traceback(cli, monkeypatch):
+    (cli.folder / "buggy_data.py").write_text(
+        "class Buggy:\n    def __len__(self):\n        return 16\n"
+        "    def __getitem__(self, i):\n        return {}['foo']\n"
+    )
+    monkeypatch.syspath_prepend(cli.folder)
+    with pytest.raises(KeyError, match="foo"):
+        cli.run("--base", cli.vq, "-t", "--gpus", 0, "data.params.train={target: buggy_data.Buggy}")
 
 
 # ---- several processes, as far as they can be seen without starting any

@@ -12,7 +12,7 @@ import torch
 from command_line import CHECKPOINT, ROOT, first_stage_config
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.build import complete, trainer_options
+from ldm.cli.build import fill_in, trainer_options
 from ldm.cli.checks import dry_run
 from ldm.cli.configure import Run, compose
 from ldm.config import find_config, from_dotlist, load_yaml, merge
@@ -83,7 +83,7 @@ def test_shipped_configuration_builds_without_data(path, stages, vgg16, tmp_path
     run = Run(completed(path, stages, vgg16), tmp_path / "run", "now", None, False, True, True)
     config = OmegaConf.to_container(run.config, resolve=True)
     score = "first_stage_config" in config["model"]["params"]
-    complete(run, config, score)
+    fill_in(run, config, score)
     lightning = config["lightning"]
     nodes = [*lightning["callbacks"].values(), lightning["modelcheckpoint"], lightning["logger"]]
     names = {type(instantiate_from_config(node)).__name__ for node in nodes}
@@ -97,7 +97,7 @@ def test_shipped_configuration_builds_without_data(path, stages, vgg16, tmp_path
     "path", [path for path in WHOLE if "first_stage_config" in OmegaConf.load(path).model.params], ids=name
 )
 def test_the_first_stage_must_be_given(path):
-    with pytest.raises(UserError, match=r"first_stage_config\.params\.ckpt_path: is left as \?\?\?.*last\.ckpt"):
+    with pytest.raises(UserError, match=r"first_stage_config\.params\.ckpt_path: left as \?\?\?.*last\.ckpt"):
         compose([path])
 
 

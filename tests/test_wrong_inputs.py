@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Callable[[Setting], list], tuple[str, ...]]] = {
     "logger's options": (lambda s: s.vq("lightning.logger.params.flush_sec=1"), ("lightning.logger", "'flush_secs'")),
     "picture options": (lambda s: s.enc(f"{PICTURES}.log_images_kwargs.eta=1"), ("kwargs.eta", "'ddim_eta'")),
     # ---- flags
-    "unknown flag": (lambda s: s.vq("--max_epoch", 3), ("--max_epoch", "'max_epochs'")),
+    "unknown flag": (lambda s: s.vq("--max_epoch", 3), ("--max_epoch", "'--max_epochs'")),
     "gpus a text": (lambda s: ["--base", "vq.yaml", "-t", "--gpus", "zero"], ("--gpus", "zero")),
     "override without a value": (lambda s: s.vq("model.params.n_embed"), ("model.params.n_embed", "key.sub=value")),
     # ---- data

@@ -57,7 +57,7 @@ class SetupCallback(Callback):
 
     def __init__(self, logdir: str | Path, now: str, config: DictConfig, resumed: bool = False) -> None:
         self.logdir, self.now, self.resumed, self.config = Path(logdir), now, resumed, config
-        self._lock = FileLock(self.logdir / LOCK)
+        self._lock: FileLock | None = None  # made where it is held: it cannot be sent to another process
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the directories and save the configuration, on the first process."""
@@ -70,6 +70,7 @@ class SetupCallback(Callback):
                     " different names with -n or -f"
                 ) from error
             if not self.resumed:
+                self._lock = FileLock(self.logdir / LOCK)
                 self._lock.acquire(timeout=0)
             (self.logdir / "checkpoints").mkdir(exist_ok=True)
             sections = {
@@ -93,11 +94,13 @@ class SetupCallback(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the directory."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Release the directory; after an exception Lightning does not call `teardown`."""
-        self._lock.release()
+        self.teardown(trainer, pl_module, "fit")
 
 
 class SeedEachBatch(Callback):
@@ -122,5 +125,5 @@ class SeedEachBatch(Callback):
         counter = [self.seed, trainer.global_rank, trainer.global_step, batch_idx]
         state = np.random.SeedSequence(counter).generate_state(3)
         random.seed(int(state[0]))
-        np.random.seed(int(state[1]))  # noqa: NPY002 - the global state, which augmentations of data sets use
+        np.random.seed(int(state[1]))  # noqa: NPY002 - the global state
         torch.manual_seed(int(state[2]))

@@ -1,6 +1,7 @@
 """Phase 1, parse: LDM's flags, and any argument of Lightning's Trainer as a flag."""
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning import Trainer
+
+from ldm.compat.translate import STRATEGIES
+from ldm.compat.translate import TRAINER as OLD_TRAINER
 from ldm.util import UserError, nearest
 
 TRAINER = "lightning.trainer"
@@ -90,15 +95,17 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def _trainer_flags(items: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
-    """Names and values of `--name value` and `--name=value`; a name alone means true. They are checked in phase 3."""
-    items = list(items)
+    """Names and values of `--name value` and `--name=value`; a name alone means true. Phase 3 checks the values."""
+    items, names = list(items), (*inspect.signature(Trainer.__init__).parameters, *OLD_TRAINER)
+    known = [option for action in parser._actions for option in action.option_strings] + [f"--{name}" for name in names]
     while items:
         item = items.pop(0)
         if not re.match(r"--[A-Za-z_]\w*(=|$)", item):
-            known = [option for action in parser._actions for option in action.option_strings]
             hint = nearest(item, known) if item.startswith("-") else ""
             raise UserError(f"unknown argument '{item}': expected a flag or key.sub=value{hint}")
         name, given, text = item[2:].partition("=")
+        if f"--{name}" not in known:
+            raise UserError(f"unknown flag '--{name}'{nearest(f'--{name}', known)}")
         if not given:
             has_value = items and re.match(r"[^-]|-\d", items[0])
             text = items.pop(0) if has_value else "true"
@@ -113,7 +120,9 @@ def _expand(arguments: Arguments) -> None:
     """
     options = arguments.options
     devices = [key for key in (f"{TRAINER}.accelerator", f"{TRAINER}.devices") if key in arguments.flags]
-    if options.gpus is not None and devices and f"{TRAINER}.accelerator=ddp" not in arguments.overrides:
+    if any(f"{TRAINER}.accelerator={name}" in arguments.overrides for name in STRATEGIES):
+        devices.remove(f"{TRAINER}.accelerator")  # Lightning 1's word for a strategy
+    if options.gpus is not None and devices:
         raise UserError(f"--gpus and {arguments.flags[devices[0]]} exclude each other: give one of them")
     if options.gpus is not None:
         arguments.give("--gpus", f"{TRAINER}.gpus", json.dumps(options.gpus))

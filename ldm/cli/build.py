@@ -9,7 +9,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
@@ -17,7 +18,7 @@ from ldm.cli.checks import check
 from ldm.cli.configure import Run, without_checkpoints
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, check_params, instantiate_from_config
+from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def build(run: Run, score: bool) -> Job:
     config: Any = OmegaConf.to_container(run.config, resolve=True)
     lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
     options = trainer_options(lightning["trainer"])
-    complete(run, config, score and not options.get("fast_dev_run"))
+    fill_in(run, config, score and not options.get("fast_dev_run"))
     rhythm = intervals(lightning)
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
@@ -73,9 +74,15 @@ def build(run: Run, score: bool) -> Job:
     model = instantiate_from_config(config["model"], "model")
     log.info("reading the data")
     data = instantiate_from_config(config["data"], "data")
-    for key, built, kind in (("model", model, pl.LightningModule), ("data", data, pl.LightningDataModule)):
-        if not isinstance(built, kind):
-            raise UserError(f"{config[key]['target']} is not a {kind.__name__}", f"{key}.target")
+    built: list[Any] = [("model", model, pl.LightningModule), ("data", data, pl.LightningDataModule)]
+    names = [*(f"lightning.callbacks.{name}" for name in lightning["callbacks"]), "lightning.modelcheckpoint"]
+    built += [(name, callback, pl.Callback) for name, callback in zip(names, [*callbacks, best], strict=True)]
+    for key, found, kind in [*built, ("lightning.logger", options["logger"], Logger | bool | list)]:
+        if not isinstance(found, kind):
+            raise UserError(f"{type(found).__name__} is not a {getattr(kind, '__name__', 'logger')}", f"{key}.target")
+    for callback in callbacks:
+        if getattr(callback, "logdir", run.logdir) is None:
+            callback.logdir = str(run.logdir)
     data.prepare_data()
     data.setup("fit")
 
@@ -85,7 +92,7 @@ def build(run: Run, score: bool) -> Job:
     return Job(run, model, data, trainer, datasets)
 
 
-def complete(run: Run, config: dict[str, Any], score: bool) -> None:
+def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:
     """Add to the configuration, in place, what depends on the run: its directory, its checkpoint, its monitor.
 
     Raises:
@@ -98,30 +105,42 @@ def complete(run: Run, config: dict[str, Any], score: bool) -> None:
     nodes = {f"lightning.callbacks.{name}": node for name, node in lightning["callbacks"].items()}
     nodes |= {f"lightning.{name}": lightning[name] for name in ("modelcheckpoint", "logger")}
     for where, node in nodes.items():
-        if not isinstance(node, dict):
-            raise UserError(f"expected 'target' and 'params', found {node!r}", where)
+        if not isinstance(node, dict) or not isinstance(node.get("params") or {}, dict):
+            raise UserError(f"expected the keys target and params, found {node!r}", where)
         params = node["params"] = node.get("params") or {}
-        if str(node.get("target")).endswith("callbacks.ModelCheckpoint"):  # else Lightning takes the logger's folder
-            params["dirpath"] = str(checkpoints / params.get("dirpath", ""))
+        if derives(node, ModelCheckpoint):  # else Lightning takes the logger's folder
+            params["dirpath"] = str(checkpoints / (params.get("dirpath") or ""))
         for key in ("dirpath", "logdir"):
             if params.get(key) is not None:
                 check_writable(Path(params[key]), f"{where}.params.{key}")
     best = lightning["modelcheckpoint"]["params"]
     lightning["modelcheckpoint"]["params"] = {**best_checkpoints(config, best), **best}
-    if str(lightning["logger"].get("target")).endswith("loggers.TensorBoardLogger"):
+    if derives(lightning["logger"], TensorBoardLogger):
         lightning["logger"]["params"].setdefault("save_dir", str(run.logdir))
 
     params = config["model"].get("params") or {}
-    first_stage = (params.get("first_stage_config") or {}).get("params") or {}
+    stage = params.get("first_stage_config")
+    weights = stage.get("params") or {} if isinstance(stage, dict) else {}
     if run.checkpoint is not None:
         config["model"] = without_checkpoints(config["model"])
-    elif "ddconfig" in first_stage and not (first_stage.get("ckpt_path") or params.get("ckpt_path")) and run.train:
+    elif "ddconfig" in weights and not (weights.get("ckpt_path") or params.get("ckpt_path")) and run.train:
         log.warning("model.params.first_stage_config.params.ckpt_path is not given: the first stage has random weights")
+
+
+def derives(node: dict[str, Any], base: type) -> bool:
+    """Whether a node's target is a class or derives from it; one that does not exist is reported where it is built."""
+    try:
+        cls = get_obj_from_str(node.get("target"))
+    except UserError:
+        return False
+    return isinstance(cls, type) and issubclass(cls, base)
 
 
 def best_checkpoints(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ModelCheckpoint that keep the three best by the model's monitor, or else the newest."""
     monitor = (config["model"].get("params") or {}).get("monitor")
+    if not isinstance(monitor, str | None):
+        raise UserError(f"expected the name of a logged value, got {monitor!r}", "model.params.monitor")
     if any(given.get(key) is not None for key in ("every_n_train_steps", "train_time_interval")):
         monitor = "step"  # nothing else is sure to be known then
     elif str(monitor).startswith("val") and not (config["data"].get("params") or {}).get("validation"):
@@ -264,7 +283,7 @@ def configure_manual_optimization(model: pl.LightningModule, options: dict[str, 
         raise UserError(message, "lightning.trainer.precision")
     if model.automatic_optimization:
         return
-    if precision == "16-mixed" and getattr(getattr(model, "loss", None), "discriminator", None) is not None:
+    if precision in ("16-mixed", "16") and getattr(getattr(model, "loss", None), "discriminator", None) is not None:
         message = "'16-mixed' would compute the discriminator's adaptive weight from unscaled half-precision gradients"
         raise UserError(f"{message}: train with 32-true or bf16-mixed", "lightning.trainer.precision")
     for name in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):

@@ -45,7 +45,7 @@ def check(
         UserError: the first problem.
     """
     if run.train and datasets and "train" not in datasets:
-        raise UserError("is missing: there is nothing to train on", "data.params.train")
+        raise UserError("there is no training set: give its node", "data.params.train")
     for callback in callbacks:
         if hasattr(callback, "check"):
             callback.check(model, datasets, options)
@@ -79,12 +79,15 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
         if split not in datasets or not isinstance(model, FirstStage | LatentDiffusion):
             continue
         kind = FirstStage if isinstance(model, FirstStage) else LatentDiffusion
-        size = ""
+        key = model.image_key if isinstance(model, FirstStage) else model.first_stage_key
+        item = datasets[split][0]
+        if not isinstance(item, Mapping) or len(getattr(item.get(key), "shape", ())) != 3:
+            form = f"expected items that are dicts with an image (h, w, c) as '{key}'"
+            raise UserError(f"{form}, got them from {type(datasets[split]).__name__} without", f"data.params.{split}")
+        batch = to_unit_range_all(default_collate([dict(item)]))
+        size = "x".join(map(str, batch[key].shape[1:]))
         try:
             with evaluating(model), torch.no_grad():
-                batch = to_unit_range_all(default_collate([dict(datasets[split][0])]))
-                key = model.image_key if isinstance(model, FirstStage) else model.first_stage_key
-                size = "x".join(map(str, batch[key].shape[1:]))
                 found: Any = model.shared_step(batch)
         except UserError:
             raise

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.cli.arguments import Arguments
-from ldm.compat.translate import translate
-from ldm.config import check_sections, find_config, from_dotlist, load_bases, load_yaml, merge
+from ldm.compat.translate import rename, translate
+from ldm.config import check_sections, drop_empty, find_config, from_dotlist, load_bases, load_yaml, merge
 from ldm.util import UserError
 
 # What every run has; nodes of the same name in a configuration are merged over these.
@@ -79,13 +79,15 @@ def compose(
         UserError: a file that cannot be read, files that do not go together, or an invalid section.
     """
     files = load_bases([find_config(path) for path in paths])
-    given = [translate(config) for config in (*saved, *files, from_dotlist(overrides))]
-    config = merge([OmegaConf.create(DEFAULTS), *given])
+    given = [rename(config) for config in (*saved, *files, from_dotlist(overrides))]
+    for config in given:
+        drop_empty(config)
+    config = translate(merge([OmegaConf.create(DEFAULTS), *given]))
     try:
         check_sections(config)
         for key in sorted(OmegaConf.missing_keys(config)) if complete else []:
             hint = ": the first stage's checkpoint (…/checkpoints/last.ckpt)" if key.endswith("ckpt_path") else ""
-            raise UserError(f"is left as ???; give it a value{hint}, in the YAML file or as {key}=VALUE", key)
+            raise UserError(f"left as ???: give it a value{hint}, in the YAML file or as {key}=VALUE", key)
         if complete:
             OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -136,7 +138,8 @@ def logdir_of(path: Path) -> Path:
     if path.is_dir():
         return path
     folders = path.absolute().parents
-    return next((folder for folder in folders if (folder / "configs").is_dir()), folders[min(1, len(folders) - 1)])
+    found = (folder for folder in folders if any((folder / "configs").glob("*-project.yaml")))
+    return next(found, folders[min(1, len(folders) - 1)])
 
 
 def unused(logdir: Path) -> Path:
@@ -157,4 +160,4 @@ def without_checkpoints(node: dict[str, Any]) -> dict[str, Any]:
     stage = params.get("first_stage_config")
     if isinstance(stage, dict):
         params["first_stage_config"] = without_checkpoints(stage)
-    return {"target": node["target"], "params": params}
+    return {**node, "params": params}

@@ -27,6 +27,7 @@ QUIET = (
     ".*exists and is not empty.*",  # a resumed run's checkpoints
     ".*It is recommended to use .*sync_dist=True.*",  # training losses are the first process's
     r".*torch\.distributed\.nn\.functional\.all_gather is deprecated.*",  # Lightning's own call
+    ".*Please add the following callbacks.*RandomState.*",  # of an earlier version's checkpoints
     ".*The dirpath has changed from.*",  # --resume_from_checkpoint continues in a new directory
 )
 
@@ -50,16 +51,17 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     except UserError as error:
         if debug:
             raise
-        # A key that was given by a flag, or above it, is reported by the flag's name.
-        given = {} if arguments is None else arguments.flags
-        flags = [flag for key, flag in given.items() if error.key and f"{key}.".startswith(f"{error.key}.")]
+        # A key that was given by a flag is reported by the flag's name; so is an unknown node above it.
+        unknown, given = error.message.startswith("unknown key"), {} if arguments is None else arguments.flags
+        flags = [f for k, f in given.items() if k == error.key or (unknown and k.startswith(f"{error.key}."))]
         report(f"error: {flags[0]}: {error.message}" if flags else f"error: {error}")
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         saved: Path | None = getattr(stop, "checkpoint", None)
         if not is_follower():
-            resume = f"; saved {saved}. Resume with -r {saved.parent.parent}" if saved else " before the first step"
-            report(f"stopped{resume}")
+            report(
+                f"stopped; saved {saved}. Resume with -r {saved.parent.parent}" if saved else "stopped; nothing saved"
+            )
         return 130
     except (MisconfigurationException, OSError) as error:
         if debug:

@@ -223,6 +223,14 @@ def fit_to(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None
         state["scale_factor"] = state["scale_factor"].reshape(())
     if "alphas_cumprod_next" in own:
         state.setdefault("alphas_cumprod_next", own["alphas_cumprod_next"])
+    # Before EMA weights had statistics: those of the live weights.
+    for name in [name for name in own if "_ema." in name and "running_" in name and name not in state]:
+        prefix, _, flat = name.partition("_ema.")
+        live = [
+            k for k in state if k.startswith(f"{prefix}.") and k.removeprefix(f"{prefix}.").replace(".", "") == flat
+        ]
+        if live and any(k.startswith(f"{prefix}_ema.") for k in state):
+            state[name] = state[live[0]]
     if "scale_factor" in own and "logvar" not in own:
         state.pop("logvar", None)
 

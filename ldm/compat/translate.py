@@ -1,11 +1,10 @@
-"""YAML files of the first release and of LDM, in this project's names: `translate`, called once for each file.
+"""Configurations of the first release and of LDM in this project's words: `translate`, called once.
 
 Nothing else in the project knows the old names. What is listed here occurs in a published YAML file, or is how LDM's
 command lines of Lightning 1 were written; any other key is an unknown key like every other.
 """
 
 import logging
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -34,7 +33,7 @@ TARGETS = {
     "ldm.data.disdata.CelebATrain": "ldm.data.dis.CelebATrain",
 }
 DATASETS = "ldm.data.disdata."
-# LDM's main.py names them in its defaults; here every run has what they do.
+# LDM's main.py names them in its defaults; here every run does what they do.
 LEFT_OUT = tuple(f"{module}.{name}" for module in ("main", "main_val") for name in ("SetupCallback", "CUDACallback"))
 
 
@@ -78,6 +77,7 @@ TRAINER = {
     "progress_bar_refresh_rate": "enable_progress_bar",
     "weights_summary": "enable_model_summary",
 }
+STRATEGIES = ("ddp", "ddp_spawn")  # Lightning 1 called them accelerators
 # What LDM's main.py adds where a YAML file names this callback: weights, kept all along.
 TRAIN_STEPS = {
     "target": "pytorch_lightning.callbacks.ModelCheckpoint",
@@ -92,31 +92,44 @@ TRAIN_STEPS = {
 UNCONDITIONAL = "__is_unconditional__"
 
 
-def translate(config: DictConfig) -> DictConfig:
-    """One YAML file, or the overrides of a command line, in this project's names.
-
-    Each thing that is translated or left out is one warning line.
-
-    Args:
-        config: the file's content; it is not changed.
-
-    Returns:
-        A copy with today's targets and without keys that have no effect.
+def rename(config: DictConfig) -> DictConfig:
+    """A copy of one YAML file with today's targets, so that files can be merged; a warning line for each.
 
     Raises:
-        UserError: a key with a value that would mean something that is not built here, or a data set of the release
-            that this project does not have.
+        UserError: a data set of the release that this project does not have.
     """
     config = config.copy()
+    for where, node in _nodes(config):
+        target = str(_plain(node, "target"))
+        if target in TARGETS:
+            node.target = TARGETS[target]
+            log.warning("%s.target: %s is %s here", where, target, node.target)
+        elif target.startswith(DATASETS):
+            message = f"'{target}' is a data set of the first release that this project does not have"
+            raise UserError(message, f"{where}.target")
+    return config
+
+
+def translate(config: DictConfig) -> DictConfig:
+    """A configuration in this project's words; each thing that is translated or left out is one warning line.
+
+    Args:
+        config: all files, merged; it is not changed.
+
+    Returns:
+        A copy with today's targets and Trainer arguments, and without keys that have no effect.
+
+    Raises:
+        UserError: see `rename`; or a key with a value that would mean something that is not built here.
+    """
+    config = rename(config)
     _lightning(config)
-    for where, node in list(_nodes(config)):
-        _rename(where, node)
-        params = node.get("params")
+    for where, node in _nodes(config):
+        params, target = _plain(node, "params"), str(_plain(node, "target"))
         if not isinstance(params, DictConfig):
             continue
-        target = str(node.get("target"))
         _drop(params, UNUSED.get("ldm.data.dis." if target.startswith("ldm.data.dis.") else target), f"{where}.params")
-        _drop(params.get("ddconfig"), UNUSED["ddconfig"], f"{where}.params.ddconfig")
+        _drop(_plain(params, "ddconfig"), UNUSED["ddconfig"], f"{where}.params.ddconfig")
         if _plain(params, "cond_stage_config") == UNCONDITIONAL:
             params.update({"cond_stage_config": None, "conditioning_key": "none"})
             log.warning("%s.params.cond_stage_config: %s is conditioning_key none here", where, UNCONDITIONAL)
@@ -130,24 +143,14 @@ def _plain(node: Any, key: str) -> Any:
     return None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
 
 
-def _nodes(config: DictConfig, where: str = "") -> Iterator[tuple[str, DictConfig]]:
+def _nodes(config: DictConfig, where: str = "") -> list[tuple[str, DictConfig]]:
     """All nodes with a target, and their keys."""
-    if "target" in config:
-        yield where, config
+    found = [(where, config)] if "target" in config else []
     for key in map(str, config):
         child = _plain(config, key)
         if isinstance(child, DictConfig):
-            yield from _nodes(child, f"{where}.{key}".lstrip("."))
-
-
-def _rename(where: str, node: DictConfig) -> None:
-    target = str(_plain(node, "target"))
-    if target in TARGETS:
-        node.target = TARGETS[target]
-        log.warning("%s.target: %s is %s here", where, target, node.target)
-    elif target.startswith(DATASETS):
-        message = f"'{target}' is a data set of the first release that this project does not have"
-        raise UserError(message, f"{where}.target")
+            found += _nodes(child, f"{where}.{key}".lstrip("."))
+    return found
 
 
 def _drop(params: Any, unused: dict[str, Unused] | None, where: str) -> None:
@@ -179,6 +182,6 @@ def _lightning(config: DictConfig) -> None:
             trainer[new] = bool(trainer.pop(old))
             log.warning("lightning.trainer.%s is %s here", old, new)
     accelerator = _plain(trainer, "accelerator")
-    if accelerator in ("ddp", "ddp_spawn"):
+    if accelerator in STRATEGIES:
         del trainer["accelerator"]
         log.warning("lightning.trainer.accelerator: %s has no effect: several devices train by DDP anyway", accelerator)

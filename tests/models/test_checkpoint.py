@@ -13,7 +13,7 @@ import torch
 from old_checkpoints import old_layout
 from torch import nn
 
-from ldm.compat.checkpoints import read_checkpoint, read_state_dict
+from ldm.compat.checkpoints import fit_to, read_checkpoint, read_state_dict
 from ldm.models.autoencoder import VQModel
 from ldm.models.checkpoint import load_weights
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -334,3 +334,20 @@ def test_objects_of_pytorch_are_left_out(tmp_path, zipped):
     found, left_out = read_checkpoint(tmp_path / "a.ckpt")
     assert "torch.optim.adam.Adam" in left_out
     assert torch.equal(found["state_dict"]["weight"], layer.weight)
+
+
+def test_ema_weights_without_statistics_get_the_live_ones():
+    """As checkpoints were before the statistics had EMA weights; without any EMA weights none are made up."""
+    from test_training import encdiff
+
+    model = encdiff(ema_parameters="all")
+    own, state = model.state_dict(), dict(model.state_dict())
+    statistics = [name for name in state if name.startswith("cond_stage_model_ema.") and "running_" in name]
+    for name in statistics:
+        del state[name]
+    fit_to(own, state)
+    assert statistics and set(state) == set(own) and all(torch.equal(state[name], own[name]) for name in statistics)
+    for name in [name for name in state if name.startswith("cond_stage_model_ema.")]:
+        del state[name]
+    fit_to(own, state)
+    assert not any(name.startswith("cond_stage_model_ema.") for name in state)

@@ -469,9 +469,6 @@ class LatentDiffusion(pl.LightningModule):
         self.scale_factor_known = not self.scale_by_std or "scale_factor" in state
         if not self.scale_by_std or "scale_factor" not in state:
             state["scale_factor"] = self.scale_factor.clone()
-        if hasattr(self, "cond_stage_model_ema"):  # earlier checkpoints lack EMA statistics
-            for live, own in self.cond_stage_model_ema.names.items():
-                state.setdefault(f"cond_stage_model_ema.{own}", state[f"cond_stage_model.{live}"])
         fit_to(self.state_dict(), state)
 
     def log_images(self, batch: Mapping[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
