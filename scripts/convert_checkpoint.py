@@ -1,11 +1,11 @@
-"""Convert a checkpoint: one of LDM's or the first release's into ours, or any into safetensors and its configuration.
+"""Convert a checkpoint of LDM or of the first release to ours, or any checkpoint to safetensors.
 
     python scripts/convert_checkpoint.py OLD.ckpt NEW.ckpt
     python scripts/convert_checkpoint.py logs/<run> model.safetensors
 
-A `.ckpt` holds tensors and plain values alone: the weights, and, where the source has it, the state of training, so
-that `--resume_from_checkpoint NEW.ckpt` goes on from it. A `.safetensors` holds the weights; the configuration, from
-the source's log directory or from --config, is written beside it, and `ldm.load("model.safetensors")` reads both.
+A `.ckpt` holds tensors and plain values only: the weights, and, where the source has it, the state of training, so
+that `--resume_from_checkpoint NEW.ckpt` continues from there. A `.safetensors` holds the weights. The configuration,
+from the source's log directory or from --config, is written next to it; `ldm.load("model.safetensors")` reads both.
 """
 
 import argparse
@@ -39,7 +39,7 @@ FAILED = (OSError, RuntimeError, ValueError, SafetensorError)
 
 
 class TrustingUnpickler(pickle.Unpickler):
-    """Imports and calls what a pickle names, as Python does; what is not installed is left out."""
+    """Imports and calls what a pickle names, as Python does, but leaves out what is not installed."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -49,10 +49,10 @@ class TrustingUnpickler(pickle.Unpickler):
 
 
 def read_trusted(path: Path) -> Any:
-    """The content of a checkpoint, running whatever it holds.
+    """The content of a checkpoint, running whatever code it holds.
 
     Raises:
-        UserError: it cannot be read even so.
+        UserError: it cannot be read.
     """
     lenient = ModuleType("lenient_pickle")
     vars(lenient).update(
@@ -60,15 +60,15 @@ def read_trusted(path: Path) -> Any:
     )
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=lenient)
-    except Exception as error:  # whatever the pickle raises
+    except Exception as error:  # the file's code may raise anything
         raise UserError(f"'{path}' cannot be read as a checkpoint ({error})") from error
 
 
 def plainly(value: Any) -> Any:
-    """A value as tensors, numbers, texts, lists, tuples and dicts.
+    """A value as tensors, numbers, strings, lists, tuples and dicts.
 
     Raises:
-        TypeError: it is made of anything else.
+        TypeError: it holds anything else.
     """
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True)
@@ -87,26 +87,26 @@ def counted(value: Any) -> int:
     """A number of epochs or steps.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is not one.
     """
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else plainly(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise TypeError(f"{value!r} is no count")
+        raise TypeError(f"{value!r} is not a count")
     return value
 
 
 def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[dict[str, Any], str]:
-    """A checkpoint of ours from the content of another, and a line on its training state."""
+    """Our checkpoint from the content of another one, and a line on its training state."""
     new: dict[str, Any] = {"state_dict": {k: v.detach() for k, v in state.items()}}
     lacking = [key for key in TRAINING if key not in content]
     if lacking:
-        return new, f"weights alone: the source has no {', '.join(lacking)}"
+        return new, f"weights only: the source has no {', '.join(lacking)}"
     training: dict[str, Any] = {}
     for key in TRAINING:
         try:
             training[key] = (counted if key in ("epoch", "global_step") else plainly)(content[key])
         except TypeError as error:
-            return new, f"weights alone: {key} of the source holds objects ({error})"
+            return new, f"weights only: {key} of the source holds other objects ({error})"
     new |= training
     new["pytorch-lightning_version"] = str(content.get("pytorch-lightning_version", "1.4.0"))
     for key in ("loops", "callbacks"):
@@ -114,20 +114,20 @@ def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[
             if content.get(key):
                 new[key] = plainly(content[key])
     if not new["optimizer_states"]:
-        return {"state_dict": new["state_dict"]}, "weights alone: the source has no state of an optimiser"
+        return {"state_dict": new["state_dict"]}, "weights only: the source has no optimiser state"
     try:
-        # Lightning brings the counters of its version 1 into the places where version 2 looks for them.
+        # Moves the counters of Lightning 1 to where Lightning 2 looks for them.
         new, _ = migrate_checkpoint(new)
-    except Exception as error:  # it takes the layout for granted
-        return {"state_dict": new["state_dict"]}, f"weights alone: Lightning cannot migrate the source ({error!r})"
+    except Exception as error:  # it assumes a complete file
+        return {"state_dict": new["state_dict"]}, f"weights only: Lightning cannot migrate the source ({error!r})"
     return new, f"with the state of training at step {new['global_step']}"
 
 
 def write(files: dict[Path, Callable[[Path], Any]]) -> None:
-    """Write all of some files or none: each under another name first.
+    """Write all of the files, or none of them if one fails.
 
     Raises:
-        UserError: one cannot be written.
+        UserError: names the file that cannot be written.
     """
     path = Path()
     try:
@@ -143,17 +143,17 @@ def write(files: dict[Path, Callable[[Path], Any]]) -> None:
 
 
 def convert(source: Path, target: Path, config: Path | None, trust: bool, force: bool) -> list[str]:
-    """Convert a checkpoint; returns what was done, line by line.
+    """Convert a checkpoint; returns lines that report what was done.
 
     Raises:
-        UserError: a file that is not there, cannot be read, or would be overwritten; no configuration.
+        UserError: a file that does not exist, cannot be read, or would be overwritten; no configuration.
     """
     if target.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"'{target}': expected a name that ends in .ckpt or .safetensors")
     beside = target.with_suffix(".yaml") if target.suffix == ".safetensors" else None
     for path in (target, beside):
         if path is not None and path.exists() and not force:
-            raise UserError(f"'{path}' is there already: give another name, or --force to overwrite it")
+            raise UserError(f"'{path}' exists: give another name, or --force to overwrite it")
     if not source.exists():
         raise UserError(f"there is no log directory or checkpoint '{source}'")
     file = source / "checkpoints" / "last.ckpt" if source.is_dir() else source
@@ -167,7 +167,7 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         if OmegaConf.select(project, "model.target") is None:
             raise UserError(f"'{config or source}': the configuration has no model.target")
     elif config is not None:
-        raise UserError("--config goes with a target that ends in .safetensors")
+        raise UserError("--config is for targets that end in .safetensors")
 
     said = []
     if file.suffix == ".safetensors":
@@ -188,7 +188,7 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         about = {key: str(content[key]) for key in ("global_step", "epoch") if key in content}
         write(
             {
-                # Not `save_file`, which makes files that others may not read.
+                # `save_file` would make a file that only its owner can read.
                 target: lambda path: path.write_bytes(save(tensors, {"format": "pt", **about})),
                 beside: lambda path: OmegaConf.save(project, path),
             }
@@ -198,13 +198,13 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after a mistake."""
+    """Parse and convert; gives the exit status: 0, or 2 after a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a checkpoint, or a log directory: its last.ckpt")
+    parser.add_argument("source", type=Path, help="a checkpoint, or a log directory, whose last.ckpt is taken")
     parser.add_argument("target", type=Path, help="a name that ends in .ckpt or .safetensors")
-    parser.add_argument("--config", type=Path, help="the configuration, where the source's log directory has none")
+    parser.add_argument("--config", type=Path, help="the configuration, if the source is not in a log directory")
     parser.add_argument(
-        "--trust", action="store_true", help="run what is pickled in the source: only for files whose maker you trust"
+        "--trust", action="store_true", help="run the code pickled in the source: only for files from people you trust"
     )
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Render the built-in rooms into OUT/shapes3d/3dshapes.h5, the layout of Shapes3D's file."""
+"""Render the built-in rooms to OUT/shapes3d/3dshapes.h5, in the layout of the Shapes3D file."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ def counts(text: str) -> tuple[int, ...]:
 def main() -> int:
     """Parse, render, report; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("data"), help="the folder of data sets (default: data)")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder of data sets (default: data)")
     parser.add_argument("--image-size", type=int, default=64, help="width and height in pixels (default: 64)")
     parser.add_argument(
         "--sizes",
@@ -26,7 +26,7 @@ def main() -> int:
         default=SIZES,
         help="floor, wall and object hues, scales, shapes, orientations (default: 10,10,10,8,4,15)",
     )
-    parser.add_argument("--force", action="store_true", help="render again over an earlier rendering")
+    parser.add_argument("--force", action="store_true", help="overwrite an earlier rendering")
     options = parser.parse_args()
     path = options.out / "shapes3d" / "3dshapes.h5"
     try:

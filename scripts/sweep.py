@@ -1,7 +1,10 @@
-"""Train every row of a study with every seed: one after another, spread over GPUs, or as a SLURM array.
+"""Train every row of a study with every seed, one run after another.
 
-Give the same command again to go on: finished runs are skipped, stopped ones resume from their last checkpoint, failed
-ones are tried again.
+    python scripts/sweep.py configs/studies/quickstart.yaml --logdir logs/study
+
+Give the same command again at any time: finished runs are skipped, stopped ones resume from their last checkpoint, and
+failed ones are tried again. To train several at a time, train the first stage (--only first_stage), and give the
+commands that --list prints to GNU parallel, xargs or a SLURM array.
 """
 
 import argparse
@@ -9,396 +12,240 @@ import hashlib
 import json
 import logging
 import os
-import queue
 import re
+import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.config import check_config, find_config, from_dotlist, load_bases, merge
+from ldm.callbacks.setup import LOCK
+from ldm.cli.configure import compose, without_checkpoints
+from ldm.config import load_yaml
 from ldm.data.files import atomic_output
-from ldm.util import UserError, nearest, plain
+from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger("sweep")
 ROOT = Path(__file__).resolve().parents[1]
-ABLATIONS = ROOT / "configs" / "ablations"
+FIRST_STAGE = "first_stage"
 CKPT_KEY = "model.params.first_stage_config.params.ckpt_path"
-KEYS = ("first_stage", "base", "seeds", "rows", "overrides")
+SIGNALS: list[int] = []  # received so far
+CHILD: list[subprocess.Popen] = []  # the run that is being trained
 
 
 @dataclass
-class Job:
-    """One run: what it trains, and where.
+class Stage:
+    """The first stage of a study: YAML files, a seed, and `key=value` arguments."""
+
+    base: list[str] = MISSING
+    seed: int = 23
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Study:
+    """A study: what all runs share, the overlays of each row, and the seeds."""
+
+    base: list[str] = MISSING
+    rows: dict[str, list[str] | None] = MISSING
+    seeds: list[int] = MISSING
+    overrides: list[str] = field(default_factory=list)
+    first_stage: Stage | None = None
+
+
+@dataclass
+class Run:
+    """One run.
 
     Attributes:
-        row: its name in the study. folder: of its log directories, its output and `run.json`.
-        script: main.py or main_val.py. base: YAML files. overrides: `key=value` arguments.
-        config: digest of what the files say, all merged, and of the first stage's if the run uses it.
-        overlays: stems of its files of configs/ablations.
-        scored: whether it is to leave scores.
+        name: `row/seed`, or `first_stage`.
+        folder: holds `run.json`, the output, and a log directory for each attempt that started anew.
+        settings: row, base, overrides, seed, and digests of the merged configurations: what makes it this run.
+        scored: whether it leaves scores.
+        needs: the checkpoint of the study's first stage, if it uses that.
     """
 
-    row: str
-    seed: int
+    name: str
     folder: Path
-    script: str
-    base: list[str]
-    overrides: list[str]
-    config: str
-    overlays: list[str] = field(default_factory=list)
-    scored: bool = True
-    output_from: int = 0  # where the output of the last attempt begins
-    status: int = 0  # of the last attempt
-
-    @property
-    def title(self) -> str:
-        return f"{self.row}, seed {self.seed}"
-
-    def record(self) -> dict[str, Any]:
-        """What `run.json` says of it; empty before it was started."""
-        try:
-            found = json.loads((self.folder / "run.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def logdir(self) -> Path | None:
-        """The newest log directory from which it can go on, or whose results count."""
-        found = [path.parent.parent for path in self.folder.glob("*/checkpoints/last.ckpt")]
-        return max(found, key=lambda path: path.name, default=None)
-
-    def what(self) -> dict[str, Any]:
-        """What makes it this run and no other."""
-        return {"row": self.row, "overlays": self.overlays, "seed": self.seed, "base": self.base} | {
-            "overrides": self.overrides,
-            "config": self.config,
-        }
-
-    def save(self, **values: Any) -> None:
-        """Write `run.json`."""
-        with atomic_output(self.folder / "run.json") as part:
-            part.write_text(json.dumps(self.what() | values, indent=2) + "\n")
-
-    def command(self, gpus: str | None) -> list[str]:
-        """The command line that starts it, or goes on with it."""
-        # A run that came to its end without scores would not be scored when it goes on: it is trained anew.
-        logdir = None if self.record().get("status") == "unscored" else self.logdir()
-        device = ["--gpus", gpus] if gpus is not None else []
-        start = [sys.executable, str(ROOT / self.script)]
-        if logdir is not None:
-            return [*start, "-r", str(logdir), "-t", *device]
-        name = slug(self.row)
-        options = ["-s", str(self.seed), "-n", name, "-l", str(self.folder)]
-        return [*start, "--base", *self.base, "-t", *device, *options, *self.overrides]
+    settings: dict[str, Any]
+    scored: bool = False
+    needs: Path | None = None
 
 
-def slug(text: str) -> str:
-    """A folder's name for a row's name."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+# ---- plan
 
 
-def load_study(path: Path) -> dict[str, Any]:
-    """The study's YAML file.
-
-    Raises:
-        UserError: not a file, an unknown key, or one missing.
-    """
+def load_study(path: Path) -> Study:
+    """Read a study's YAML file; a UserError names a key that is unknown, missing or of another kind."""
     try:
-        study = OmegaConf.load(path)
-    except Exception as error:
-        raise UserError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(study, DictConfig):
-        raise UserError(f"'{path}' must hold the keys {', '.join(KEYS)}")
-    for key in map(str, study):
-        if key not in KEYS:
-            raise UserError(f"'{path}': unknown key '{key}'{nearest(key, KEYS)}")
-    for key in ("base", "seeds", "rows"):
-        if not study.get(key):
-            raise UserError(f"'{path}': '{key}' is missing: a study has files (base), seeds and rows")
-    plain_study = plain(study)
-    rows, seeds = plain_study["rows"], plain_study["seeds"]
-    if not isinstance(rows, dict) or not all(files is None or isinstance(files, list) for files in rows.values()):
-        raise UserError(f"'{path}': rows must map names to lists of overlays, found {rows!r}")
-    for key in ("base", "overrides"):
-        if not isinstance(plain_study.get(key) or [], list):
-            raise UserError(f"'{path}': {key} must be a list, found {plain_study[key]!r}")
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"'{path}': seeds must be a list of whole numbers from 0 to 2^32 - 1, found {seeds!r}")
-    first = plain_study.get("first_stage")
-    if first is not None and not (isinstance(first, dict) and isinstance(first.get("base"), list)):
-        raise UserError(f"'{path}': first_stage must have files (base, a list), found {first!r}")
-    return {**plain_study, "rows": {str(name): files or [] for name, files in rows.items()}}
+        study: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), load_yaml(path, "STUDY")))
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0], f"{path}: {error.full_key or 'a key'}") from error
+    if len({slug(row) for row in study.rows} - {"", FIRST_STAGE}) < len(study.rows):
+        raise UserError("names must differ in their letters and digits, which name the folders", f"{path}: rows")
+    return study
 
 
-def plan(study: dict[str, Any], out: Path, seeds: Sequence[int], rows: Sequence[str]) -> tuple[Job | None, list[Job]]:
-    """The first stage's job, if one of the rows needs it, and the rows' jobs: seed by seed, so that whole tables come
-    early.
+def slug(row: str) -> str:
+    """The name of a row's folder."""
+    return re.sub(r"[^a-z0-9]+", "_", row.lower()).strip("_")
+
+
+def plan(study: Study, logdir: Path, rows: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The runs: the first stage, if a row needs it, then the rows seed by seed, so that whole tables come early.
 
     Raises:
-        UserError: a row that cannot be trained, or two of the same folder.
+        UserError: a row that cannot be trained.
     """
-    first, used, jobs = None, False, []
-    if study.get("first_stage"):
-        node = study["first_stage"]
-        for key in map(str, node):
-            if key not in ("base", "seed", "overrides"):
-                raise UserError(f"first_stage: unknown key '{key}'{nearest(key, ('base', 'seed', 'overrides'))}")
-        base = [str(find_config(path)) for path in node["base"]]
-        overrides = [str(item) for item in node.get("overrides") or []]
-        digest = _digest(checked("first_stage", base, overrides))
-        seed, folder = int(node.get("seed", 23)), out / "first_stage"
-        first = Job("first stage", seed, folder, "main.py", base, overrides, digest, scored=False)
-    for row in rows:
-        base = [str(find_config(path)) for path in [*study["base"], *study["rows"][row]]]
-        overrides = [str(item) for item in study.get("overrides") or []]
-        stage = _first_stage(checked(f"row '{row}'", base, [], whole=False))
-        if "ckpt_path" not in list(stage.keys()):  # pixel: there is no first stage to give a checkpoint to
+    first, runs = None, []
+    if study.first_stage:
+        first = Run(FIRST_STAGE, logdir / FIRST_STAGE, vars(study.first_stage))
+        first.settings["config"] = digest(compose(study.first_stage.base, study.first_stage.overrides))
+    planned = [(slug(row), *plan_row(study, row, first)) for row in rows]
+    for seed in seeds:
+        for name, settings, scored, needs in planned:
+            folder = logdir / name / f"seed_{seed}"
+            runs.append(Run(f"{name}/{seed}", folder, settings | {"seed": seed}, scored, needs))
+    return [first, *runs] if first and any(run.needs for run in runs) else runs
+
+
+def plan_row(study: Study, row: str, first: Run | None) -> tuple[dict[str, Any], bool, Path | None]:
+    """Settings of a row's runs but for the seed, whether they leave scores, and the checkpoint that they need.
+
+    Raises:
+        UserError: they cannot be trained.
+    """
+    base, overrides, needs = [*study.base, *(study.rows[row] or [])], study.overrides, None
+    try:
+        stage = OmegaConf.select(compose(base, complete=False), CKPT_KEY.removesuffix(".ckpt_path")) or {}
+        if "ckpt_path" not in list(stage):  # as in pixel, which has no first stage to load
             overrides = [item for item in overrides if not item.startswith(f"{CKPT_KEY}=")]
-        needs = OmegaConf.is_missing(_first_stage(checked(f"row '{row}'", base, overrides, whole=False)), "ckpt_path")
-        if first is not None and needs:
-            used = True
-            overrides.append(f"{CKPT_KEY}={first.folder / 'last.ckpt'}")
-        config = checked(f"row '{row}'", base, overrides)
-        digest = _digest(config, first.config if first is not None and needs else "")
-        metrics = OmegaConf.select(config, "lightning.callbacks.disentanglement.params.metrics")
-        stems = [Path(path).stem for path in base if Path(path).resolve().parent == ABLATIONS]
-        if not slug(row):
-            raise UserError(f"row '{row}': its name needs a letter or a digit, for its folder")
-        for seed in seeds:
-            folder = out / slug(row) / f"seed_{seed}"
-            scored = metrics is None or len(metrics) > 0
-            jobs.append(Job(row, seed, folder, "main_val.py", base, overrides, digest, stems, scored))
-    if len({job.folder for job in jobs}) < len(jobs):
-        raise UserError("two rows have names that differ in nothing but punctuation, or a seed is given twice")
-    return first if used else None, sorted(jobs, key=lambda job: list(seeds).index(job.seed))
-
-
-def checked(name: str, base: Sequence[str], overrides: Sequence[str], whole: bool = True) -> DictConfig:
-    """The merged configuration of a run, checked if it is `whole`.
-
-    Raises:
-        UserError: a mistake, with the row's name.
-    """
-    try:
-        config = merge([*load_bases([Path(path) for path in base]), from_dotlist(overrides)])
-        if whole:
-            check_config(config)
+        elif first and OmegaConf.is_missing(stage, "ckpt_path") and f"{CKPT_KEY}=" not in " ".join(overrides):
+            needs = first.folder / "last.ckpt"
+            overrides = [*overrides, f"{CKPT_KEY}={needs}"]
+        config = compose(base, overrides)
+        model: Any = OmegaConf.to_container(config.model, resolve=True)
+        with torch.device("meta"):  # without memory: mistakes show in a moment
+            instantiate_from_config(without_checkpoints(model), "model")
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-    return config
+        raise UserError(f"row '{row}': {error}") from error
+    settings = {"row": row, "base": base, "overrides": overrides, "config": digest(config)}
+    if first and needs:
+        settings[FIRST_STAGE] = first.settings["config"]
+    scored = OmegaConf.select(config, "lightning.callbacks.disentanglement.params.metrics") != []
+    return settings, scored, needs
 
 
-def _digest(config: DictConfig, more: str = "") -> str:
-    return hashlib.sha256((OmegaConf.to_yaml(config, sort_keys=True) + more).encode()).hexdigest()[:16]
+def digest(config: DictConfig) -> str:
+    """What tells configurations apart, whatever files they came from."""
+    return hashlib.sha256(OmegaConf.to_yaml(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _first_stage(config: DictConfig) -> DictConfig:
-    node = OmegaConf.select(config, "model.params.first_stage_config.params")
-    return OmegaConf.create({}) if node is None else node
+# ---- one run
 
 
-class Stop:
-    """Ctrl-C, and what a cluster or a closed terminal sends: every run at work is told to save and stop, and no other
-    begins. Asked a second time, they stop at once.
-
-    Runs are in process groups of their own, so that they get each signal from here, and once.
-    """
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-        self.runs: dict[subprocess.Popen, bool] = {}  # whether it was told
-
-    def __call__(self, number: int, frame: Any) -> None:
-        """Signal handler."""
-        self.asked.set()
-        for process in list(self.runs):
-            self._tell(process)
-
-    def add(self, process: subprocess.Popen) -> None:
-        """A run that has begun."""
-        self.runs.setdefault(process, False)
-        if self.asked.is_set() and not self.runs[process]:
-            self._tell(process)
-
-    def _tell(self, process: subprocess.Popen) -> None:
-        self.runs[process] = True
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+def record_of(run: Run) -> dict[str, Any]:
+    """What its `run.json` holds; empty before it was started."""
+    try:
+        found = json.loads((run.folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-STOP = Stop()
+def save(run: Run, **values: Any) -> None:
+    """Write its `run.json`."""
+    with atomic_output(run.folder / "run.json") as part:
+        part.write_text(json.dumps(run.settings | values, indent=2) + "\n")
 
 
-def run_job(job: Job, device: str | None = None) -> str:
-    """Train one run to its end, or go on with it.
+def status_of(run: Run) -> str:
+    """done, running elsewhere, stopped, failed, unscored, or not started."""
+    for lock in run.folder.glob(f"*/{LOCK}"):  # held by the training as long as it lives
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            return "running elsewhere"
+    status = record_of(run).get("status", "not started")
+    return "stopped" if status == "running" else status
 
-    Args:
-        job: the run.
-        device: the number of a GPU; the default of the command line if not given.
 
-    Returns:
-        done, failed, stopped, or elsewhere: another process is at it.
+def newest(run: Run) -> Path | None:
+    """The newest log directory with a checkpoint."""
+    found = [path.parent.parent for path in run.folder.glob("*/checkpoints/last.ckpt")]
+    return max(found, key=lambda path: path.name, default=None)
+
+
+def command_of(run: Run, gpus: Sequence[str]) -> list[str]:
+    """The command that starts or resumes its training."""
+    command, logdir = [sys.executable, str(ROOT / ("main_val.py" if run.scored else "main.py"))], newest(run)
+    if logdir and status_of(run) != "unscored":  # that one has no steps left, and would end without scores again
+        return [*command, "-r", str(logdir), "-t", *gpus]
+    seed, name = str(run.settings["seed"]), run.name.partition("/")[0]
+    options = ["--base", *run.settings["base"], "-t", "-s", seed, "-n", name, "-l", str(run.folder)]
+    return [*command, *options, *gpus, *run.settings["overrides"]]
+
+
+def train(run: Run, gpus: Sequence[str]) -> tuple[str, str]:
+    """Train it to its end, unless that was done or is being done; gives its status, and a remark.
 
     Raises:
         UserError: its folder holds a run of other settings.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    while not STOP.asked.is_set():
-        try:
-            with FileLock(job.folder / ".lock", timeout=0 if job.script == "main_val.py" else 1):
-                return _run_locked(job, device)
-        except Timeout:
-            if job.script == "main_val.py":
-                return "elsewhere"
-            # The first stage is waited for.
-    return "stopped"
-
-
-def _run_locked(job: Job, device: str | None) -> str:
-    record = job.record()
-    changed = [key for key, value in job.what().items() if key in record and record[key] != value]
-    if changed:
-        raise UserError(
-            f"'{job.folder}' holds a run of another {changed[0]}: there {record.get(changed[0])}, now"
-            f" {job.what()[changed[0]]}; give another --logdir, or delete the folder"
-        )
-    if record.get("status") == "done":
-        return "done"
-    if record.get("status") == "running" and record.get("host") == socket.gethostname() and _alive(record):
-        return "elsewhere"  # it outlived the sweep that started it
-    spent, start = float(record.get("seconds", 0)), time.perf_counter()
-    command = job.command(None if device is None else "0,")
-    environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-    with (job.folder / "output.log").open("a") as stream:
-        job.output_from = stream.tell()
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        STOP.add(process)
-        job.save(status="running", seconds=spent, command=command, pid=process.pid, host=socket.gethostname())
-        job.status = process.wait()
-        STOP.runs.pop(process, None)
-    logdir = job.logdir()
-    if job.status:
-        result = "stopped" if job.status == 130 or STOP.asked.is_set() else "failed"
-    elif logdir is None:
-        result = "failed"
-    else:
-        result = "done" if not job.scored or list(logdir.glob("metrics/*.json")) else "unscored"
-    spent += time.perf_counter() - start
-    if result == "done" and logdir is not None and job.script == "main.py":
-        # Under a name that does not change with the time of its training.
-        link = job.folder / "last.ckpt"
+    record, status = record_of(run), status_of(run)
+    for key, value in run.settings.items():
+        if record.get(key, value) != value:
+            found = f"'{run.folder}' holds a run of another {key}: there {record[key]}, now {value}"
+            raise UserError(f"{found}; give another --logdir, or delete the folder")
+    if status in ("done", "running elsewhere"):
+        return status, ""
+    command = command_of(run, gpus)
+    save(run, status="running")
+    with (run.folder / "output.log").open("a+", errors="replace") as output:
+        begin = output.seek(0, os.SEEK_END)
+        CHILD[:] = [subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)]
+        if SIGNALS:  # one that came before `pass_on` knew of it
+            CHILD[0].terminate()
+        code = CHILD[0].wait()
+        output.seek(begin)
+        lines = [line.strip() for line in output if line.strip()] or ["no output"]
+    logdir, status, remark = newest(run), "done", ""
+    if code == 130 or SIGNALS:  # if it had just ended, resuming it takes a moment
+        status = "stopped"
+    elif code or not logdir:
+        reason = [line for line in lines if line.startswith("error:")] or lines
+        status, remark = "failed", f"{signal.Signals(-code).name if code < 0 else reason[-1]} ({output.name})"
+    elif run.scored and not any(logdir.glob("metrics/*.json")):
+        status, remark = "unscored", "it was stopped while it was being scored, and will be trained anew"
+    elif run.name == FIRST_STAGE:  # a name for its checkpoint that does not change with the date
+        link = run.folder / "last.ckpt"
         link.unlink(missing_ok=True)
-        link.symlink_to((logdir / "checkpoints" / "last.ckpt").relative_to(job.folder))
-    job.save(status=result, seconds=round(spent, 1), logdir=str(logdir.name) if logdir else None, command=command)
-    return result
+        link.symlink_to((logdir / "checkpoints" / "last.ckpt").relative_to(run.folder))
+    save(run, status=status, logdir=logdir.name if logdir else None)
+    return status, remark
 
 
-def _alive(record: dict[str, Any]) -> bool:
-    """Whether the process of a record is still there, and is the one that it was."""
-    pid, command = record.get("pid"), record.get("command")
-    if not isinstance(pid, int):
-        return False
-    line = Path(f"/proc/{pid}/cmdline")
-    if line.parent.parent.is_dir() and Path("/proc/self/cmdline").is_file():
-        # A zombie's is empty, and another process's, of a number that came round, is another.
-        return line.is_file() and line.read_text(errors="replace").split("\0")[:-1] == command
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def pass_on(number: int, frame: Any) -> None:
+    """Signal handler: the run that is being trained saves and stops, and no other starts."""
+    SIGNALS.append(number)
+    for child in CHILD:  # in a session of its own, so that Ctrl-C in a terminal reaches it only from here
+        child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def reason(job: Job) -> str:
-    """Why the last attempt failed: the line of its output that tells the error, or its last one."""
-    with (job.folder / "output.log").open(errors="replace") as stream:
-        stream.seek(job.output_from)
-        lines = [line.strip() for line in stream.read().splitlines() if line.strip()]
-    if job.status < 0:
-        return f"ended by {signal.Signals(-job.status).name}"
-    if job.record().get("status") == "unscored":
-        return "it was stopped while it was being scored, and its training is over: it will be trained anew"
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
-
-
-def run_all(jobs: Sequence[Job], devices: Sequence[str | None]) -> dict[str, list[Job]]:
-    """All jobs, one at a time on each device. A failed one is reported, and the others go on.
-
-    Returns:
-        Jobs by result.
-    """
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-    results: dict[str, list[Job]] = {}
-    lock, start, ran = threading.Lock(), time.perf_counter(), [0]
-
-    def work(device: str | None) -> None:
-        while not STOP.asked.is_set():
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            before = time.perf_counter()
-            try:
-                result, why = run_job(job, device), ""
-            except (UserError, OSError) as error:  # of this run: the others go on
-                result, why = "failed", str(error)
-            took = time.perf_counter() - before
-            with lock:
-                results.setdefault(result, []).append(job)
-                ran[0] += took > 1
-                left = len(jobs) - sum(map(len, results.values()))
-                rest = (time.perf_counter() - start) / max(ran[0], 1) * left
-                more = f"; {left} to go, about {rest / 60:.0f} minutes" if left and ran[0] else ""
-                if result in ("failed", "unscored"):
-                    why = f": {why or reason(job)} ({job.folder / 'output.log'})"
-                log.info("%s: %s after %.0f s%s%s", job.title, result, took, why, more)
-            if result == "stopped":
-                STOP.asked.set()
-
-    workers = [threading.Thread(target=work, args=(device,)) for device in devices[1:]]
-    for worker in workers:
-        worker.start()
-    work(devices[0])  # in the main thread, which gets Ctrl-C
-    for worker in workers:
-        worker.join()
-    return results
-
-
-def gpus(text: str | None) -> list[str | None]:
-    """What `--gpus` names, as CUDA knows them: numbers count in CUDA_VISIBLE_DEVICES, where that is set.
-
-    Raises:
-        UserError: no numbers, or more than there are.
-    """
-    if text is None:
-        return [None]
-    numbers = [part.strip() for part in text.split(",") if part.strip()]
-    if not numbers or not all(number.isdigit() for number in numbers):
-        raise UserError(f"--gpus: expected numbers of GPUs as 0,1,2, got '{text}'")
-    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-    if not visible:
-        return list(numbers)
-    if max(map(int, numbers)) >= len(visible):
-        raise UserError(f"--gpus: CUDA_VISIBLE_DEVICES has {len(visible)} GPUs, numbers 0 to {len(visible) - 1}")
-    return [visible[int(number)] for number in numbers]
+# ---- all runs
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -407,65 +254,75 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("study", type=Path, help="YAML file with base, rows, seeds, overrides and first_stage")
     parser.add_argument("--logdir", type=Path, default=Path("logs/study"), help="folder of all runs")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
-    parser.add_argument("--rows", nargs="+", help="only these, by name")
-    parser.add_argument("--gpus", help="numbers of GPUs, as 0,1,2: a run at a time on each")
-    parser.add_argument(
-        "--slurm",
-        action="store_true",
-        help="run the job that SLURM_ARRAY_TASK_ID names: sbatch --array=0-17 --wrap 'python scripts/sweep.py ...'",
-    )
-    parser.add_argument("--list", action="store_true", help="number the jobs, say where they stand, and run nothing")
+    parser.add_argument("--rows", nargs="+", help="only these, by name or folder")
+    parser.add_argument("--only", metavar="ROW/SEED", help="one run, such as adagn/0, or first_stage")
+    parser.add_argument("--list", action="store_true", help="print a command for each run that is not finished")
+    parser.add_argument("--gpus", help="as for main.py")
     return parser.parse_args(argv)
 
 
+def wanted(opt: argparse.Namespace, study: Study) -> list[Run]:
+    """The runs that the command line asks for.
+
+    Raises:
+        UserError: a row that the study does not have, or that cannot be trained.
+    """
+    rows, seeds = opt.rows or list(study.rows), opt.seeds or study.seeds
+    if opt.only and opt.only != FIRST_STAGE:
+        row, _, seed = opt.only.rpartition("/")
+        if not seed.isdigit():
+            raise UserError(f"expected ROW/SEED or {FIRST_STAGE}, got '{opt.only}'", "--only")
+        rows, seeds = [row], [int(seed)]
+    names = {slug(row): row for row in study.rows}
+    for row in rows:
+        if slug(row) not in names:
+            raise UserError(f"the study has no row '{row}'{nearest(row, names)}", "--only" if opt.only else "--rows")
+    rows = [names[name] for name in dict.fromkeys(map(slug, rows))]
+    runs = plan(study, opt.logdir, rows, list(dict.fromkeys(seeds)))
+    if opt.only == FIRST_STAGE and runs[0].name != FIRST_STAGE:
+        raise UserError("no row of the study needs a first stage", "--only")
+    return runs if not opt.only else runs[:1] if opt.only == FIRST_STAGE else runs[-1:]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a study; gives the exit status: 0 if all of its runs are done, 1 if not, 130 if it was stopped."""
+    """Train or list a study; gives the exit status: 0 if all runs are done, 130 if it was stopped, else 1."""
     opt = arguments(argv)
     study = load_study(opt.study)
-    names, seeds = list(study["rows"]), opt.seeds or study["seeds"]
-    for row in opt.rows or []:
-        if row not in names:
-            raise UserError(f"--rows: the study has no row '{row}'{nearest(row, names)}")
-    if not all(0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"--seeds: expected whole numbers from 0 to 2^32 - 1, got {seeds}")
-    first, jobs = plan(study, opt.logdir, seeds, opt.rows or names)
+    runs, gpus = wanted(opt, study), ["--gpus", opt.gpus] if opt.gpus else []
+    only = [sys.executable, os.path.relpath(__file__), str(opt.study), "--logdir", str(opt.logdir), *gpus, "--only"]
     if opt.list:
-        for number, job in enumerate(jobs):
-            print(f"{number:>4}  {job.record().get('status', 'not started'):<12} {job.title}")
+        for run in runs:
+            log.info("%s: %s", run.name, status_of(run))
+            if status_of(run) != "done":
+                print(shlex.join([*only, run.name]))
         return 0
-    if opt.slurm:
-        task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
-        if not task.isdigit() or int(task) >= len(jobs):
-            raise UserError(
-                f"--slurm: SLURM_ARRAY_TASK_ID is '{task}', and the jobs are 0 to {len(jobs) - 1}: start it by"
-                f" sbatch --array=0-{len(jobs) - 1}"
-            )
-        jobs = [jobs[int(task)]]
     with atomic_output(opt.logdir / "study.json") as part:  # the order of the rows, for scripts/table.py
-        part.write_text(json.dumps({"rows": names}) + "\n")
-    devices = gpus(opt.gpus)
-    if first is not None:
-        log.info("first stage: its output goes to %s", first.folder / "output.log")
-        result = run_job(first, devices[0])
-        if result == "stopped":
+        part.write_text(json.dumps({"rows": list(study.rows)}) + "\n")
+    results: Counter[str] = Counter()
+    for run in runs:
+        start = time.perf_counter()
+        try:
+            if run.needs and not run.needs.is_file() and status_of(run) != "done":
+                raise UserError(f"the first stage is not trained yet: {shlex.join([*only, FIRST_STAGE])}")
+            status, remark = train(run, gpus)
+        except (UserError, OSError) as error:  # the others are still trained
+            status, remark = "failed", str(error)
+        results[status] += 1
+        log.info("%s: %s after %.0f s%s", run.name, status, time.perf_counter() - start, remark and f": {remark}")
+        if status == "stopped" or SIGNALS:
+            log.info("stopped; the same command resumes")
             return 130
-        if result != "done":
-            why = reason(first) if result == "failed" else "another process is at it"
-            raise UserError(f"the first stage {result}: {why} ({first.folder / 'output.log'})")
-    log.info("%d runs; the output of each goes to output.log in %s/<row>/<seed>", len(jobs), opt.logdir)
-    results = run_all(jobs, devices)
-    log.info(", ".join(f"{len(found)} {result}" for result, found in sorted(results.items())))
-    log.info("the table: python scripts/table.py %s", opt.logdir)
-    if STOP.asked.is_set():
-        log.info("stopped; the same command goes on")
-        return 130
-    return 0 if set(results) == {"done"} else 1
+    if not opt.only:
+        log.info("%s", ", ".join(f"{count} {status}" for status, count in results.items()))
+        log.info("the table: %s", shlex.join(["python", "scripts/table.py", str(opt.logdir)]))
+    return 0 if set(results) <= {"done"} else 1
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, STOP)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, pass_on)
     try:
         sys.exit(main())
     except UserError as error:

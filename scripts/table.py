@@ -1,14 +1,16 @@
-"""Log directories -> a table of mean ± standard deviation over seeds next to the paper's numbers, Markdown or LaTeX.
+"""A table of scores, mean ± standard deviation over seeds, beside the paper's numbers: Markdown or LaTeX.
 
 python scripts/table.py logs/study                 # of scripts/sweep.py
-python scripts/table.py logs/*shapes3d* --latex    # runs of the same name are one row
+python scripts/table.py logs/*shapes3d* --latex    # log directories: runs of the same name are one row
+
+The paper's numbers are shown where a run has the paper's values, as scripts/paper_numbers.yaml lists them.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -19,10 +21,10 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.config import load_yaml
 from ldm.metrics.evaluate import HEADLINES, METRICS
 from ldm.util import UserError, nearest
 
-ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
     "factor_vae": "FactorVAE score",
     "dci": "DCI",
@@ -31,39 +33,50 @@ TITLES = {
     "sap": "SAP",
     "tad": "TAD",
 }
-# The class of the validation set -> the data set whose numbers of the paper are shown beside.
-DATASETS = {
-    "Shapes3DTrain": "shapes3d",
-    "RenderedTrain": "shapes3d",
-    "MPI3DTrain": "mpi3d",
-    "Cars3DTrain": "cars3d",
-    "CelebATrain": "celeba",
-}
+PAPER: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("paper_numbers.yaml")))
+NODES = [PAPER["all"], *PAPER["datasets"].values(), *(row["has"] for row in PAPER["rows"])]
+KEYS = list(dict.fromkeys(key for node in NODES for key in node))
 STARTED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_(.+)$")
 
 
 @dataclass
 class Row:
-    """The runs of one configuration.
+    """The runs of one name and the same values.
 
     Attributes:
-        overlays: stems of its files of `configs/ablations`. dataset: a key of `paper_numbers.yaml`, or "".
-        scores: per seed, a run's scores by metric and entry; `tokens` likewise. steps: per seed, when it was scored.
+        values: by key of `paper_numbers.yaml`. scores, scores_of_tokens: by seed, metric and entry. steps: by seed,
+            when it was scored.
     """
 
     title: str
-    overlays: list[str]
-    dataset: str
+    values: dict[str, Any]
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores_of_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
 
 
-def logdirs(paths: Sequence[Path]) -> list[Path]:
-    """The log directories at or under the paths, in the order of the paths; of a sweep's run, the one that counts.
+# ---- reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's content; empty if it does not exist or is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def newest(folder: Path, pattern: str) -> Path | None:
+    """The file that is last in the order of numbers and dates."""
+    return max(folder.glob(pattern), key=lambda path: (len(path.stem), path.stem), default=None)
+
+
+def logdirs(paths: Iterable[Path]) -> list[Path]:
+    """The log directories at or under the paths; of a run of a sweep, only the one that its `run.json` names.
 
     Raises:
-        UserError: a path that is not there.
+        UserError: a path that is not a folder.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -71,26 +84,24 @@ def logdirs(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"there is no folder '{path}'")
         for config in sorted(path.glob("**/configs/*-project.yaml")):
             logdir = config.parent.parent
-            record = run_record(logdir)
-            if record.get("logdir") in (None, logdir.name):
+            if read_json(logdir.parent / "run.json").get("logdir") in (None, logdir.name):
                 found[logdir] = None
     return list(found)
 
 
-def run_record(logdir: Path) -> dict[str, Any]:
-    """What `scripts/sweep.py` wrote of the run; empty for other runs."""
-    path = logdir.parent / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def last_scores(logdir: Path) -> dict[str, Any] | None:
-    """The scores of the last step that was scored."""
-    files = sorted((logdir / "metrics").glob("*.json"), key=lambda path: (len(path.stem), path.stem))
-    return json.loads(files[-1].read_text()) if files else None
+def name_of(logdir: Path) -> str:
+    """The name of a run: that of `-n`, or the stems of its files."""
+    logdir = logdir.resolve()
+    name = STARTED.match(logdir.name)
+    # A number is appended where another run of the name started in the same second.
+    plain = re.sub(r"-\d+$", "", logdir.name)
+    if name and plain != logdir.name and (logdir.parent / plain).is_dir():
+        name = STARTED.match(plain)
+    return " + ".join(name[1].split("+")) if name else logdir.name
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """Rows, and remarks: on runs that are left out, and on rows of runs of different lengths.
+    """Rows, in the order of their studies, and remarks on them and on runs that are left out.
 
     Raises:
         UserError: two runs of one name and seed, or no scores at all.
@@ -98,78 +109,79 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     rows: dict[tuple[str, ...], Row] = {}
     remarks = []
     for logdir in logdirs(paths):
-        record, scored, project = run_record(logdir), last_scores(logdir), _config(logdir, "project")
-        if "first_stage_config" not in (project.get("model") or {}).get("params", {}):
+        config, metrics = newest(logdir / "configs", "*-project.yaml"), newest(logdir / "metrics", "*.json")
+        assert config is not None
+        project = load_yaml(config, "PATHS")
+        if OmegaConf.select(project, "model.params.first_stage_config") is None:
+            continue  # a first stage
+        run, scored = read_json(logdir.parent / "run.json"), read_json(metrics) if metrics else {}
+        state = run.get("status", "done")
+        if state != "done" or "scores" not in scored:
+            remarks.append(f"left out, {state if state != 'done' else 'without scores'}: {logdir}")
             continue
-        if record.get("status", "done") != "done" or scored is None:
-            state = record["status"] if record.get("status", "done") != "done" else "without scores"
-            remarks.append(f"left out, {state}: {logdir}")
-            continue
-        stems = _name(logdir).split("+")
-        title, overlays = record.get("row", " + ".join(stems)), record.get("overlays", stems[1:])
-        seed = str(record.get("seed", (_config(logdir, "lightning").get("lightning") or {}).get("seed")))
-        row = rows.setdefault((title, _dataset(project), *overlays), Row(title, overlays, _dataset(project)))
+        title, seed = run.get("row", name_of(logdir)), run.get("seed")
+        if seed is None and (options := newest(logdir / "configs", "*-lightning.yaml")):
+            seed = OmegaConf.select(load_yaml(options, "PATHS"), "lightning.seed")
+        values = {key: OmegaConf.select(project, key) for key in KEYS}
+        values["factors"] = " ".join(map(str, scored.get("factors", {}).values()))
+        row, seed = rows.setdefault((title, *map(str, values.values())), Row(title, values)), str(seed)
         if seed in row.scores:
             raise UserError(f"two runs of '{title}' with seed {seed}, one of them '{logdir}': name the ones that count")
         row.scores[seed], row.steps[seed] = scored["scores"], scored.get("step", 0)
         if "scores_of_tokens" in scored:
-            row.tokens[seed] = scored["scores_of_tokens"]
+            row.scores_of_tokens[seed] = scored["scores_of_tokens"]
     if not rows:
         raise UserError("; ".join(remarks) or f"no scored runs of EncDiff under {', '.join(map(str, paths))}")
-    titles = [row.title for row in rows.values()]
-    for row in rows.values():
-        if titles.count(row.title) > 1:
-            row.title += f" ({row.dataset or 'own data'}{''.join(f', {stem}' for stem in row.overlays)})"
+    studies = [read_json(folder / "study.json") for path in paths for folder in (path, path.parent)]
+    order = [title for study in studies for title in study.get("rows", [])]
+    found = sorted(rows.values(), key=lambda row: order.index(row.title) if row.title in order else len(order))
+    tell_apart(found)
+    for row in found:
         if len(set(row.steps.values())) > 1:
             steps = ", ".join(f"{count} (seed {seed})" for seed, count in row.steps.items())
             remarks.append(f"'{row.title}' averages scores of different steps: {steps}")
-    order = [title for path in paths for folder in (path, path.parent) for title in study_order(folder)]
-    place = {title: number for number, title in reversed(list(enumerate(order)))}
-    return [
-        row
-        for _, row in sorted(zip(titles, rows.values(), strict=True), key=lambda pair: place.get(pair[0], len(order)))
-    ], remarks
+    return found, remarks
 
 
-def _name(logdir: Path) -> str:
-    """What a run was called: by `-n`, or the stems of its files joined by +."""
-    logdir = logdir.resolve()
-    name = STARTED.match(logdir.name)
-    if name is None:
-        return logdir.name
-    # A number is added where another run of the name started in the same second.
-    plain = re.sub(r"-\d+$", "", logdir.name)
-    return plain[20:] if plain != logdir.name and (logdir.parent / plain).is_dir() else name[1]
+def tell_apart(rows: Sequence[Row]) -> None:
+    """Add to titles that occur twice the values in which their rows differ."""
+    titles = [row.title for row in rows]
+    for title in {title for title in titles if titles.count(title) > 1}:
+        alike = [row for row in rows if row.title == title]
+        differ = [key for key in KEYS if len({str(row.values[key]) for row in alike}) > 1]
+        for row in alike:
+            shown = (str(row.values[key]).rpartition("." if key.endswith("target") else "/")[2] for key in differ)
+            row.title += f" ({', '.join(shown)})"
 
 
-def study_order(path: Path) -> list[str]:
-    """The rows of a sweep in the order of its study."""
-    file = path / "study.json"
-    return list(json.loads(file.read_text())["rows"]) if file.is_file() else []
+# ---- the paper
 
 
-def _config(logdir: Path, kind: str) -> dict[str, Any]:
-    files = sorted((logdir / "configs").glob(f"*-{kind}.yaml"))
-    loaded: Any = OmegaConf.to_container(OmegaConf.load(files[-1])) if files else {}
-    return loaded
+def paper_numbers(values: dict[str, Any], kind: str = "scores") -> tuple[dict[str, Any], list[str]]:
+    """The paper's numbers for runs with these values: by metric, a mean or [mean, standard deviation].
+
+    Args:
+        values: by key of `paper_numbers.yaml`.
+        kind: scores or scores_of_tokens.
+
+    Returns:
+        The numbers, and, if there are none, what differs from the nearest of the paper's rows.
+    """
+    nearest_row: list[str] = []
+    for row in PAPER["rows"]:
+        for dataset, numbers in row.get(kind, {}).items():
+            differ = []
+            for key, wanted in (PAPER["all"] | PAPER["datasets"][dataset] | row["has"]).items():
+                allowed = wanted if isinstance(wanted, list) else [wanted]
+                if values[key] not in allowed:
+                    differ.append(f"{key} is {values[key]}, and {allowed[-1]} in the paper")
+            if not differ:
+                return numbers, []
+            nearest_row = differ if not nearest_row else min(nearest_row, differ, key=len)
+    return {}, nearest_row
 
 
-def _dataset(project: dict[str, Any]) -> str:
-    data = (project.get("data") or {}).get("params", {})
-    return DATASETS.get(str((data.get("validation") or {}).get("target")).rpartition(".")[2], "")
-
-
-def paper_numbers(row: Row, tokens: bool = False) -> dict[str, Any]:
-    """The paper's numbers for a row: by metric, a mean or [mean, standard deviation]."""
-    numbers = OmegaConf.to_container(OmegaConf.load(ROOT / "scripts" / "paper_numbers.yaml"))
-    assert isinstance(numbers, dict)
-    # The paper's values, and the tokens that are scored beside, make no row of their own.
-    key = [stem for stem in row.overlays if stem not in ("paper", "score_tokens")]
-    if tokens:
-        key.append("score_tokens")
-    if "vector" in key and len(key) == 2:
-        key = ["_".join(sorted(key, key=lambda stem: stem != "vector"))]
-    return numbers.get(row.dataset, {}).get("+".join(key), {})
+# ---- writing
 
 
 def number(values: Any) -> str:
@@ -179,9 +191,7 @@ def number(values: Any) -> str:
         text = f"{value:.3f}"
         return text[1:] if text.startswith("0.") else text.replace("-0.", "-.")
 
-    if isinstance(values, list):
-        return f"{digits(values[0])} ± {digits(values[1])}"
-    return digits(values)
+    return " ± ".join(map(digits, values)) if isinstance(values, list) else digits(values)
 
 
 def spread(values: Sequence[float]) -> Any:
@@ -189,15 +199,15 @@ def spread(values: Sequence[float]) -> Any:
     return [float(np.mean(values)), float(np.std(values, ddof=1))] if len(values) > 1 else values[0]
 
 
-def cells(row: Row, metrics: Sequence[str], paper: Sequence[str], tokens: bool) -> list[str]:
+def cells(row: Row, metrics: Sequence[str], paper: Sequence[str], kind: str) -> list[str]:
     """A line of the table: title, number of seeds, scores, the paper's scores."""
-    scores = row.tokens if tokens else row.scores
-    line = [f"{row.title}, tokens scored" if tokens else row.title, str(len(scores))]
+    scores = getattr(row, kind)
+    line = [row.title if kind == "scores" else f"{row.title}, tokens scored", str(len(scores))]
     for metric in metrics:
         values = [run[metric][HEADLINES[metric]] for run in scores.values() if metric in run]
         few = f" ({len(values)} of {len(scores)})" if 0 < len(values) < len(scores) else ""
         line.append(number(spread([nan if v is None else v for v in values])) + few if values else "")
-    found = paper_numbers(row, tokens)
+    found, _ = paper_numbers(row.values, kind)
     return line + [number(found[metric]) if metric in found else "" for metric in paper]
 
 
@@ -214,11 +224,9 @@ def latex(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         text = re.sub(r"([&%$#_{}])", r"\\\1", text).replace("β", r"$\beta$")
         return re.sub(r"(-?\d*\.\d+) ± (\d*\.\d+)", r"$\1 \\pm \2$", text)
 
-    body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
-    start = [rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}", r"\toprule"]
-    return "\n".join([*start, " & ".join(map(escaped, header)) + r" \\", r"\midrule", *body, r"\bottomrule"]) + (
-        "\n" + r"\end{tabular}"
-    )
+    head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in (header, *lines)]
+    start = [rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*start, *body, r"\bottomrule", r"\end{tabular}"])
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -236,22 +244,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     opt = arguments(argv)
     for metric in opt.metrics or []:
         if metric not in METRICS:
-            raise UserError(f"--metrics: unknown metric '{metric}'{nearest(metric, METRICS)}")
+            raise UserError(f"unknown metric '{metric}'{nearest(metric, METRICS)}", "--metrics")
     rows, remarks = collect(opt.paths)
     scored = {metric for row in rows for run in row.scores.values() for metric in run}
     metrics = opt.metrics or [metric for metric in ("factor_vae", "dci", "tad") if metric in scored] or sorted(scored)
     for metric in metrics:
         if metric not in scored:
-            raise UserError(f"--metrics: no run was scored by {metric}; there are {', '.join(sorted(scored))}")
-    paper = [metric for metric in metrics if any(metric in paper_numbers(row) for row in rows)]
+            raise UserError(f"no run was scored by {metric}; there are {', '.join(sorted(scored))}", "--metrics")
+    paper = [metric for metric in metrics if any(metric in paper_numbers(row.values)[0] for row in rows)]
     titles = [TITLES.get(metric, metric) for metric in metrics]
     header = ["", "seeds", *titles, *(f"paper: {TITLES.get(metric, metric)}" for metric in paper)]
-    lines = []
-    for row in rows:
-        lines.append(cells(row, metrics, paper, False))
-        if opt.tokens and row.tokens:
-            lines.append(cells(row, metrics, paper, True))
+    kinds = ("scores", "scores_of_tokens") if opt.tokens else ("scores",)
+    lines = [cells(row, metrics, paper, kind) for row in rows for kind in kinds if getattr(row, kind)]
     print(latex(header, lines) if opt.latex else markdown(header, lines))
+    differ = {row.title: found for row in rows if (found := paper_numbers(row.values)[1])}
+    if differ:
+        title, first = next(iter(differ.items()))
+        remarks.append(f"no numbers of the paper for {', '.join(differ)}. {title} differs: {'; '.join(first[:3])}")
     for remark in remarks:
         sys.stderr.write(f"{remark}\n")
 

@@ -1,4 +1,4 @@
-"""scripts/convert_checkpoint.py: old checkpoints into ours, and ours into safetensors."""
+"""scripts/convert_checkpoint.py: old checkpoints to ours, and ours to safetensors."""
 
 import importlib.util
 import os
@@ -27,11 +27,11 @@ def last(logdir: Path) -> Path:
 
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("stage", ["first stage", "EncDiff"])
-def test_old_into_ours_goes_on(stage, trust, cli, first_stage, trained_encdiff, tmp_path, capsys):
-    """Weights, optimisers, learning rate and step are those of the old file, and training goes on from there."""
+def test_old_to_ours_resumes(stage, trust, cli, first_stage, trained_encdiff, tmp_path, capsys):
+    """Weights, optimisers, learning rate and step are those of the old file, and training resumes there."""
     source = first_stage if stage == "first stage" else last(trained_encdiff.logdir)
     old, new = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
-    # LPIPS was a part of the loss then.
+    # LPIPS was part of the model then.
     plain = old_layout(old, source, weights={script.FIXED + "net.w": torch.zeros(3)})
     assert script.main([str(old), str(new), *(["--trust"] if trust else [])]) == 0
     assert f"with the state of training at step {plain['global_step']}" in capsys.readouterr().out
@@ -43,20 +43,19 @@ def test_old_into_ours_goes_on(stage, trust, cli, first_stage, trained_encdiff, 
     base, more = (cli.vq, ()) if stage == "first stage" else (cli.enc, (f"{CHECKPOINT}={first_stage}",))
     run = cli.run("--base", base, "-t", "--gpus", 0, "--resume_from_checkpoint", new, "--max_steps", 10, *more)
     assert run.status == 0, run.err
-    went_on = torch.load(last(run.logdir), weights_only=True)
-    assert went_on["global_step"] == 10
-    assert went_on["epoch"] == 2, "two epochs of four batches were done"
-    for optimizer in went_on["optimizer_states"]:
+    resumed = torch.load(last(run.logdir), weights_only=True)
+    assert resumed["global_step"] == 10
+    assert resumed["epoch"] == 2, "two epochs of four batches were done"
+    for optimizer in resumed["optimizer_states"]:
         assert {int(state["step"]) for state in optimizer["state"].values()} == {10}
     if stage == "EncDiff":
-        assert went_on["lr_schedulers"][0]["last_epoch"] == 10
-        scale = [content["state_dict"]["scale_factor"] for content in (plain, went_on)]
+        assert resumed["lr_schedulers"][0]["last_epoch"] == 10
+        scale = [content["state_dict"]["scale_factor"] for content in (plain, resumed)]
         assert torch.equal(*scale)
 
 
-def test_the_next_step_is_the_one_that_ours_would_take(cli, first_stage, trained_encdiff, tmp_path, monkeypatch):
-    """From the converted file and from our own, with the same random numbers: the same weights."""
-
+def test_the_next_step_is_the_same_as_from_ours(cli, first_stage, trained_encdiff, tmp_path, monkeypatch):
+    """Resuming from the converted file and from our own gives the same weights."""
     source = last(trained_encdiff.logdir)
     old_layout(tmp_path / "old.ckpt", source)
     assert script.main([str(tmp_path / "old.ckpt"), str(tmp_path / "new.ckpt")]) == 0
@@ -70,7 +69,7 @@ def test_the_next_step_is_the_one_that_ours_would_take(cli, first_stage, trained
         torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_ours_into_safetensors(trained_encdiff, rooms, tmp_path):
+def test_ours_to_safetensors(trained_encdiff, rooms, tmp_path):
     target = tmp_path / "model.safetensors"
     assert script.main([str(trained_encdiff.logdir), str(target)]) == 0
     expected = torch.load(last(trained_encdiff.logdir), weights_only=True)
@@ -91,8 +90,8 @@ def test_ours_into_safetensors(trained_encdiff, rooms, tmp_path):
     assert set(read_checkpoint(tmp_path / "again.ckpt")[0]["state_dict"]) == set(expected["state_dict"])
 
 
-def test_old_into_safetensors_with_a_configuration(first_stage, trained, tmp_path):
-    """The release's log directories hold their configuration; elsewhere it is given."""
+def test_old_to_safetensors_with_a_configuration(first_stage, trained, tmp_path):
+    """Given by --config, where there is no log directory that holds it."""
     old_layout(tmp_path / "old.ckpt", first_stage, zipped=False)
     config = next(trained.logdir.glob("configs/*-project.yaml"))
     target = tmp_path / "model.safetensors"
@@ -103,7 +102,7 @@ def test_old_into_safetensors_with_a_configuration(first_stage, trained, tmp_pat
 
 
 def test_trust_runs_what_the_file_holds(tmp_path, first_stage):
-    """Only with --trust, and a checkpoint without the state of training gives weights alone."""
+    """Only with --trust. A checkpoint without the state of training gives weights only."""
 
     class Runs:
         def __reduce__(self):
@@ -123,14 +122,14 @@ def test_mistakes(trained, first_stage, tmp_path, capsys):
     """One line, exit status 2, and nothing written."""
     (tmp_path / "there.ckpt").write_bytes(b"mine")
     (tmp_path / "there.yaml").write_text("mine: 1")
-    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
     cases = [
         ([tmp_path / "none.ckpt", tmp_path / "new.ckpt"], "there is no log directory or checkpoint"),
         ([first_stage, tmp_path / "new.pt"], "ends in .ckpt or .safetensors"),
         ([first_stage, tmp_path / "there.ckpt"], "--force"),
-        ([first_stage, tmp_path / "there.safetensors"], "there.yaml' is there already"),
+        ([first_stage, tmp_path / "there.safetensors"], "there.yaml' exists"),
         ([tmp_path / "folder", tmp_path / "new.ckpt"], "has no checkpoint"),
         ([tmp_path / "text.ckpt", tmp_path / "new.ckpt"], "a checkpoint"),
         ([tmp_path / "text.ckpt", tmp_path / "new.ckpt", "--trust"], "a checkpoint"),
@@ -165,8 +164,8 @@ def test_resuming_an_old_file_says_to_convert_it(cli, first_stage, tmp_path):
     ],
     ids=str,
 )
-def test_counters_of_other_kinds(tmp_path, first_stage, key, value, trusted, cli, capsys):
-    """They become whole numbers, or the weights alone are taken and it is said why."""
+def test_counters_of_other_types(tmp_path, first_stage, key, value, trusted, cli, capsys):
+    """They become whole numbers, or only the weights are taken, and the message says why."""
     content = {**old_layout(tmp_path / "old.ckpt", first_stage), key: value}
     torch.save(content, tmp_path / "old.ckpt")
     assert script.main([str(tmp_path / "old.ckpt"), str(tmp_path / "new.ckpt"), "--trust"]) == 0
@@ -177,11 +176,11 @@ def test_counters_of_other_kinds(tmp_path, first_stage, key, value, trusted, cli
                       tmp_path / "new.ckpt")  # fmt: skip
         assert run.status == 0, run.err
     else:
-        assert f"weights alone: {key} of the source" in out and set(found) == {"state_dict"}
+        assert f"weights only: {key} of the source" in out and set(found) == {"state_dict"}
 
 
 def test_a_resume_with_other_trained_parameters(cli, first_stage, trained_encdiff):
-    """The optimiser's state does not fit, which Lightning would tell by a traceback."""
+    """The optimiser's state does not fit, which Lightning would report by a traceback."""
     run = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--resume_from_checkpoint", last(trained_encdiff.logdir),
                   f"{CHECKPOINT}={first_stage}", "model.params.cond_stage_trainable=false")  # fmt: skip
     assert run.status == 2 and "cond_stage_trainable" in run.err and "model.params.ckpt_path" in run.err

@@ -221,6 +221,13 @@ def test_interrupted_anywhere(runs, whole, stage, where):
     assert_same_losses(whole(stage), logdir, unlogged=0 if where == "validation" else 1)
 
 
+def test_sigterm_in_validation(runs, whole):
+    """Lightning would end the run there with status 0, unsaved."""
+    r = runs("encdiff")
+    logdir = r.run(*at(4), f"{SIGNAL}.params.validation=true", f"{SIGNAL}.params.name=SIGTERM", status=130)
+    assert_same_end(whole("encdiff"), r.run("-r", logdir, f"{SIGNAL}.params.batch=1000"))
+
+
 def test_interrupted_twice(runs, whole):
     r = runs("encdiff")
     r.run(*at(2), status=130)

@@ -1,22 +1,24 @@
-"""scripts/sweep.py: every row with every seed, resumed where it stopped; scripts/table.py on what it leaves."""
+"""scripts/sweep.py: every row with every seed, resumed where it stopped; scripts/table.py on the runs."""
 
 import importlib.util
 import json
-import os
+import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import ROOT, SIZES
 from filelock import FileLock
 from omegaconf import OmegaConf
 
 from ldm.data.rendered import write_shapes3d
 from ldm.util import UserError
+
+PIXEL = str(ROOT / "configs/ablations/pixel.yaml")
 
 
 def module(name: str):
@@ -33,9 +35,8 @@ sweep = module("sweep")
 
 @pytest.fixture
 def study(cli, monkeypatch):
-    """A study of tiny runs in a folder of its own: its path, and a way to change it."""
+    """Writes study.yaml, with changes, into a folder of its own."""
     monkeypatch.chdir(cli.folder)
-    monkeypatch.setattr(sweep, "STOP", sweep.Stop())
     content = {
         "first_stage": {"base": ["vq.yaml"], "seed": 3, "overrides": ["lightning.trainer.max_steps=2"]},
         "base": ["enc.yaml"],
@@ -44,28 +45,26 @@ def study(cli, monkeypatch):
         "overrides": ["lightning.trainer.max_steps=2", "lightning.trainer.val_check_interval=2"],
     }
 
-    def write(**changes) -> Path:
+    def write(**changes) -> str:
         OmegaConf.save(OmegaConf.create(content | changes), cli.folder / "study.yaml")
-        return cli.folder / "study.yaml"
+        return "study.yaml"
 
     write()
     return write
 
 
 class Runs:
-    """Takes the place of the training: records commands, and ends as told."""
+    """Takes the place of training: records commands, and ends with the status given for a part of the command."""
 
-    def __init__(self, results=()) -> None:
+    def __init__(self) -> None:
         self.commands: list[list[str]] = []
-        self.devices: list[str | None] = []
-        self.results, self.now, self.most, self.started = dict(results), 0, 0, 0
+        self.results: dict[str, int | str] = {}
+        self.started = 0
 
-    def __call__(self, command, stdout, stderr, env, start_new_session):
+    def __call__(self, command, stdout, stderr, start_new_session):
         self.commands.append(command)
         self.started += 1
-        self.devices.append(env.get("CUDA_VISIBLE_DEVICES"))
-        outer, key = self, next((k for k in self.results if k in " ".join(command)), None)
-        status = self.results.get(key, 0)
+        status = next((self.results[key] for key in self.results if key in " ".join(command)), 0)
         if "-r" in command:
             logdir = Path(command[command.index("-r") + 1])
         else:
@@ -76,265 +75,241 @@ class Runs:
         if status == 0:
             (logdir / "metrics").mkdir(exist_ok=True)
             (logdir / "metrics" / "000002.json").touch()
-        status = 0 if status == "unscored" else status
         if status == 1:
             stdout.write("starting\nerror: no such thing\n")
             stdout.flush()
+        return type("Process", (), {"wait": lambda self: 0 if status == "unscored" else status})()
 
-        class Process:
-            pid = os.getpid()
 
-            def poll(self):
-                return None
-
-            def wait(self):
-                outer.now += 1
-                outer.most = max(outer.most, outer.now)
-                time.sleep(0.02)
-                outer.now -= 1
-                return status
-
-            def send_signal(self, number):
-                raise AssertionError("nobody asked to stop")
-
-        return Process()
+@pytest.fixture
+def runs(monkeypatch, caplog):
+    found = Runs()
+    caplog.set_level("INFO")
+    monkeypatch.setattr(sweep.subprocess, "Popen", found)
+    return found
 
 
 def start(*arguments) -> int:
-    return sweep.main([str(argument) for argument in arguments])
+    return sweep.main(["study.yaml", "--logdir", "out", *map(str, arguments)])
 
 
+def records(folder: Path) -> dict[str, dict]:
+    return {path.parent.parent.name: json.loads(path.read_text()) for path in folder.glob("out/*/seed_7/run.json")}
+
+
+@pytest.mark.slow
 def test_a_real_study(study, cli, capsys, caplog):
-    """First stage, two rows and one that fails; the second call tries the failed one only; then the table."""
+    """First stage, two rows and one that fails; the second call tries only that one; then the table."""
     caplog.set_level("INFO")
     broken = cli.write("broken.yaml", {"data": {"params": {"train": {"params": {"path": str(cli.folder / "late")}}}}})
-    pixel = str(ROOT / "configs/ablations/pixel.yaml")
-    tokens = str(ROOT / "configs/ablations/score_tokens.yaml")
-    path = study(rows={"EncDiff": [tokens], "pixel": [pixel], "broken": [broken]}, seeds=[7])
-    assert start(path, "--logdir", "out") == 1
-    records = {p.parent.parent.name: json.loads(p.read_text()) for p in cli.folder.glob("out/*/seed_7/run.json")}
-    assert {name: record["status"] for name, record in records.items()} == {
+    study(rows={"EncDiff": [], "pixel": [PIXEL], "broken": [broken]}, seeds=[7])
+    assert start() == 1
+    found = records(cli.folder)
+    assert {name: record["status"] for name, record in found.items()} == {
         "encdiff": "done",
         "pixel": "done",
         "broken": "failed",
     }
-    failure = next(line for line in caplog.messages if line.startswith("broken, seed 7: failed"))
+    failure = next(line for line in caplog.messages if line.startswith("broken/7: failed"))
     assert "error: " in failure and str(cli.folder / "late") in failure and "output.log" in failure
-    logdir = cli.folder / "out/encdiff/seed_7" / records["encdiff"]["logdir"]
+    logdir = cli.folder / "out/encdiff/seed_7" / found["encdiff"]["logdir"]
     config = OmegaConf.load(next((logdir / "configs").glob("*-project.yaml")))
     assert config.model.params.first_stage_config.params.ckpt_path == "out/first_stage/last.ckpt"
-    assert not any("first_stage_config" in item for item in records["pixel"]["overrides"])
+    assert not any("first_stage_config" in item for item in found["pixel"]["overrides"])
 
     table = module("table")
     table.main(["out"])
-    shown = capsys.readouterr()
     scores = json.loads((logdir / "metrics" / "000002.json").read_text())["scores"]
     value = table.number(scores["factor_vae"]["eval_accuracy"])
-    assert shown.out.splitlines()[0].startswith("|  | seeds | FactorVAE score |")
-    assert shown.out.splitlines()[2].startswith(f"| EncDiff | 1 | {value} |"), "in the study's order"
-    assert shown.out.splitlines()[3].startswith("| pixel | 1 |")
-    assert shown.out.splitlines()[3].endswith("| 1.000 |"), "the paper's"
-    assert len(shown.out.splitlines()) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|  | seeds | FactorVAE score |"
+    assert lines[2] == f"| EncDiff | 1 | {value} |" and lines[3].startswith("| pixel | 1 |"), "in the study's order"
+    assert len(lines) == 4
 
     # The data appear: only the failed run is tried again.
     write_shapes3d(cli.folder / "late" / "shapes3d" / "3dshapes.h5", SIZES, 16)
-    before = {name: record["seconds"] for name, record in records.items()}
-    assert start(path, "--logdir", "out") == 0
-    after = {p.parent.parent.name: json.loads(p.read_text()) for p in cli.folder.glob("out/*/seed_7/run.json")}
-    assert {record["status"] for record in after.values()} == {"done"}
-    assert [name for name in after if after[name]["seconds"] != before[name]] == ["broken"]
+    outputs = {path: path.stat().st_size for path in cli.folder.glob("out/**/output.log")}
+    assert start() == 0
+    assert {record["status"] for record in records(cli.folder).values()} == {"done"}
+    assert [path.parent.parent.name for path, size in outputs.items() if path.stat().st_size != size] == ["broken"]
+
+
+@pytest.mark.slow
+def test_sigterm_stops_and_the_same_command_resumes(study, cli, monkeypatch):
+    """As a cluster sends it: the run saves, no other starts, and the next call trains the rest in the same folder."""
+    options = ["max_steps=60", "max_epochs=-1", "val_check_interval=20", "check_val_every_n_epoch=null"]
+    study(rows={"pixel": [PIXEL]}, first_stage=None, overrides=[f"lightning.trainer.{option}" for option in options])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "study.yaml", "--logdir", "out", "--seeds", "7", "8"]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 100
+    while not list(cli.folder.glob("out/pixel/seed_7/*/metrics/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    assert sweep.status_of(sweep.Run("pixel/7", Path("out/pixel/seed_7"), {})) == "running elsewhere"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    stopped = records(cli.folder)["pixel"]
+    assert stopped["status"] == "stopped" and not (cli.folder / "out/pixel/seed_8").exists()
+    assert subprocess.run([*command[:-3], "--only", "pixel/7"], check=False).returncode == 0
+    assert records(cli.folder)["pixel"] == stopped | {"status": "done"}, "in the same log directory"
+    last = cli.folder / "out/pixel/seed_7" / stopped["logdir"] / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 60
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_studies_can_be_trained(path, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     study = sweep.load_study(path)
-    first, jobs = sweep.plan(study, tmp_path, study["seeds"], list(study["rows"]))
-    assert first is not None and len(jobs) == len(study["seeds"]) * len(study["rows"])
+    runs = sweep.plan(study, tmp_path, list(study.rows), study.seeds)
+    assert runs[0].name == "first_stage" and len(runs) == 1 + len(study.seeds) * len(study.rows)
 
 
-def test_order_names_and_commands(study, cli, monkeypatch, capsys):
-    runs = Runs()
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    assert start("study.yaml", "--logdir", "out") == 0
+@pytest.mark.slow
+def test_every_overlay_can_be_planned(monkeypatch, tmp_path):
+    """Its model is built on the meta device, which every class must allow."""
+    monkeypatch.chdir(ROOT)
+    rows = {path.stem: [str(path)] for path in (ROOT / "configs" / "ablations").glob("*.yaml")}
+    study = sweep.Study(
+        ["configs/quickstart/encdiff.yaml"], rows, [0], [], sweep.Stage(["configs/quickstart/first_stage.yaml"])
+    )
+    assert len(sweep.plan(study, tmp_path, list(rows), [0])) == 1 + len(rows)
+
+
+def test_order_and_commands(study, runs, capsys):
+    assert start() == 0
     first, *others = runs.commands
     assert first[1].endswith("main.py") and first[2:4] == ["--base", "vq.yaml"] and "3" in first
-    assert [c[c.index("-l") + 1] for c in others] == [
+    assert [command[command.index("-l") + 1] for command in others] == [
         f"out/{row}/seed_{seed}" for seed in (0, 1) for row in ("encdiff", "5_tokens")
     ], "seed by seed"
     assert all(c[1].endswith("main_val.py") and c[c.index("-s") + 1] in "01" and "--gpus" not in c for c in others)
-    assert runs.most == 1, "one at a time"
-    assert start("study.yaml", "--logdir", "out") == 0 and len(runs.commands) == 5, "all are done"
-    assert start("study.yaml", "--logdir", "out", "--list") == 0
-    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=2) == ["1", "done", "5 tokens, seed 0"]
+    assert start() == 0 and len(runs.commands) == 5, "all are done"
+    assert start("--list") == 0 and not capsys.readouterr().out
+    assert start("--seeds", 4, "--rows", "5 tokens", "--gpus", "0,") == 0 and len(runs.commands) == 6
+    command = runs.commands[-1]
+    assert command[command.index("--gpus") + 1] == "0," and "out/5_tokens/seed_4" in command
 
 
-def test_a_failed_run_is_reported_and_a_stopped_one_goes_on(study, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    runs = Runs({"out/encdiff/seed_0": 1})
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    assert start("study.yaml", "--logdir", "out") == 1
-    assert "EncDiff, seed 0: failed" in caplog.text and "error: no such thing" in caplog.text
-    assert "1 failed" in caplog.text and "3 done" in caplog.text
+def test_list_prints_commands_that_run(study, runs, capsys, caplog):
+    """The first stage first; each line does one run, and the others say that it is missing until it is trained."""
+    assert start("--list", "--gpus", "0,") == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line) for line in lines]
+    assert [command[-1] for command in commands] == [
+        "first_stage",
+        "encdiff/0",
+        "5_tokens/0",
+        "encdiff/1",
+        "5_tokens/1",
+    ]
+    assert "encdiff/0: not started" in caplog.messages and not runs.commands
+    assert all(Path(command[1]).resolve() == ROOT / "scripts" / "sweep.py" for command in commands)
+    assert sweep.main(commands[1][2:]) == 1 and not runs.commands
+    assert f"the first stage is not trained yet: {lines[0]}" in caplog.text
+    assert [sweep.main(command[2:]) for command in commands[:3]] == [0, 0, 0]
+    assert [command[command.index("-l") + 1] for command in runs.commands] == [
+        "out/first_stage",
+        "out/encdiff/seed_0",
+        "out/5_tokens/seed_0",
+    ]
+    assert all(command[command.index("--gpus") + 1] == "0," for command in runs.commands)
+    assert start("--list") == 0 and len(capsys.readouterr().out.splitlines()) == 2
+    assert start("--only", "encdiff/0") == 0 and len(runs.commands) == 3, "it is done"
+
+
+def test_a_failed_run_is_reported_and_a_stopped_one_resumes(study, runs, caplog):
+    runs.results = {"out/encdiff/seed_0": 1}
+    assert start() == 1
+    assert "encdiff/0: failed" in caplog.text and "error: no such thing (out/encdiff/seed_0/output.log)" in caplog.text
+    assert "1 failed" in caplog.text and "4 done" in caplog.text
+    caplog.clear()
+    runs.results = {"out/encdiff/seed_0": -9}
+    assert start() == 1 and "SIGKILL" in caplog.text and "no such thing" not in caplog.text
     runs.results, runs.commands = {"out/encdiff/seed_0": 130}, []
-    assert start("study.yaml", "--logdir", "out") == 130
-    monkeypatch.setattr(sweep, "STOP", sweep.Stop())
+    assert start() == 130
     runs.results = {}
-    assert start("study.yaml", "--logdir", "out") == 0
-    assert len(runs.commands) == 2 and runs.commands[1][2:4] == ["-r", "out/encdiff/seed_0/2026-01-06T00-00-00_run"]
+    assert start() == 0
+    assert len(runs.commands) == 2 and runs.commands[1][2:4] == ["-r", "out/encdiff/seed_0/2026-01-07T00-00-00_run"]
     assert "-s" not in runs.commands[1] and "--base" not in runs.commands[1], "the log directory holds them"
 
 
-def test_only_what_has_scores_is_done(study, monkeypatch, caplog):
-    """A run that was stopped in its last validation ends, when it goes on, without one: it is trained anew."""
-    caplog.set_level("INFO")
-    runs = Runs({"out/encdiff/seed_0": "unscored"})
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    assert start("study.yaml", "--logdir", "out") == 1
-    assert "EncDiff, seed 0: unscored" in caplog.text and "trained anew" in caplog.text
+def test_only_what_has_scores_is_done(study, runs, caplog):
+    """A run that is stopped in its last validation ends without one when it resumes: it is trained anew."""
+    runs.results = {"out/encdiff/seed_0": "unscored"}
+    assert start() == 1
+    assert "encdiff/0: unscored" in caplog.text and "trained anew" in caplog.text
     runs.results, runs.commands = {}, []
-    assert start("study.yaml", "--logdir", "out") == 0
+    assert start() == 0
     assert len(runs.commands) == 1 and "-r" not in runs.commands[0] and "-s" in runs.commands[0]
     study(overrides=["lightning.callbacks.disentanglement.params.metrics=[]"])
     runs.results = {"encdiff": "unscored", "5_tokens": "unscored"}
-    assert start("study.yaml", "--logdir", "other") == 0, "where no scores are asked for, none are missed"
+    assert start("--logdir", "other") == 0, "where no scores are asked for, none are missed"
 
 
-def test_the_reason_is_the_last_attempts(study, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    runs = Runs({"out/encdiff/seed_0": 1})
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    start("study.yaml", "--logdir", "out", "--rows", "EncDiff", "--seeds", 0)
-    caplog.clear()
-    runs.results = {"out/encdiff/seed_0": -9}
-    assert start("study.yaml", "--logdir", "out", "--rows", "EncDiff", "--seeds", 0) == 1
-    assert "ended by SIGKILL" in caplog.text and "no such thing" not in caplog.text
-
-
-def test_gpus_count_in_what_is_visible(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert sweep.gpus(None) == [None] and sweep.gpus("0,2") == ["0", "2"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
-    assert sweep.gpus("1,0") == ["GPU-ab", "4"]
-    with pytest.raises(UserError, match="2 GPUs, numbers 0 to 1"):
-        sweep.gpus("2")
-
-
-def test_a_given_first_stage_reaches_every_row_that_has_one(study, cli, monkeypatch, first_stage):
-    """As an override, with a row that has no first stage, and without training one."""
-    runs = Runs()
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    pixel = str(ROOT / "configs/ablations/pixel.yaml")
-    path = study(overrides=[f"{sweep.CKPT_KEY}={first_stage}"], rows={"EncDiff": [], "pixel": [pixel]}, seeds=[0])
-    assert start(path, "--logdir", "out") == 0
+def test_a_given_first_stage_reaches_every_row_that_has_one(study, runs, first_stage):
+    """As an override; none is trained."""
+    study(overrides=[f"{sweep.CKPT_KEY}={first_stage}"], rows={"EncDiff": [], "pixel": [PIXEL]}, seeds=[0])
+    assert start() == 0
     assert [any(str(first_stage) in item for item in command) for command in runs.commands] == [True, False]
 
 
-def test_devices_share_the_runs(study, monkeypatch):
-    runs = Runs()
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    assert start("study.yaml", "--logdir", "out", "--gpus", "0,3", "--seeds", 0, 1, 2) == 0
-    assert set(runs.devices) == {"0", "3"} and runs.most == 2 and len(runs.commands) == 7
-    assert all(command[command.index("--gpus") + 1] == "0," for command in runs.commands)
-    assert len({tuple(command) for command in runs.commands}) == 7, "each once"
+def test_what_another_process_trains_is_left_alone(study, runs, caplog):
+    """It holds the lock of its log directory, also before its first checkpoint."""
+    logdir = Path("out/encdiff/seed_1/2026-01-01T00-00-00_encdiff")
+    logdir.mkdir(parents=True)
+    with FileLock(logdir / ".lock"):
+        assert start() == 1
+    assert "encdiff/1: running elsewhere" in caplog.text
+    assert len(runs.commands) == 4 and not any("out/encdiff/seed_1" in command for command in runs.commands)
+    assert start() == 0 and "out/encdiff/seed_1" in runs.commands[-1]
 
 
-def test_a_slurm_array(study, monkeypatch):
-    runs = Runs()
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    for task in ("3", "0"):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-        assert start("study.yaml", "--logdir", "out", "--slurm") == 0
-    assert [c[c.index("-l") + 1] for c in runs.commands] == [
-        "out/first_stage",
-        "out/5_tokens/seed_1",
-        "out/encdiff/seed_0",
-    ]
-    for task in ("4", "", "x"):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-        with pytest.raises(UserError, match=r"jobs are 0 to 3.*--array=0-3"):
-            start("study.yaml", "--logdir", "out", "--slurm")
-
-
-def test_two_sweeps_do_not_train_the_same_run(study, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    runs = Runs()
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
-    Path("out/encdiff/seed_1").mkdir(parents=True)
-    with FileLock("out/encdiff/seed_1/.lock"):
-        thread = threading.Thread(target=start, args=("study.yaml", "--logdir", "out"))
-        thread.start()
-        thread.join()
-    assert "EncDiff, seed 1: elsewhere" in caplog.text
-    assert not any("out/encdiff/seed_1" in " ".join(command) for command in runs.commands)
-    # A run whose sweep was killed, and which is still there.
-    _, jobs = sweep.plan(sweep.load_study(Path("study.yaml")), Path("out"), [1], ["EncDiff"])
-    own = Path("/proc/self/cmdline")
-    command = own.read_text().split("\0")[:-1] if own.is_file() else []
-    jobs[0].save(status="running", pid=os.getpid(), host=sweep.socket.gethostname(), command=command)
-    assert sweep.run_job(jobs[0]) == "elsewhere"
-    gone = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ)
-    os.waitpid(gone, 0)
-    jobs[0].save(status="running", pid=gone, host=sweep.socket.gethostname(), command=command)
-    assert sweep.run_job(jobs[0]) == "done"
-
-
-def test_a_changed_study_does_not_pass_for_the_old_one(study, cli, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setattr(sweep.subprocess, "Popen", Runs())
-    assert start("study.yaml", "--logdir", "out") == 0
+def test_a_changed_study_does_not_pass_for_the_old_one(study, cli, runs, caplog):
+    assert start() == 0
     study(overrides=["lightning.trainer.max_steps=3"])
-    assert start("study.yaml", "--logdir", "out") == 1
+    assert start() == 1
     assert "holds a run of another overrides" in caplog.text and "another --logdir" in caplog.text
     study()
     text = (cli.folder / "enc.yaml").read_text()
     (cli.folder / "enc.yaml").write_text(text.replace("loss_type: l1", "loss_type: l2"))
-    assert start("study.yaml", "--logdir", "out") == 1 and "another config" in caplog.text
+    assert start() == 1 and "another config" in caplog.text
+    (cli.folder / "enc.yaml").write_text(text)
+    text = (cli.folder / "vq.yaml").read_text()
+    (cli.folder / "vq.yaml").write_text(text.replace("n_embed: 32", "n_embed: 16"))
+    assert start() == 1 and "another first_stage" in caplog.text
+    Path("out/encdiff/seed_0/run.json").write_text("{damaged")
+    assert sweep.record_of(sweep.Run("encdiff/0", Path("out/encdiff/seed_0"), {})) == {}
 
 
-def test_sigterm_saves_and_stops(study, cli):
-    """As a cluster sends it: the run saves, nothing else begins, and the same command goes on."""
-    study(overrides=["lightning.trainer.max_steps=100000", "lightning.trainer.max_epochs=-1"], first_stage=None,
-          rows={"pixel": [str(ROOT / "configs/ablations/pixel.yaml")]})  # fmt: skip
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "study.yaml", "--logdir", "out"]
-    process = subprocess.Popen(command, cwd=cli.folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 100
-    while not list(cli.folder.glob("out/pixel/seed_0/*/metrics/*.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
-    record = json.loads((cli.folder / "out/pixel/seed_0/run.json").read_text())
-    assert record["status"] == "stopped" and not (cli.folder / "out/pixel/seed_1").exists()
-    assert (cli.folder / "out/pixel/seed_0" / record["logdir"] / "checkpoints" / "last.ckpt").is_file()
+def unet(**params) -> dict:
+    return {"model": {"params": {"unet_config": {"params": params}}}}
 
 
 @pytest.mark.parametrize(
     "changes, arguments, message",
     [
-        ({"rows": {"a": ["no.yaml"]}}, (), "there is no file 'no.yaml'"),
-        ({"rows": {"a b": [], "a-b": []}}, (), "differ in nothing but punctuation"),
-        ({"rows": ["a"]}, (), "rows must map names"),
-        ({"rows": {"a": "enc.yaml"}}, (), "rows must map names"),
-        ({"rows": {"β": []}}, (), "needs a letter"),
-        ({"base": "enc.yaml"}, (), "base must be a list"),
-        ({"seeds": 3}, (), "seeds must be a list"),
-        ({}, ("--seeds", -1), "--seeds: expected"),
-        ({"seeds": [-1]}, (), "seeds must be a list of whole numbers"),
-        ({"seeds": [1, 1]}, (), "a seed is given twice"),
-        ({"base": []}, (), "'base' is missing"),
-        ({"sedes": [1]}, (), "unknown key 'sedes'.*seeds"),
+        ({"rows": {"a": ["no.yaml"]}}, (), "row 'a'.*there is no file 'no.yaml'"),
+        ({"rows": {"a b": [], "a-b": []}}, (), "must differ in their letters"),
+        ({"rows": {"β": []}}, (), "must differ in their letters"),
+        ({"rows": {"a": "enc.yaml"}}, (), r"rows\.a"),
+        ({"seeds": "x"}, (), "study.yaml: seeds"),
+        ({"base": "???"}, (), "study.yaml.*base"),
+        ({"sedes": [1]}, (), "sedes.*seeds"),
+        ({"first_stage": {"base": ["vq.yaml"], "sed": 1}}, (), r"first_stage.*sed"),
         ({"overrides": ["model.params.losstype=l1"]}, (), "row 'EncDiff'.*loss_type"),
-        ({"first_stage": {"base": ["vq.yaml"], "sed": 1}}, (), "first_stage: unknown key 'sed'"),
-        ({}, ("--rows", "Encdif"), "no row 'Encdif'.*EncDiff"),
-        ({}, ("--gpus", "a"), "--gpus: expected numbers"),
+        ({"rows": {"a": ["key.yaml"]}}, (), "row 'a'.*unet_config.*num_res_block"),
+        ({"rows": {"a": ["size.yaml"]}}, (), "row 'a'.*unet_config"),
+        ({}, ("--rows", "Encdif"), "no row 'Encdif'.*encdiff"),
+        ({}, ("--only", "encdif/0"), "no row 'encdif'.*encdiff"),
+        ({}, ("--only", "encdiff"), "expected ROW/SEED"),
+        ({"rows": {"pixel": [PIXEL]}}, ("--only", "first_stage"), "no row of the study needs"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(study, cli, monkeypatch, changes, arguments, message):
-    runs = Runs()
-    monkeypatch.setattr(sweep.subprocess, "Popen", runs)
+def test_mistakes_are_found_before_anything_runs(study, cli, runs, changes, arguments, message):
+    cli.write("key.yaml", unet(num_res_block=2))
+    cli.write("size.yaml", unet(model_channels=30))
+    study(**changes)
     with pytest.raises(UserError, match=message):
-        start(study(**changes), "--logdir", "out", *arguments)
-    assert not runs.commands
-    with pytest.raises(UserError, match="cannot be read"):
-        start("nothing.yaml")
+        start(*arguments)
+    assert not runs.commands and not Path("out").exists()

@@ -11,6 +11,7 @@ import pytest
 from command_line import ROOT
 from omegaconf import OmegaConf
 
+from ldm.cli.configure import compose
 from ldm.util import UserError
 
 spec = importlib.util.spec_from_file_location("table_script", ROOT / "scripts" / "table.py")
@@ -20,20 +21,33 @@ sys.modules[spec.name] = table  # for the dataclass
 spec.loader.exec_module(table)
 
 
-def run(folder: Path, name: str, seed: int, scores: dict, tokens: dict | None = None, target: str = "Shapes3DTrain"):
+def paper_config(dataset: str = "shapes3d", *overlays: str):
+    """A configuration with the paper's values."""
+    names = [f"latent-diffusion/{dataset}-vq-4-16", "ablations/paper", *(f"ablations/{name}" for name in overlays)]
+    return compose([ROOT / "configs" / f"{name}.yaml" for name in names], complete=False)
+
+
+def values(config, dataset: str = "shapes3d") -> dict:
+    """What `table.py` compares."""
+    factors = table.PAPER["datasets"][dataset].get("factors", "")
+    return {key: OmegaConf.select(config, key) for key in table.KEYS} | {"factors": factors}
+
+
+def run(folder: Path, name: str, seed: int, scores: dict, tokens: dict | None = None, dataset="shapes3d", overlays=()):
     """A log directory, as a run leaves it: of two validations, the second counts."""
     logdir = folder / name
     for part in ("configs", "metrics"):
         (logdir / part).mkdir(parents=True)
-    node = {"target": f"ldm.data.dis.{target}"}
-    project = {"model": {"params": {"first_stage_config": {}}}, "data": {"params": {"validation": node}}}
-    OmegaConf.save(OmegaConf.create(project), logdir / "configs" / "now-project.yaml")
+    project = OmegaConf.masked_copy(paper_config(dataset, *overlays), ["model", "data"])
+    OmegaConf.save(project, logdir / "configs" / "now-project.yaml")
     OmegaConf.save(OmegaConf.create({"lightning": {"seed": seed}}), logdir / "configs" / "now-lightning.yaml")
 
     def entries(values: dict) -> dict:
         return {metric: {table.HEADLINES[metric]: value} for metric, value in values.items()}
 
-    record = {"scores": entries(scores)} | ({"scores_of_tokens": entries(tokens)} if tokens else {})
+    sizes = table.PAPER["datasets"][dataset]["factors"].split()
+    factors = {f"factor {place}": int(size) for place, size in enumerate(sizes)}
+    record = {"factors": factors, "scores": entries(scores)} | ({"scores_of_tokens": entries(tokens)} if tokens else {})
     (logdir / "metrics" / "999000.json").write_text(json.dumps({"scores": entries(dict.fromkeys(scores, 0.0))}))
     (logdir / "metrics" / "1000000.json").write_text(json.dumps(record))
     return logdir
@@ -52,6 +66,7 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path, capsys):
             f"2026-01-0{seed + 1}T00-00-00_shapes3d-vq-4-16+adagn",
             seed,
             {"factor_vae": factor_vae, "dci": dci},
+            overlays=["adagn"],
         )
     lines = shown(capsys, tmp_path)
     mean, std = values.mean(axis=0), values.std(axis=0, ddof=1)
@@ -65,7 +80,7 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path, capsys):
 
 def test_latex_compiles_by_eye(tmp_path, capsys):
     for seed in (0, 1):
-        run(tmp_path, f"2026-01-0{seed + 1}T00-00-00_mpi3d_x", seed, {"mig": 0.25 + 0.5 * seed}, target="MPI3DTrain")
+        run(tmp_path, f"2026-01-0{seed + 1}T00-00-00_mpi3d_x", seed, {"mig": 0.25 + 0.5 * seed}, dataset="mpi3d")
     assert shown(capsys, tmp_path, "--latex", "--metrics", "mig") == [
         r"\begin{tabular}{lcc}",
         r"\toprule",
@@ -88,27 +103,61 @@ def test_tokens_have_a_line_of_their_own(tmp_path, capsys):
     ]
 
 
-def test_the_rows_of_the_paper():
-    """By overlays and data set; the paper's own values make no row of their own."""
+def test_every_number_of_the_paper_belongs_to_an_overlay():
+    """With the paper's other values; no overlay needs a number."""
+    stems = [path.stem for path in (ROOT / "configs" / "ablations").glob("*.yaml") if path.stem != "paper"]
+    models = [values(paper_config("shapes3d", *names)) for names in ([], *([stem] for stem in stems))]
+    found = {}
+    for dataset, keys in table.PAPER["datasets"].items():
+        data = values(paper_config(dataset), dataset)
+        found[dataset] = [table.paper_numbers(model | {key: data[key] for key in keys})[0] for model in models]
+    for row in table.PAPER["rows"]:
+        for dataset, numbers in row["scores"].items():
+            assert numbers in found[dataset], (dataset, row["has"])
 
-    def dci(dataset: str, *overlays: str, tokens: bool = False):
-        found = table.paper_numbers(table.Row("", list(overlays), dataset), tokens)
-        return found.get("dci")
 
-    assert dci("shapes3d") == dci("shapes3d", "paper") == [0.969, 0.030]
-    assert dci("shapes3d", "vector", "no_diffusion") == dci("shapes3d", "vector_no_diffusion") == 0.246
-    assert dci("shapes3d", "paper", "no_diffusion", "vector") == 0.246
-    assert dci("mpi3d", "adagn") == 0.268 and dci("cars3d") == [0.279, 0.022]
-    assert dci("shapes3d", "tokens_5", "adagn") is None and dci("", "adagn") is None
-    assert dci("shapes3d", tokens=True) == 0.955 and dci("shapes3d", "adagn", tokens=True) is None
-    names = {path.stem for path in (ROOT / "configs" / "ablations").glob("*.yaml")}
-    numbers = OmegaConf.load(ROOT / "scripts" / "paper_numbers.yaml")
-    assert set(numbers.shapes3d) - {""} == names - {"paper"}, "every overlay has its number"
+@pytest.mark.parametrize(
+    "dataset, overlays, expected",
+    [
+        ("shapes3d", [], [0.969, 0.030]),
+        ("shapes3d", ["adagn"], [0.637, 0.068]),
+        ("shapes3d", ["schedule_linear"], 0.930),
+        ("shapes3d", ["vector", "no_diffusion"], 0.246),
+        ("shapes3d", ["vector_no_diffusion"], 0.246),
+        ("shapes3d", ["tokens_5", "adagn"], None),
+        ("mpi3d", ["adagn"], 0.268),
+        ("cars3d", ["adagn"], None),
+    ],
+)
+def test_the_paper_s_rows_are_known_by_what_they_are(dataset, overlays, expected):
+    numbers, differ = table.paper_numbers(values(paper_config(dataset, *overlays), dataset))
+    assert numbers.get("dci") == expected and bool(differ) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.params.loss_type=l1",
+        "model.params.beta_schedule=mine",
+        "model.params.cond_stage_config.params.latent_unit=21",
+        "model.params.cond_stage_config.params.context_dim=16",
+        "data.params.validation.target=ldm.data.rendered.RenderedTrain",
+        "factors=4 4 4 4 4 4",
+        "model.target=mine.Diffusion",
+    ],
+)
+def test_other_values_have_no_number(change):
+    """The differing value is named."""
+    key, _, value = change.partition("=")
+    numbers, differ = table.paper_numbers(values(paper_config()) | {key: value})
+    assert not numbers and differ[0].startswith(f"{key} is {value}, and")
+    release = compose([ROOT / "configs/latent-diffusion/shapes3d-vq-4-16.yaml"], complete=False)
+    assert not table.paper_numbers(values(release))[0], "the release's values are not the paper's"
 
 
 def test_unfinished_and_unscored_runs_are_left_out_and_named(tmp_path, capsys):
     good = run(tmp_path / "a" / "seed_0", "2026-01-01T00-00-00_a", 5, {"dci": 0.5})
-    record = {"row": "Row A", "seed": 0, "overlays": [], "status": "done", "logdir": good.name}
+    record = {"row": "Row A", "seed": 0, "status": "done", "logdir": good.name}
     (good.parent / "run.json").write_text(json.dumps(record))
     run(good.parent, "2026-01-02T00-00-00_a", 5, {"dci": 0.75})  # not the one that counts
     running = run(tmp_path / "a" / "seed_1", "2026-01-01T00-00-00_a", 6, {"dci": 0.25})
@@ -117,31 +166,34 @@ def test_unfinished_and_unscored_runs_are_left_out_and_named(tmp_path, capsys):
     (empty.parent / "run.json").write_text(json.dumps(record | {"seed": 2}))
     for file in (empty / "metrics").glob("*.json"):
         file.unlink()
+    damaged = run(tmp_path / "a" / "seed_3", "2026-01-01T00-00-00_b", 7, {"dci": 0.25}, overlays=["tokens_5", "adagn"])
+    (damaged.parent / "run.json").write_text('{"row": "Row')
     table.main([str(tmp_path)])
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[2:] == ["| Row A | 1 | .500 | .969 ± .030 |"]
+    assert shown.out.splitlines()[2:] == ["| Row A | 1 | .500 | .969 ± .030 |", "| b | 1 | .250 |  |"]
+    assert shown.err.count("no numbers of the paper for b. b differs: model.params") == 1
     assert re.search(r"left out, running: .*seed_1", shown.err) and re.search("left out, without.*seed_2", shown.err)
 
 
 def test_rows_are_of_one_name_data_set_and_configuration(tmp_path, capsys):
-    """Names may end in numbers; two studies may have rows of one name; runs of other lengths are told."""
+    """Names may end in numbers; two studies may have rows of one name; runs of other lengths are named."""
     run(tmp_path, "2026-01-01T00-00-00_shapes3d-vq-4-16", 0, {"dci": 0.5})
     run(tmp_path, "2026-01-01T00-00-00_shapes3d-vq-4-16-2", 1, {"dci": 0.25})
     run(tmp_path, "2026-01-01T00-00-00_shapes3d-vq-4-8", 0, {"dci": 0.125})
     longer = run(tmp_path, "2026-01-02T00-00-00_shapes3d-vq-4-8", 1, {"dci": 0.375})
     scored = json.loads((longer / "metrics" / "1000000.json").read_text())
     (longer / "metrics" / "1000000.json").write_text(json.dumps(scored | {"step": 7}))
-    for seed, dataset in enumerate(("Shapes3DTrain", "MPI3DTrain")):
+    for seed, dataset in enumerate(("shapes3d", "mpi3d")):
         logdir = run(
-            tmp_path / dataset / f"seed_{seed}", "2026-01-01T00-00-00_encdiff", 5, {"dci": 0.5}, target=dataset
+            tmp_path / dataset / f"seed_{seed}", "2026-01-01T00-00-00_encdiff", 5, {"dci": 0.5}, dataset=dataset
         )
-        record = {"row": "EncDiff", "seed": seed, "overlays": [], "status": "done", "logdir": logdir.name}
+        record = {"row": "EncDiff", "seed": seed, "status": "done", "logdir": logdir.name}
         (logdir.parent / "run.json").write_text(json.dumps(record))
     table.main([str(tmp_path)])
     shown = capsys.readouterr()
     assert sorted(shown.out.splitlines()[2:]) == [
-        "| EncDiff (mpi3d) | 1 | .500 | .685 ± .044 |",
-        "| EncDiff (shapes3d) | 1 | .500 | .969 ± .030 |",
+        "| EncDiff (MPI3DTrain, 6 6 2 3 3 40 40) | 1 | .500 | .685 ± .044 |",
+        "| EncDiff (Shapes3DTrain, 10 10 10 8 4 15) | 1 | .500 | .969 ± .030 |",
         "| shapes3d-vq-4-16 | 2 | .375 ± .177 | .969 ± .030 |",
         "| shapes3d-vq-4-8 | 2 | .250 ± .177 | .969 ± .030 |",
     ]

@@ -59,6 +59,13 @@ class StopCallback(Callback):
         if hasattr(signal, "SIGUSR1"):
             self._old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install it again for SIGTERM: Lightning's own handler, put around it, ends a run between epochs unsaved."""
+        if signal.SIGTERM in self._old:
+            signal.signal(signal.SIGTERM, self._on_stop)
+
+    on_train_start = on_sanity_check_start
+
     def _on_stop(self, signum: int, frame: Any) -> None:
         if self._stop is not None:
             raise KeyboardInterrupt

@@ -99,7 +99,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader:
         if split not in self.nodes:
-            raise UserError(f"data.params.{split} is missing but needed here; found only {', '.join(self.nodes)}")
+            raise UserError(f"this node is needed here; found only {', '.join(self.nodes)}", f"data.params.{split}")
         self._build()
         dataset: Any = self.datasets[split]
         training = split == "train"

@@ -13,24 +13,24 @@ def beta_vae(
     num_train: int = 10000,
     num_eval: int = 5000,
 ) -> Scores:
-    """How well a linear classifier tells which factor two sets of images share.
+    """How well a linear classifier predicts which factor pairs of images share.
 
     For each point a factor is drawn, then `batch_size` pairs that agree in it; the point is the mean absolute
-    difference of the pairs' codes, its label the factor. Constant codes give points of zeros and the share of the
-    commonest label, about one over the number of factors.
+    difference of the pairs' codes, and its label is the factor. Constant codes give points of zeros, and score the
+    share of the most frequent label, about one over the number of factors.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
         grid: the factors of the rows.
         random_state: source of the draws.
-        batch_size, num_train, num_eval: pairs per point, points to train and to evaluate on; the defaults are the
+        batch_size, num_train, num_eval: pairs per point, points to train and to evaluate on. The defaults are the
             release's.
 
     Returns:
         `train_accuracy`, `eval_accuracy`.
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that all have one label.
+        ValueError: unusable codes or grid, or so few points that all have the same label.
     """
     from sklearn.linear_model import LogisticRegression
 

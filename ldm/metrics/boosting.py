@@ -1,16 +1,16 @@
 """Gradient boosted trees as scikit-learn's `GradientBoostingClassifier()` grows them, made fast for DCI.
 
-The algorithm is scikit-learn's (Friedman, "Greedy Function Approximation", 2001, with its defaults): 100 rounds of one
-regression tree of depth 3 per class (a single one for two classes) on the residuals of the log-loss, splits by squared
-error at midpoints between values more than 1e-7 apart, one Newton step per leaf, a learning rate of 0.1. Importances
+The algorithm is scikit-learn's, with its defaults (Friedman, "Greedy Function Approximation", 2001): 100 rounds of one
+regression tree of depth 3 per class (a single one for two classes) on the residuals of the log-loss; splits by squared
+error, at midpoints between values more than 1e-7 apart; one Newton step per leaf; a learning rate of 0.1. Importances
 are the decreases of the squared error, summed over all trees and normalised once.
 
-What makes it fast: the features never change, so they are sorted once for all trees; a level of a tree is one pass over
-each sorted feature, for all its nodes, and for up to 8 classes at a time; and classes and factors run in parallel.
+What makes it fast: the features never change, so they are sorted once for all trees; each level of a tree takes one
+pass over each sorted feature, for all its nodes and up to 8 classes at a time; and classes and factors run in parallel.
 
-Where features tie for the best split, one of them is taken at random. scikit-learn does the same, by visiting them in
-random order, where the gains are equal to the last bit, as those of equal features are. Gains of different splits that
-are equal but for rounding it leaves to rounding, which here decides nothing: they are drawn for as well.
+If features tie for the best split, one of them is chosen at random. scikit-learn does the same for gains that are equal
+to the last bit (those of equal features), by visiting the features in random order. If the gains of different splits
+differ only by rounding, it lets rounding decide; here one is chosen at random as well.
 """
 
 import itertools
@@ -25,21 +25,21 @@ import numpy as np
 from numba import uintp
 
 ROUNDS, DEPTH, LEARNING_RATE = 100, 3, 0.1
-# Values of a feature closer than this, in float32, are not told apart.
+# Values of a feature closer than this, in float32, are not separated.
 SAME_VALUE = np.float32(1e-7)
 # Nodes are numbered as in a heap: the root is 1, the children of k are 2k and 2k + 1.
 NODES = 2 ** (DEPTH + 1)
-# Gains that differ by less than rounding can, relative to them, are ties.
+# Gains whose relative difference is below this, as rounding's is, are ties.
 TIE = 1e-10
 MAX_LANES = 8
 # Entries of a node's state during the scan of one feature: sum of centred residuals and number of samples to the left,
-# samples in all, the best gain so far and its position, and the value that the next one must exceed.
+# number of all samples, the best gain so far and its position, and the value that the next one must exceed.
 WIDTH = 8
 SUM, LEFT, COUNT, GAIN, POSITION, LIMIT = (uintp(k) for k in range(6))
 
 
 def compiled(function: Callable) -> Any:
-    """`numba.njit` without Python's lock, kept on disk where a folder for it can be written."""
+    """`numba.njit` without the global interpreter lock, cached on disk if a folder for it can be written to."""
     try:
         return numba.njit(function, nogil=True, error_model="numpy", cache=True)
     except RuntimeError:
@@ -48,7 +48,7 @@ def compiled(function: Callable) -> Any:
 
 @dataclass(frozen=True)
 class SortedFeatures:
-    """Features in float32, as scikit-learn's trees see them, with the order of each."""
+    """Features in float32, as in scikit-learn's trees, with the order of each."""
 
     columns: np.ndarray  # (features, samples) float32
     order: np.ndarray  # (features, samples) uint32: rows by increasing value
@@ -64,7 +64,7 @@ class SortedFeatures:
 
 @dataclass(frozen=True)
 class Fit:
-    """What DCI needs of a classifier: importances (n,), predicted labels of the training and test samples."""
+    """What DCI needs of a classifier: importances (n,), predicted labels of the training and the test samples."""
 
     importances: np.ndarray
     train: np.ndarray
@@ -78,14 +78,17 @@ def fit_factors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seeds: 
         train: samples (m, n), finite.
         labels: (m, k) integers: the k factors to predict, of at least two values each.
         test: samples (t, n) to predict after training.
-        seeds: (k,) of the choices among features that tie.
-        num_jobs: threads. They have no effect on the result.
+        seeds: (k,), for the choices among tied features.
+        num_jobs: threads; their number does not affect the result.
+
+    Returns:
+        A `Fit` per factor.
     """
     features, columns = SortedFeatures.of(train), np.ascontiguousarray(test.T, dtype=np.float32)
     stop = threading.Event()
     workers, drivers = ThreadPoolExecutor(num_jobs), ThreadPoolExecutor(labels.shape[1])
     try:
-        # Work is in proportion to the number of classes: those with most of them begin.
+        # The work is proportional to the number of classes: factors with the most of them start first.
         longest_first = np.argsort(-labels.max(axis=0), kind="stable")
         futures = {
             k: drivers.submit(_fit, features, labels[:, k], columns, int(seeds[k]), workers, num_jobs, stop)
@@ -95,7 +98,7 @@ def fit_factors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seeds: 
             future.result()
         return [futures[k].result() for k in range(labels.shape[1])]
     finally:
-        # After an interrupt or an error: no further round.
+        # After an interrupt or an error, no further round starts.
         stop.set()
         workers.shutdown(cancel_futures=True)
         drivers.shutdown(cancel_futures=True)
@@ -125,7 +128,7 @@ def _fit(
 
     def residuals(rows: slice) -> None:
         _shift(raw[rows], residual[rows])
-        # NumPy's exponential is several times faster than the compiled loop's. An infinite one is a probability of 0.
+        # NumPy's exponential is several times faster than a compiled loop's. An infinite one means a probability of 0.
         with np.errstate(over="ignore"):
             np.exp(residual[rows], out=residual[rows])
         _residuals(labels[rows], residual[rows])
@@ -149,7 +152,7 @@ def _fit(
     for _ in range(ROUNDS):
         if stop.is_set():
             break
-        # All trees of a round see the residuals from before it.
+        # All trees of a round use the residuals from before it.
         list(workers.map(residuals, blocks))
         list(workers.map(grow, groups))
     total = importances.sum(axis=0)
@@ -157,7 +160,7 @@ def _fit(
 
 
 def _prior(shares: np.ndarray) -> np.ndarray:
-    """Raw predictions (1,) or (classes,) to begin with, of the classes' shares."""
+    """Initial raw predictions (1,) or (classes,) from the classes' shares."""
     if len(shares) == 2:
         return np.log(shares[1:] / shares[:1])
     return np.log(shares) - np.log(shares).mean()
@@ -170,7 +173,7 @@ def _decide(raw: np.ndarray) -> np.ndarray:
 
 @compiled
 def _shift(raw, shifted):
-    """Exponents of the log-loss (m, classes): raw predictions minus the row's largest; of two classes, minus raw."""
+    """Exponents of the log-loss (m, classes): raw predictions minus the row's largest; for two classes, minus raw."""
     for i in range(len(raw)):
         largest = raw[i].max() if raw.shape[1] > 1 else 2 * raw[i, 0]
         for k in range(raw.shape[1]):
@@ -179,7 +182,7 @@ def _shift(raw, shifted):
 
 @compiled
 def _residuals(labels, exponentials):
-    """Negative gradient of the log-loss, in place of the exponentials: one-hot label minus predicted probability."""
+    """Overwrite the exponentials with the negative gradient of the log-loss: one-hot label minus probability."""
     classes = exponentials.shape[1]
     for i in range(len(labels)):
         if classes == 1:
@@ -192,9 +195,9 @@ def _residuals(labels, exponentials):
 
 @compiled
 def _grow(order, values, columns, labels, residual, first, lanes, raw, test, raw_test, random, importances):
-    """Grow one tree for each of the classes from `first` on, `lanes` many, and add them to the raw predictions.
+    """Grow one tree for each of `lanes` classes, starting at class `first`, and add them to the raw predictions.
 
-    `random` (classes,) is the state of each class's random numbers, `importances` (classes, features) is added to.
+    `random` (classes,) is the state of each class's random numbers; `importances` (classes, features) is added to.
     Arrays of nodes and lanes are flat: entry (k, lane) is at k * lanes + lane.
     """
     samples = len(labels)
@@ -235,7 +238,7 @@ def _grow(order, values, columns, labels, residual, first, lanes, raw, test, raw
 
 @compiled
 def _open_nodes(residual, first, lanes, level, node, centred, state, is_open):
-    """Mark the nodes of a level that may be split, centre the residuals in each; False if there is none."""
+    """Mark the nodes of a level that may be split, and centre the residuals in each; False if there is no such node."""
     size = NODES * lanes
     mean, square, counts = np.zeros(size), np.zeros(size), np.zeros(size)
     is_open[:] = False
@@ -262,10 +265,10 @@ def _open_nodes(residual, first, lanes, level, node, centred, state, is_open):
 
 @compiled
 def _scan_root(order, values, lanes, centred, state):
-    """Find the split of the root at which a feature decreases the squared error most.
+    """Find the split of the root by a feature that decreases the squared error most.
 
     With residuals centred in the node, a split into l and r samples with sum s to the left decreases the sum of squares
-    by s² (l + r) / (l r); compared is s² / (l r), without a division.
+    by s² (l + r) / (l r); s² / (l r) is compared, without a division.
     """
     samples = len(order)
     limit = -np.inf
@@ -288,7 +291,7 @@ def _scan_root(order, values, lanes, centred, state):
 
 @compiled
 def _scan_level(order, values, lanes, node, centred, state):
-    """The same for all nodes of a level in one pass: each sample finds the state of the node that it is in."""
+    """The same for all nodes of a level in one pass: each sample updates the state of its node."""
     for p in range(len(order)):
         i = uintp(order[p]) * uintp(lanes)
         value = np.float64(values[p])
@@ -308,7 +311,7 @@ def _scan_level(order, values, lanes, node, centred, state):
 
 @compiled
 def _keep_best(f, first, lanes, level, state, is_open, feature, gain, position, ties, random):
-    """Put feature f's best split of each open node in the place of a worse one; among equals each is as likely."""
+    """Replace each open node's split by feature f's best one if that is better; ties are equally likely to be kept."""
     for j in range(level * lanes, 2 * level * lanes):
         found = state[j * WIDTH + GAIN]
         if not is_open[j] or state[j * WIDTH + POSITION] < 0 or found < gain[j] * (1 - TIE):
@@ -329,7 +332,7 @@ def _keep_best(f, first, lanes, level, state, is_open, feature, gain, position, 
 
 @compiled
 def _threshold(order, values, node, lanes, j, position):
-    """Half way between the value at the split's position and the one before it in the node."""
+    """The midpoint between the value at the split's position and the one before it in the node."""
     k, lane = j // lanes, j % lanes
     before = position - 1
     while node[order[before] * lanes + lane] != k:
@@ -339,7 +342,7 @@ def _threshold(order, values, node, lanes, j, position):
 
 @compiled
 def _descend(columns, lanes, level, feature, threshold, node):
-    """Move the samples of the nodes that were split to their children."""
+    """Move the samples of split nodes to their children."""
     for i in range(uintp(columns.shape[1])):
         for lane in range(uintp(lanes)):
             k = uintp(node[i * uintp(lanes) + lane])
@@ -350,7 +353,7 @@ def _descend(columns, lanes, level, feature, threshold, node):
 
 @compiled
 def _add_leaves(labels, residual, first, lanes, node, raw, test, raw_test, feature, threshold):
-    """One Newton step per leaf, times the learning rate, added to the raw predictions of its samples."""
+    """Add one Newton step per leaf, times the learning rate, to the raw predictions of its samples."""
     size = NODES * lanes
     numerator, denominator, count = np.zeros(size), np.zeros(size), np.zeros(size)
     trees = raw.shape[1]

@@ -1,7 +1,7 @@
 """Disentanglement, completeness, informativeness (Eastwood and Williams, ICLR 2018), by disentanglement_lib's protocol.
 
-disentanglement_lib takes the importances from scikit-learn's gradient boosted trees. Another library's trees give other
-scores for the same codes, and so do other settings: `ldm.metrics.boosting` grows scikit-learn's.
+disentanglement_lib takes the importances from scikit-learn's gradient boosted trees. Other libraries or settings give
+other scores for the same codes, so `ldm.metrics.boosting` grows the same trees as scikit-learn.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +23,12 @@ def dci(
 ) -> Scores:
     """Scores of the matrix of importances of each code dimension for predicting each factor.
 
-    One `GradientBoostingClassifier()` per factor gives one column. Disentanglement: does each dimension matter for one
-    factor only; completeness: is each factor in one dimension only; informativeness: accuracy of the predictions (the
-    mean over factors). Codes without any importance (all constant) score 0 in the first two.
+    One `GradientBoostingClassifier()` per factor gives one column. Disentanglement: does each dimension matter for only
+    one factor? Completeness: is each factor captured by only one dimension? Informativeness: how accurate are the
+    predictions, on average over the factors? Codes without any importance (all constant) score 0 in the first two.
 
-    Deliberate departure: the original's trees are unseeded, which moves its scores by about 1e-3; here each factor's
-    trees are seeded from `random_state`, after all points are drawn, so the points are the original's.
+    Deliberate departure: the original's trees are unseeded, which changes its scores by about 1e-3. Here each factor's
+    trees are seeded from `random_state`, after all points have been drawn, so that the points are the original's.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
@@ -36,16 +36,16 @@ def dci(
         random_state: source of the draws and of the trees' seeds.
         num_train, num_test: points to fit and to test on.
         batch_size: points are drawn in batches of this size. The defaults up to here are the release's.
-        backend: `fast`, or `sklearn`: the same trees by scikit-learn, which takes some forty times as long and breaks
-            ties between features by other random numbers.
-        num_jobs: threads; 0 for one per core of this process. No effect on the scores.
+        backend: `fast`, or `sklearn` for scikit-learn's own trees, which take about forty times as long and break ties
+            between features by other random numbers.
+        num_jobs: threads; 0 for one per core of this process. Does not affect the scores.
 
     Returns:
         `informativeness_train`, `informativeness_test`, `disentanglement`, `completeness`;
-        `arrays["importance"]` (n, k), every column of which sums to 1, or is 0 where no dimension is of use.
+        `arrays["importance"]` (n, k), whose columns sum to 1, or are 0 if no dimension is of use.
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that a factor takes one value.
+        ValueError: unusable codes or grid, or so few points that a factor takes only one value.
     """
     if backend not in ("fast", "sklearn"):
         raise ValueError(f"dci: backend '{backend}' is neither fast nor sklearn")
@@ -68,7 +68,7 @@ Points = tuple[np.ndarray, np.ndarray]
 
 
 def _by_boosting(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> tuple[np.ndarray, float, float]:
-    """Importances (n, k), and the mean accuracies in training and test."""
+    """Importances (n, k), and the mean accuracies on the training and the test points."""
     from ldm.metrics.boosting import fit_factors
 
     fits = fit_factors(train[0], train[1], test[0], seeds, num_jobs)
@@ -78,7 +78,7 @@ def _by_boosting(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) 
 
 
 def _by_scikit_learn(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> tuple[np.ndarray, float, float]:
-    """The same, factors in threads: scikit-learn's tree builder releases Python's lock."""
+    """The same by scikit-learn, one thread per factor: its tree builder releases the global interpreter lock."""
     from sklearn.ensemble import GradientBoostingClassifier
 
     def fit(k: int) -> tuple[np.ndarray, float, float]:
@@ -86,7 +86,7 @@ def _by_scikit_learn(train: Points, test: Points, seeds: np.ndarray, num_jobs: i
         accuracies = [float(np.mean(model.predict(codes) == factors[:, k])) for codes, factors in (train, test)]
         return model.feature_importances_, accuracies[0], accuracies[1]
 
-    # The cost is in proportion to the number of classes: the longest first, so that no core waits for a late long one.
+    # The cost is proportional to the number of classes. The longest start first, so that no core waits at the end.
     order = np.argsort(-train[1].max(axis=0), kind="stable")
     pool = ThreadPoolExecutor(num_jobs)
     try:
@@ -95,7 +95,7 @@ def _by_scikit_learn(train: Points, test: Points, seeds: np.ndarray, num_jobs: i
             *(futures[k].result() for k in range(len(order))), strict=True
         )
     finally:
-        # After an interrupt, the factors that have not begun are dropped.
+        # After an interrupt, factors that have not started are dropped.
         pool.shutdown(cancel_futures=True)
     return np.stack(importances, axis=1), float(np.mean(train_accuracies)), float(np.mean(test_accuracies))
 
@@ -104,7 +104,7 @@ def disentanglement(importance: np.ndarray) -> float:
     """One minus the entropy of each row of importances (n, k), base k, weighted by the row's share (Section 2)."""
     total = importance.sum()
     weights = importance.sum(axis=1) / total if total > 0 else np.full(len(importance), 1 / len(importance))
-    # The original's guard for rows of zeros: their entropy is then full, their score 0.
+    # The original's guard for rows of zeros: it gives them full entropy and a score of 0.
     p = importance + 1e-11
     p = p / p.sum(axis=1, keepdims=True)
     entropy = -np.sum(p * np.log(p), axis=1) / np.log(importance.shape[1])
@@ -112,5 +112,5 @@ def disentanglement(importance: np.ndarray) -> float:
 
 
 def completeness(importance: np.ndarray) -> float:
-    """The same of the columns of importances (n, k), base n: each factor's spread over the dimensions."""
+    """The same for the columns of importances (n, k), base n: how each factor is spread over the dimensions."""
     return disentanglement(importance.T)

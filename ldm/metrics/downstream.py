@@ -1,4 +1,4 @@
-"""Accuracy of classifiers of the factors from few and many samples, by disentanglement_lib's protocol.
+"""Accuracy of classifiers that predict the factors, trained on few to many samples, by disentanglement_lib's protocol.
 
 Locatello et al., "Challenging Common Assumptions in the Unsupervised Learning of Disentangled Representations", ICML
 2019.
@@ -30,22 +30,21 @@ def downstream_logistic_regression(
     num_test: int = 5000,
     batch_size: int = 16,
 ) -> Scores:
-    """Accuracy of logistic regression, its strength chosen by cross-validation: `LogisticRegressionCV(Cs=10,
-    cv=KFold(5))`.
+    """Accuracy of logistic regression, regularised by cross-validation: `LogisticRegressionCV(Cs=10, cv=KFold(5))`.
 
-    Deliberate departure: where scikit-learn's class refuses to choose (fewer than five points, or folds without enough
-    values of a factor), the plain `LogisticRegression()` is taken; of a single value, that value is predicted.
+    Deliberate departure: if scikit-learn's class cannot cross-validate (fewer than five points, or folds with too few
+    values of a factor), the plain `LogisticRegression()` is used; if a factor has a single value, it is predicted.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
         grid: the factors of the rows.
         random_state: source of the draws.
-        num_train: numbers of training points, each with points and tests of its own.
+        num_train: numbers of training points; for each, new training and test points are drawn.
         num_test: points to test on.
         batch_size: points are drawn in batches of this size. All defaults are disentanglement_lib's.
 
     Returns:
-        for every size s: `s:mean_train_accuracy`, `s:mean_test_accuracy`, `s:min_train_accuracy`,
+        For every size s: `s:mean_train_accuracy`, `s:mean_test_accuracy`, `s:min_train_accuracy`,
         `s:min_test_accuracy` over the factors, and `s:train_accuracy_factor_k`, `s:test_accuracy_factor_k`.
 
     Raises:
@@ -62,8 +61,10 @@ def downstream_gbt(
     num_test: int = 5000,
     batch_size: int = 16,
 ) -> Scores:
-    """Accuracy of gradient boosted trees, `GradientBoostingClassifier()`, as in DCI; see
-    `downstream_logistic_regression` for the rest."""
+    """Accuracy of gradient boosted trees, `GradientBoostingClassifier()`, as in DCI.
+
+    For everything else see `downstream_logistic_regression`.
+    """
     return _accuracies(_boosted_trees, codes, grid, random_state, num_train, num_test, batch_size)
 
 
@@ -76,11 +77,11 @@ def _accuracies(
     num_test: int,
     batch_size: int,
 ) -> Scores:
-    """All entries; `fit` gives the training and test accuracy of every factor."""
+    """All entries; `fit` returns the training and test accuracy of every factor."""
     codes, scores = scalar_codes(codes, grid), Scores()
     for size in num_train:
         train, test = sample_points(codes, grid, [size, num_test], batch_size, random_state)
-        # The classifiers' seeds come from a copy, so that the points of the next size are the original's.
+        # The classifiers' seeds come from a copy, so that the points of the next size stay the original's.
         accuracies = np.array(fit(train, test, copy.deepcopy(random_state)))
         for j, part in enumerate(("train", "test")):
             scores[f"{size}:mean_{part}_accuracy"] = float(accuracies[:, j].mean())
@@ -93,6 +94,7 @@ def _accuracies(
 
 
 def _boosted_trees(train: Points, test: Points, random_state: np.random.RandomState) -> list[tuple[float, float]]:
+    """Training and test accuracy of every factor."""
     from ldm.metrics.boosting import fit_factors
 
     results: list[tuple[float, float]] = [_constant(train[1][:, k], test[1][:, k]) for k in range(train[1].shape[1])]
@@ -107,6 +109,7 @@ def _boosted_trees(train: Points, test: Points, random_state: np.random.RandomSt
 
 
 def _logistic_regression(train: Points, test: Points, random_state: np.random.RandomState) -> list[tuple[float, float]]:
+    """Training and test accuracy of every factor."""
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
     from sklearn.model_selection import KFold
 
@@ -126,5 +129,5 @@ def _logistic_regression(train: Points, test: Points, random_state: np.random.Ra
 
 
 def _constant(y: np.ndarray, y_test: np.ndarray) -> tuple[float, float]:
-    """Accuracies of predicting the first training label."""
+    """Accuracies of always predicting the first training label."""
     return float(np.mean(y == y[0])), float(np.mean(y_test == y[0]))

@@ -1,8 +1,8 @@
 """The draws of the metrics that hold a factor fixed, and the statistics of each batch, compiled.
 
-disentanglement_lib asks `RandomState.randint` for every factor of every batch: 200,000 calls for β-VAE. Here the same
-32-bit words are taken in one piece and read as `randint` reads them (the low bits that the range needs, again while
-they are beyond it), so the points and the state afterwards are the same.
+disentanglement_lib calls `RandomState.randint` for every factor of every batch: 200,000 times for β-VAE. Here the same
+32-bit words are drawn at once and used as `randint` uses them (the low bits that the range needs; words beyond the
+range are rejected), so the points, and the random state afterwards, are the same.
 """
 
 import numpy as np
@@ -13,19 +13,19 @@ from ldm.metrics.boosting import compiled
 def fixed_factor_rows(
     sizes: tuple[int, ...], num_batches: int, batch_size: int, num_sets: int, random_state: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a factor grid in batches in each of which one factor is held.
+    """Rows of a factor grid in batches; each batch holds one factor fixed.
 
-    For each batch, in this order: the index of the factor to hold, then `num_sets` sets of `batch_size` points, each
-    factor for all points of a set before the next factor. With one set the held factor takes the first point's value in
-    all of them (FactorVAE); with more, every later set takes the first set's values point by point (β-VAE).
+    For each batch are drawn, in this order: the index of the factor to hold, then `num_sets` sets of `batch_size`
+    points, each factor for all points of a set before the next factor. With one set, all points take the held factor's
+    value from the first point (FactorVAE); with more, later sets take it from the first set, point by point (β-VAE).
 
     Returns:
-        held factor (num_batches,) int64, rows (num_batches, num_sets, batch_size) int64.
+        Held factor (num_batches,) int64, rows (num_batches, num_sets, batch_size) int64.
     """
     highs = np.array(sizes, dtype=np.int64)
     held = np.empty(num_batches, dtype=np.int64)
     rows = np.empty((num_batches, num_sets, batch_size), dtype=np.int64)
-    # A value takes 2^bits / size words on average, fewer than two.
+    # A value takes 2^bits / size words on average: fewer than two.
     expected = num_batches * (2 + num_sets * batch_size * sum(2 ** int(high - 1).bit_length() / high for high in highs))
     before = random_state.get_state(legacy=False)
     words = int(1.05 * expected) + 1000
@@ -42,7 +42,7 @@ def fixed_factor_rows(
 
 @compiled
 def _bounded(stream, used, high):
-    """The next number below `high`, and how many words are used then; -1 if there are not enough."""
+    """The next number below `high`, and how many words are used up by then, or -1 if there are not enough."""
     mask = 1
     while mask < high:
         mask *= 2
@@ -59,7 +59,7 @@ def _bounded(stream, used, high):
 
 @compiled
 def _read(stream, highs, held, rows):
-    """Fill `held` and `rows` from the words; the number of words used, or -1 if there are not enough."""
+    """Fill `held` and `rows` from the words; returns the number of words used, or -1 if there are not enough."""
     num_batches, num_sets, batch_size = rows.shape
     first = np.empty(batch_size, dtype=np.int64)
     used = 0
@@ -87,7 +87,7 @@ def _read(stream, highs, held, rows):
 def mean_differences(codes, rows):
     """Mean absolute differences (num_batches, n) of the pairs of codes in rows (num_batches, 2, batch_size).
 
-    Summed in the order and the precision of NumPy's `mean` over the batch.
+    Summed in the order and precision of NumPy's `mean` over the batch.
     """
     num_batches, _, batch_size = rows.shape
     points = np.zeros((num_batches, codes.shape[1]), dtype=codes.dtype)
@@ -105,7 +105,7 @@ def mean_differences(codes, rows):
 def least_varying(codes, rows, variances):
     """The dimension (num_batches,) that varies least, relative to `variances` (n,), in rows (num_batches, batch_size).
 
-    Computed in the order and the precision of NumPy's `var` with ddof 1; the first among equals.
+    Computed in the order and precision of NumPy's `var` with ddof 1; of equals, the first.
     """
     num_batches, batch_size = rows.shape
     dims = codes.shape[1]

@@ -1,4 +1,4 @@
-"""Codes and factors -> disentanglement scores."""
+"""From codes and factors to disentanglement scores."""
 
 import difflib
 import inspect
@@ -40,9 +40,9 @@ METRICS: dict[str, Callable[..., Scores]] = {
     "downstream_gbt": downstream_gbt,
     "tad": tad,
 }
-# What the release scores at validation.
+# What the release scores during validation.
 SUITE = ("beta_vae", "factor_vae", "dci", "mig")
-# The entry that papers report of each metric.
+# The entry of each metric that papers report.
 HEADLINES = {
     "beta_vae": "eval_accuracy",
     "factor_vae": "eval_accuracy",
@@ -57,7 +57,7 @@ HEADLINES = {
     "downstream_gbt": "10000:mean_test_accuracy",
     "tad": "tad",
 }
-# Least and largest value of the settings for which they are not 1 and none: variances need two points, gaps two bins.
+# Smallest (default 1) and largest (default none) values of settings: variances need two points, gaps two bins.
 LEAST = {
     ("factor_vae", "batch_size"): 2,
     ("factor_vae", "num_variance_estimate"): 2,
@@ -94,16 +94,16 @@ def evaluate(
     """Score codes by disentanglement_lib's protocol.
 
     Args:
-        codes: scalars (m, n) or tokens (m, n, d); tokens are reduced to their first principal component each.
-        grid: the factors of the m rows: a `FactorGrid`, all of whose rows there are, in its order, or a `FactorTable`,
-            the factor values of any rows.
-        metrics: names among `METRICS`; the release's four if left out. `tad` is of a table of binary attributes.
+        codes: scalars (m, n) or tokens (m, n, d); each token is reduced to its first principal component.
+        grid: the factors of the m rows: a `FactorGrid` if they are all rows of a grid, in its order, or a
+            `FactorTable` of the factor values of any rows.
+        metrics: names in `METRICS`; default: the release's four. `tad` needs a table of binary attributes.
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
-        seed: every metric starts from its own `RandomState(seed)`, so a score does not depend on the others asked for.
+        seed: every metric starts from its own `RandomState(seed)`, so no score depends on which others are computed.
 
     Returns:
-        per metric its entries, e.g. `{"mig": {"discrete_mig": 0.18}}`: plain numbers, ready for JSON. The matrices
-        behind them are in `.arrays` of each.
+        The entries of each metric, e.g. `{"mig": {"discrete_mig": 0.18}}`: plain numbers, ready for JSON. The matrices
+        behind them are in the attribute `arrays` of each metric's entries.
 
     Raises:
         ValueError: unusable codes, factors, metric names, settings or seed.
@@ -134,26 +134,26 @@ def check_settings(
     settings: Mapping[str, Mapping[str, Any] | None] | None = None,
     grid: Factors | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Check what `evaluate` will be asked for, without codes: to be called before anything is trained.
+    """Check the arguments of a later `evaluate`, before there are codes, so that mistakes show before training.
 
     Args:
         metrics: names of metrics.
-        settings: per metric, by the names of its function's arguments; may hold metrics that are not asked for.
-        grid: the factors, if they are known already.
+        settings: per metric, by the names of its function's arguments; may contain metrics that are not in `metrics`.
+        grid: the factors, if already known.
 
     Returns:
-        per metric asked for, every setting it will run with. Numbers of points that were not given are lowered to what
-        a labelled sample has.
+        For each of `metrics`, every setting it will run with. Numbers of points that were not given are lowered to fit
+        a labelled sample.
 
     Raises:
-        ValueError: an unknown name (with the nearest known one), a value of the wrong kind or too small, no metric, or
-            factors on which the metrics are not defined.
+        ValueError: an unknown name (with the nearest known one), a value of the wrong type or out of range, no metric,
+            or factors for which the metrics are not defined.
     """
     if isinstance(metrics, str):
-        raise ValueError(f"metrics must be a list of names, got the text '{metrics}'")
+        raise ValueError(f"metrics must be a list of names, got the string '{metrics}'")
     metrics, settings = list(metrics), {} if settings is None else settings
     if not metrics:
-        raise ValueError(f"no metric is asked for; known are {', '.join(METRICS)}")
+        raise ValueError(f"no metric is given; known are {', '.join(METRICS)}")
     if not isinstance(settings, Mapping):
         raise ValueError(f"settings must map metrics to their settings, got {settings!r}")
     for name in [*metrics, *settings]:
@@ -173,10 +173,10 @@ def check_settings(
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what `RandomState` would not take.
+    """Check a seed for `RandomState`.
 
     Raises:
-        ValueError: not a whole number from 0 to 2**32 - 1.
+        ValueError: not an integer from 0 to 2**32 - 1.
     """
     if not _is_integer(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
@@ -189,12 +189,12 @@ def default_settings(metric: str) -> dict[str, Any]:
 
 
 def _fitting(values: Mapping[str, Any], given: set[str], rows: int) -> dict[str, Any]:
-    """Numbers of points that a labelled sample of so many rows has, in the place of defaults that are too large.
+    """Numbers of points that fit a labelled sample of `rows` rows, to replace defaults that are too large.
 
-    A third of the rows is for testing where neither number was given.
+    If neither number was given, a third of the rows is for testing.
     """
     train, test = values.get("num_train"), values.get("num_test", 0)
-    # In batches with a factor held, points are drawn with replacement.
+    # Batches that hold a factor fixed are drawn with replacement.
     if train is None or "num_eval" in values:
         return {}
     if isinstance(train, Sequence):
@@ -215,7 +215,7 @@ def _fitting(values: Mapping[str, Any], given: set[str], rows: int) -> dict[str,
 
 
 def _complete(metric: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The metric's defaults with `values` put in, each checked."""
+    """The metric's defaults, replaced by `values`, each of which is checked."""
     known = default_settings(metric)
     if values is None:
         return known
@@ -229,7 +229,7 @@ def _complete(metric: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_value(metric: str, name: str, default: Any, value: Any) -> None:
-    """Refuse a value of another kind than the default's, or out of its range."""
+    """Check that a value has the type of the default, and is in its range."""
     if isinstance(default, str):
         choices = CHOICES[metric, name]
         if value not in choices:
@@ -254,10 +254,12 @@ def _check_value(metric: str, name: str, default: Any, value: Any) -> None:
 
 
 def _is_integer(value: Any) -> bool:
+    """Whether a value is a whole number of Python or NumPy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_finite(value: Any) -> bool:
+    """Whether a value is a finite real number of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
 
 

@@ -16,27 +16,26 @@ def factor_vae(
     num_variance_estimate: int = 10000,
     prune_threshold: float = 0.05,
 ) -> Scores:
-    """How well the least varying code dimension tells which factor was held.
+    """How well the least varying code dimension predicts which factor was held fixed.
 
-    For each vote a factor is drawn and held in `batch_size` points; the dimension whose variance, over its variance
-    on the whole set, is least votes for the factor. The classifier is the majority vote of each dimension.
+    For each vote, a factor is drawn and held fixed in `batch_size` points. The dimension that varies least, relative to
+    its variance on the whole set, votes for the factor. The classifier is the majority vote of each dimension.
 
     Deliberate departures: a dimension that is constant on the variance sample is pruned at any threshold (in the
-    original, at threshold 0, its 0/0 wins every vote); `num_active_dims` counts the dimensions left (the original
-    returns how many there were); which ones is `arrays["active"]`. With no dimension left all three are 0, as in the
-    original.
+    original, at threshold 0, its 0/0 wins every vote); `num_active_dims` counts the remaining dimensions (in the
+    original, all dimensions). If none remains, all three scores are 0, as in the original.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
         grid: the factors of the rows.
         random_state: source of the draws.
         batch_size, num_train, num_eval: points per vote, votes to train and to evaluate on.
-        num_variance_estimate: points to estimate each dimension's variance from; of a table, its rows at most.
-        prune_threshold: dimensions whose standard deviation is below are left out. It is absolute: it depends on the
+        num_variance_estimate: points to estimate each dimension's variance from; at most the rows of a table.
+        prune_threshold: dimensions with a smaller standard deviation are left out. It is absolute, so it depends on the
             scale of the codes. All defaults are the release's.
 
     Returns:
-        `train_accuracy`, `eval_accuracy`, `num_active_dims`.
+        `train_accuracy`, `eval_accuracy`, `num_active_dims`; `arrays["active"]` (n,) says which dimensions remained.
 
     Raises:
         ValueError: unusable codes or grid.
@@ -69,7 +68,7 @@ def _votes(
     batch_size: int,
     random_state: np.random.RandomState,
 ) -> np.ndarray:
-    """Votes (k, n): how often dimension n varied least while factor k was held. The first of equals gets the vote."""
+    """Votes (k, n): how often dimension n varied least while factor k was fixed. Of equals, the first gets the vote."""
     from ldm.metrics.draws import least_varying
 
     held, rows = fixed_factor_batches(grid, num_votes, batch_size, 1, random_state)

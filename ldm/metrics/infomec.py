@@ -24,17 +24,19 @@ def infomec(
     active_range: float = 0.05,
     batch_size: int = 16,
 ) -> Scores:
-    """InfoM: does each dimension know about one factor; InfoC: is each factor in one dimension; InfoE: can factors be
-    read off linearly.
+    """Modularity (InfoM), explicitness (InfoE) and compactness (InfoC).
 
-    InfoM and InfoC come from the mutual information of dimensions and factors, estimated from nearest neighbours and
-    divided by the factor's entropy: the share of the largest in each dimension's (each factor's) sum, rescaled so that
-    equal shares give 0. Dimensions whose range is at most `active_range` of the widest one's are left out. InfoE is
-    the log-loss that an unregularised logistic regression with balanced classes saves, over that of guessing.
+    InfoM: is each dimension informative about only one factor? InfoC: is each factor captured by only one dimension?
+    Both come from the mutual information of dimensions and factors, estimated from nearest neighbours and divided by
+    the factor's entropy: the largest entry's share in each dimension's (each factor's) sum, rescaled so that equal
+    shares give 0. Dimensions whose range is at most `active_range` times the widest one's are left out.
 
-    Deliberate departures: the loss of guessing is the logarithm of the number of values, which the authors' fit of a
-    constant converges to; a dimension without any information counts as equally shared (0/0 there); with a single
-    active dimension InfoC is 1 if it has information; constant codes score 0.
+    InfoE: can the factors be read off linearly? It is the reduction of the log-loss by an unregularised logistic
+    regression with balanced classes, relative to the log-loss of guessing.
+
+    Deliberate departures: the loss of guessing is the logarithm of the number of values, to which the authors' fit of a
+    constant converges; a dimension without any information counts as equally shared (0/0 in the original); with a
+    single active dimension, InfoC is 1 if it has information; constant codes score 0.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
@@ -42,14 +44,14 @@ def infomec(
         random_state: source of the draws, and of the noise of 1e-10 that separates equal values.
         num_train: points to estimate from.
         num_neighbors: of the estimator of mutual information.
-        active_range: from 0 to 1.
+        active_range: see above; from 0 to 1.
         batch_size: points are drawn in batches of this size.
 
     Returns:
         `infom`, `infoe`, `infoc`, `num_active_dims`; `arrays["normalized_information"]` (n, k), `arrays["active"]`.
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that a factor takes one value.
+        ValueError: unusable codes or grid, or so few points that a factor takes only one value.
     """
     codes = scalar_codes(codes, grid)
     ((codes, factors),) = sample_points(codes, grid, [num_train], batch_size, random_state)
@@ -89,7 +91,7 @@ def share_of_the_largest(information: np.ndarray) -> float:
 
 
 def _explicitness(x: np.ndarray, y: np.ndarray) -> float:
-    """Share of the log-loss of guessing among equals that a linear classifier of codes x (m, n) saves."""
+    """Reduction of the log-loss by a linear classifier of codes x (m, n), relative to that of guessing uniformly."""
     from sklearn.linear_model import LogisticRegression
 
     values, y = np.unique(y, return_inverse=True)

@@ -4,11 +4,11 @@ import numpy as np
 
 
 def equal_width_bins(values: np.ndarray, num_bins: int) -> np.ndarray:
-    """Bin numbers (m,) from 0 of values (m,), in bins of equal width between the least and the largest value."""
+    """Bin numbers (m,), from 0, of values (m,) in bins of equal width between the smallest and the largest value."""
     try:
         edges = np.histogram_bin_edges(values, num_bins)
     except ValueError:
-        # NumPy cannot cut a range of a few rounding errors: as good as constant. (The original stops here.)
+        # NumPy cannot divide a range of a few rounding errors: as good as constant. (The original fails here.)
         return np.zeros(len(values), dtype=np.int64)
     return np.digitize(values, edges[:-1]) - 1
 
@@ -19,7 +19,7 @@ def bin_columns(codes: np.ndarray, num_bins: int) -> np.ndarray:
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Mutual information in nats of two columns (m,) of integers from 0, never below 0: `mutual_info_score`."""
+    """Mutual information in nats of two columns (m,) of integers from 0, never negative; as `mutual_info_score`."""
     num_b = int(b.max()) + 1
     joint = np.bincount(a * num_b + b, minlength=(int(a.max()) + 1) * num_b).reshape(-1, num_b) / len(a)
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
@@ -28,21 +28,21 @@ def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def information_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mutual information (n, k) in nats of every column of a (m, n) with every column of b (m, k), integers from 0."""
+    """Mutual information (n, k) in nats of each column of a (m, n) with each column of b (m, k), of integers from 0."""
     return np.array([[mutual_information(y, x) for y in b.T] for x in a.T])
 
 
 def entropies(columns: np.ndarray) -> np.ndarray:
-    """Entropy (k,) in nats of each column of integers from 0 (m, k)."""
+    """Entropy (k,) in nats of each column (m, k) of integers from 0."""
     return np.array([mutual_information(column, column) for column in columns.T])
 
 
 def neighbour_information(values: np.ndarray, labels: np.ndarray, num_neighbors: int) -> float:
     """Mutual information in nats of real numbers (m,) and classes (m,), by nearest neighbours.
 
-    The estimator of Ross, "Mutual Information between Discrete and Continuous Data Sets" (2014), and the numbers of
-    scikit-learn's `mutual_info_classif` for the same values, without a tree: in one dimension a point's neighbours
-    stand beside it in sorted order. Classes of a single point are left out.
+    The estimator of Ross, "Mutual Information between Discrete and Continuous Data Sets" (2014). The results are those
+    of scikit-learn's `mutual_info_classif` for the same values, but no search tree is needed: in one dimension, a
+    point's neighbours are next to it in sorted order. Classes of a single point are left out.
     """
     from scipy.special import digamma
 
@@ -64,9 +64,9 @@ def neighbour_information(values: np.ndarray, labels: np.ndarray, num_neighbors:
 
 
 def _count_below(ordered: np.ndarray, centres: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """How many of the ordered values are not above each centre by more than its radius.
+    """How many of the ordered values exceed each centre by at most its radius.
 
-    By differences: the sum of centre and radius may round to the very value that is just outside.
+    Differences are compared, since the sum of centre and radius may round to a value that is just outside.
     """
     count = np.searchsorted(ordered, centres + radius, "right")
     padded = np.append(ordered, np.inf)
@@ -81,7 +81,7 @@ def _count_below(ordered: np.ndarray, centres: np.ndarray, radius: np.ndarray) -
 def _neighbor_distance(ordered: np.ndarray, k: int) -> np.ndarray:
     """Distance (m,) of each of the ordered values (m,) to its k-th nearest other one."""
     best = np.full(len(ordered), np.inf)
-    # The k nearest and the point itself are k + 1 values in a row; the point is one of them.
+    # The point and its k nearest are k + 1 consecutive values; the point may be any of them.
     for before in range(k + 1):
         first = np.arange(len(ordered)) - before
         inside = (first >= 0) & (first + k < len(ordered))

@@ -16,15 +16,15 @@ def irs(
     num_bins: int = 20,
     batch_size: int = 16,
 ) -> Scores:
-    """How little each dimension moves while one factor is fixed and the others change.
+    """How little each dimension changes while one factor is fixed and the others vary.
 
-    Per dimension and factor: one minus the `diff_quantile` of the deviations from the mean while the factor has a
-    value, averaged over its values, relative to the largest deviation at all. A dimension's score is its best
-    factor's; the mean is weighted by the dimensions' largest deviations. As in the original, factors are cut into
-    `num_bins` bins too, so those with more values than that are seen coarser.
+    Per dimension and factor: one minus the `diff_quantile` of the deviations from the mean while the factor has one
+    value, averaged over its values, relative to the largest deviation overall. A dimension's score is that of its best
+    factor; the mean is weighted by the dimensions' largest deviations. As in the original, factors are binned as well,
+    so those with more than `num_bins` values are coarsened.
 
-    Deliberate departures: constant dimensions are told by their values, not by a variance that rounding may leave;
-    `num_active_dims` counts the others (the original sums up their codes). With none, both are 0.
+    Deliberate departures: constant dimensions are recognised by their values, not by a variance that rounding may
+    leave; `num_active_dims` counts the others (the original sums up their codes). If all are constant, both are 0.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
@@ -36,11 +36,11 @@ def irs(
         batch_size: points are drawn in batches of this size. All defaults are the release's.
 
     Returns:
-        `IRS`, at most 1, and by rounding below 0 where codes are far from 0; `num_active_dims`;
+        `IRS`, at most 1; for codes far from 0, rounding may make it negative; `num_active_dims`;
         `arrays["robustness"]` (n, k), with NaN for constant dimensions.
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that a factor takes one value.
+        ValueError: unusable codes or grid, or so few points that a factor takes only one value.
     """
     codes = scalar_codes(codes, grid)
     ((codes, factors),) = sample_points(codes, grid, [num_train], batch_size, random_state)

@@ -14,10 +14,10 @@ def mig(
     num_bins: int = 20,
     batch_size: int = 16,
 ) -> Scores:
-    """Per factor, the gap between the two dimensions that know most about it, over the factor's entropy; the mean.
+    """Per factor, the gap between the two most informative dimensions over the factor's entropy; the mean of all.
 
-    Dimensions are cut into bins of equal width between their extremes (disentanglement_lib's histogram discretiser),
-    so a single outlier changes the score. A constant dimension has one bin and no information.
+    Dimensions are divided into bins of equal width between their extremes (disentanglement_lib's histogram
+    discretiser), so a single outlier changes the score. A constant dimension has one bin and no information.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
@@ -31,7 +31,7 @@ def mig(
         `discrete_mig`; `arrays["mutual_information"]` (n, k) in nats, `arrays["factor_entropy"]` (k,).
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that a factor takes one value.
+        ValueError: unusable codes or grid, or so few points that a factor takes only one value.
     """
     codes = scalar_codes(codes, grid)
     ((codes, factors),) = sample_points(codes, grid, [num_train], batch_size, random_state)

@@ -25,14 +25,14 @@ def modularity_explicitness(
     num_bins: int = 20,
     batch_size: int = 16,
 ) -> Scores:
-    """Modularity: does each dimension know about one factor only. Explicitness: can factors be read off linearly.
+    """Modularity: is each dimension informative about only one factor? Explicitness: can factors be read off linearly?
 
     Modularity is the mean over dimensions of one minus the squared mutual information with all factors but the best,
-    relative to the best's; 0 for a dimension without information. Explicitness is the mean over factors and values of
-    the area under the ROC curve of a logistic regression on the standardised codes.
+    relative to that with the best; 0 for a dimension without information. Explicitness is the mean over factors and
+    values of the area under the ROC curve of a logistic regression on the standardised codes.
 
-    Deliberate departures: a constant dimension is 0 for the regression (0/0 in the original, which then stops), and a
-    value that is missing among the test points is left out of the test's mean (there, the original stops).
+    Deliberate departures: a constant dimension is 0 in the regression (0/0 in the original, which then fails), and a
+    value that does not occur among the test points is left out of the test's mean (there, the original fails).
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
@@ -47,7 +47,7 @@ def modularity_explicitness(
         `arrays["mutual_information"]` (n, k) in nats.
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that a factor takes one value in training or testing.
+        ValueError: unusable codes or grid, or so few points that a factor takes only one value in training or testing.
     """
     codes = scalar_codes(codes, grid)
     train, test = sample_points(codes, grid, [num_train, num_test], batch_size, random_state)
@@ -55,7 +55,7 @@ def modularity_explicitness(
     check_classes("modularity_explicitness", grid, test[1], "num_test")
     information = information_matrix(bin_columns(train[0], num_bins), train[1])
     mean, std = train[0].mean(axis=0), train[0].std(axis=0)
-    # Of a constant, rounding may leave a deviation; of tiny values, underflow may leave none.
+    # Rounding may leave a constant some deviation, and underflow may leave tiny values none.
     std[~varying(train[0]) | (std == 0)] = np.inf
     x, x_test = (train[0] - mean) / std, (test[0] - mean) / std
     with quiet_solvers():
@@ -70,7 +70,7 @@ def modularity_explicitness(
 
 
 def modularity(information: np.ndarray) -> float:
-    """Modularity of mutual information (n, k): the mean over dimensions, 0 where there is none."""
+    """Modularity from mutual information (n, k): the mean over dimensions, 0 for those without information."""
     squared = information**2
     best = squared.max(axis=1)
     rest = squared.sum(axis=1) - best
@@ -92,8 +92,7 @@ def _explicitness(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.n
 
 
 def area_under_roc(positive: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve of scores (m,) for a boolean label (m,): scikit-learn's `roc_auc_score`, by ranks; NaN
-    if all labels are equal."""
+    """Area under the ROC curve of scores (m,) for boolean labels (m,), by ranks; NaN if all labels are equal."""
     from scipy.stats import rankdata
 
     count = int(positive.sum())

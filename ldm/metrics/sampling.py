@@ -1,4 +1,4 @@
-"""What the metrics share: codes checked and reduced to scalars, and points drawn in disentanglement_lib's order."""
+"""What the metrics share: checking codes, reducing them to scalars, drawing points as disentanglement_lib does."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ import numpy as np
 
 from ldm.factors import FactorGrid, FactorTable
 
-# Squares of larger values, summed, leave the range of float32.
+# Sums of the squares of larger values would exceed the range of float32.
 LARGEST_CODE = 1e15
 _FILTERS = threading.Lock()
 
@@ -28,37 +28,36 @@ class Scores(dict[str, float]):
 
 
 def check_grid(grid: Factors) -> None:
-    """Refuse factors on which no metric is defined: a single one, or one with a single value.
+    """Check that there are at least two factors, of at least two values each: otherwise no metric is defined.
 
     Raises:
-        ValueError: says which factor, and what to do.
+        ValueError: names the factor and says what to do.
     """
     if not isinstance(grid, FactorGrid | FactorTable):
         raise ValueError(f"factors must be a FactorGrid or a FactorTable, got {type(grid).__name__}")
     single = [name for name, size in zip(grid.names, grid.sizes, strict=True) if size == 1]
     if single:
         raise ValueError(
-            f"factor '{single[0]}' has one value, so no code can tell anything about it: leave it out"
+            f"factor '{single[0]}' has one value, so codes cannot be informative about it: leave it out"
             f" ({grid.describe()}); the rows keep their order"
         )
     if grid.num_factors < 2:
-        raise ValueError(f"disentanglement is of at least two factors, but there is only {grid.describe()}")
+        raise ValueError(f"disentanglement needs at least two factors, but there is only {grid.describe()}")
 
 
 def scalar_codes(codes: np.ndarray, grid: Factors) -> np.ndarray:
-    """Codes as the metrics take them: checked, real, one scalar per row and concept.
+    """Check codes and reduce them to one real scalar per row and concept.
 
     Args:
-        codes: scalars (m, n) or tokens (m, n, d), one row per row of the grid, in grid order, or one per row of the
-            table. float32 stays float32, as in the original, which then computes in float32; every other real type
-            becomes float64.
+        codes: scalars (m, n) or tokens (m, n, d), one row per row of the grid, in grid order, or per row of the table.
+            float32 stays float32, since the original then computes in float32; every other real type becomes float64.
         grid: the m rows' factors.
 
     Returns:
         (m, n); tokens are reduced by `first_components`.
 
     Raises:
-        ValueError: wrong shape, length, type, or values that are NaN, infinite or beyond 1e15; or factors without use.
+        ValueError: wrong shape, length or type; values that are NaN, infinite or beyond 1e15; unusable factors.
     """
     check_grid(grid)
     codes = np.asarray(codes)
@@ -72,7 +71,7 @@ def scalar_codes(codes: np.ndarray, grid: Factors) -> np.ndarray:
             f"the {what} has {len(grid)} rows ({grid.describe()}), but there are {len(codes)} rows of codes"
         )
     if codes.shape[1] < 2 or 0 in codes.shape:
-        raise ValueError(f"codes need at least two dimensions to be told apart, got the shape {codes.shape}")
+        raise ValueError(f"codes need at least two dimensions, to compare them, got the shape {codes.shape}")
     if codes.dtype != np.float32:
         codes = codes.astype(np.float64, copy=False)
     check_values(codes)
@@ -80,8 +79,8 @@ def scalar_codes(codes: np.ndarray, grid: Factors) -> np.ndarray:
 
 
 def check_values(codes: np.ndarray) -> None:
-    """Refuse NaN, infinite and overflowing values, naming how many rows have them and the first such row."""
-    # NaN and infinity survive min and max: the rows are only searched when there is something to report.
+    """Refuse NaN, infinite and overflowing values; the error says how many rows have them, and the first of these."""
+    # NaN and infinity survive min and max, so the rows are only searched if there is something to report.
     largest = max(-float(codes.min()), float(codes.max()))
     if largest <= LARGEST_CODE:
         return
@@ -97,8 +96,8 @@ def check_values(codes: np.ndarray) -> None:
 def first_components(tokens: np.ndarray) -> np.ndarray:
     """Tokens (m, n, d) -> (m, n) float64: the first principal component of each token over all rows (Table 11).
 
-    The same as scikit-learn's `PCA(1, svd_solver="covariance_eigh")` with its choice of sign, but of centred data in
-    float64: the covariance is d × d, nothing is random, and a constant token gives zeros and no warning.
+    The same as scikit-learn's `PCA(1, svd_solver="covariance_eigh")`, including the sign, but of centred data in
+    float64: the covariance is d × d, nothing is random, and a constant token gives zeros without a warning.
     """
     reduced = np.empty(tokens.shape[:2])
     for k in range(tokens.shape[1]):
@@ -111,13 +110,16 @@ def first_components(tokens: np.ndarray) -> np.ndarray:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parallel_map(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """Results of a function for items, in their order, in threads: for scikit-learn's solvers, which release Python's
-    lock. Linear algebra keeps to one thread meanwhile, or the threads would stand in each other's way."""
+    """The results of a function for all items, in their order, computed in threads.
+
+    For scikit-learn's solvers, which release the global interpreter lock. Linear algebra is limited to one thread
+    meanwhile, so that the threads do not compete for cores.
+    """
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(available_cores()) as pool:
@@ -126,9 +128,9 @@ def parallel_map(function: Callable[[Any], Any], items: Iterable[Any]) -> list[A
 
 @contextmanager
 def quiet_solvers() -> Iterator[None]:
-    """Without scikit-learn's warnings of too few iterations, whose number is the originals', and of its next versions.
+    """Silences scikit-learn's warnings about its future, and about too few iterations, whose number is the originals'.
 
-    Filters are the whole process's: one thread at a time may set them.
+    Warning filters belong to the whole process, so only one thread at a time may set them.
     """
     from sklearn.exceptions import ConvergenceWarning
 
@@ -146,19 +148,19 @@ def varying(codes: np.ndarray) -> np.ndarray:
 def sample_points(
     codes: np.ndarray, grid: Factors, counts: Sequence[int], batch_size: int, random_state: np.random.RandomState
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Codes (count, n) and factors (count, k) of single points, for each of the counts: training, then testing.
+    """Codes (count, n) and factors (count, k) of random points, for each of the counts (training, then testing).
 
-    From a grid, points are drawn batch by batch, the last one shorter: within a batch each factor is drawn for all
-    points before the next factor, so the batch size changes the points. From a table, every count takes rows that no
-    other has, at random: drawn with replacement, the same rows would be trained and tested on.
+    From a grid, points are drawn in batches, the last of which may be shorter: within a batch, each factor is drawn for
+    all points before the next factor, so the batch size changes the points. From a table, all points are different
+    rows, so that no row is both trained and tested on.
 
     Raises:
-        ValueError: a table has fewer rows than are asked for.
+        ValueError: the table has fewer rows than the counts add up to.
     """
     if isinstance(grid, FactorTable):
         if sum(counts) > len(grid):
             asked = " + ".join(str(count) for count in counts)
-            raise ValueError(f"{asked} different rows are asked for, but the labelled sample has {len(grid)}")
+            raise ValueError(f"{asked} different rows are needed, but the labelled sample has {len(grid)}")
         rows = np.split(random_state.permutation(len(grid))[: sum(counts)], np.cumsum(counts)[:-1])
         return [(codes[part], grid.values[part]) for part in rows]
     points = []
@@ -170,7 +172,7 @@ def sample_points(
 
 
 def check_classes(metric: str, grid: Factors, factors: np.ndarray, setting: str = "num_train") -> None:
-    """Refuse points (m, k) in which a factor takes a single value; `setting` is what their number is called.
+    """Check that every factor of the points (m, k) takes several values; their number is the metric's `setting`.
 
     Raises:
         ValueError: names the metric, the factor and the setting.
@@ -178,25 +180,26 @@ def check_classes(metric: str, grid: Factors, factors: np.ndarray, setting: str 
     for name, factor in zip(grid.names, factors.T, strict=True):
         if factor.min() == factor.max():
             raise ValueError(
-                f"{metric}: factor '{name}' takes one value in {setting}={len(factors)} points; raise {setting}"
-                + (", for which a larger sample may be needed" if isinstance(grid, FactorTable) else "")
+                f"{metric}: factor '{name}' takes only one value in {setting}={len(factors)} points; raise {setting}"
+                + (", or label more rows" if isinstance(grid, FactorTable) else "")
             )
 
 
 def fixed_factor_batches(
     grid: Factors, num_batches: int, batch_size: int, num_sets: int, random_state: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in batches in each of which one factor is held.
+    """Rows in batches; each batch holds one factor fixed.
 
-    For each batch a factor is drawn, then `num_sets` sets of `batch_size` points. With one set the held factor has the
-    first point's value in all of them (FactorVAE); with more, every later set has the first set's values point by point
-    (β-VAE). From a grid, in disentanglement_lib's order; from a table, among the rows that have the value.
+    For each batch a factor is drawn, then `num_sets` sets of `batch_size` points. With one set, all points take the
+    held factor's value from the first point (FactorVAE); with more, later sets take it from the first set, point by
+    point (β-VAE). Points of a grid are drawn in disentanglement_lib's order, those of a table among the rows that have
+    the value.
 
     Returns:
-        held factor (num_batches,) int64, rows (num_batches, num_sets, batch_size) int64.
+        Held factor (num_batches,) int64, rows (num_batches, num_sets, batch_size) int64.
 
     Raises:
-        ValueError: a value that a single row of the table has.
+        ValueError: only one row of the table has some value.
     """
     if isinstance(grid, FactorTable):
         return _table_batches(grid, num_batches, batch_size, num_sets, random_state)
@@ -216,9 +219,9 @@ def _table_batches(
         if counts.min() < 2:
             raise ValueError(
                 f"value number {counts.argmin()} of factor '{name}' has a single row in the labelled sample, so it"
-                " cannot be held: leave that row out, or this metric"
+                " cannot be held fixed: leave out that row, or this metric"
             )
-        # Rows of each value stand together: value v from begin[v] on.
+        # Sorted by value: the rows of value v start at begin[v].
         order, begin = np.argsort(table.values[:, k], kind="stable"), np.cumsum(counts) - counts
         batches = held == k
         given = rows[batches]

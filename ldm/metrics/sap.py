@@ -25,9 +25,9 @@ def sap(
 ) -> Scores:
     """Per factor, the gap between the two dimensions that predict it best; the mean over factors.
 
-    A dimension's prediction is the test accuracy of `LinearSVC(C=0.01, class_weight="balanced")` on it alone, or with
-    `continuous_factors` its squared correlation with the factor's number. The classifier is the primal one, which
-    draws nothing at random; the original leaves that to scikit-learn's default, which today is the same.
+    How well a dimension predicts is the test accuracy of `LinearSVC(C=0.01, class_weight="balanced")` on it alone, or
+    with `continuous_factors` its squared correlation with the factor's values. The solver is the primal one, which is
+    not random; the original leaves this to scikit-learn, which today chooses the same one.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
@@ -35,13 +35,13 @@ def sap(
         random_state: source of the draws.
         num_train, num_test: points to fit and to test on.
         batch_size: points are drawn in batches of this size. All defaults are the release's.
-        continuous_factors: treat factors as numbers instead of classes.
+        continuous_factors: treat factor values as numbers instead of classes.
 
     Returns:
         `SAP_score`; `arrays["predictability"]` (n, k).
 
     Raises:
-        ValueError: unusable codes or grid, or so few points that a factor takes one value.
+        ValueError: unusable codes or grid, or so few points that a factor takes only one value.
     """
     codes = scalar_codes(codes, grid)
     train, test = sample_points(codes, grid, [num_train, num_test], batch_size, random_state)
@@ -71,6 +71,6 @@ def _correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     x, y = codes - codes.mean(axis=0), factors - factors.mean(axis=0)
     covariance = x.T @ y / (len(x) - 1)
     of_codes, of_factors = codes.var(axis=0, ddof=1), factors.var(axis=0, ddof=1)
-    # The original's threshold for a constant dimension.
+    # The original's threshold below which a dimension counts as constant.
     scale = np.where(of_codes > 1e-12, of_codes, np.inf)
     return covariance**2 / (scale[:, None] * of_factors)

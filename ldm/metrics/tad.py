@@ -6,7 +6,7 @@ import numpy as np
 from ldm.factors import FactorTable
 from ldm.metrics.sampling import Factors, Scores, scalar_codes
 
-# Latents compared at a time: bounds the memory.
+# Latents compared at a time, which bounds the memory.
 CHUNK = 64
 
 
@@ -20,36 +20,36 @@ def tad(
     least_range: float = 0.2,
     num_thresholds: int = 11,
 ) -> Scores:
-    """Per binary attribute, by how much the best latent tells it better than the second best; the sum over attributes.
+    """Per binary attribute, how much better the best latent predicts it than the second best; the sum over attributes.
 
-    A latent tells an attribute by a threshold on it, in either direction; how well is the area under the ROC curve over
-    `num_thresholds` thresholds at even distances over its range, by upper sums as in the release. Counted are
-    attributes whose best area is at least `auroc_threshold` ("captured") and that no other attribute determines too
-    far: the mutual information with another one is at most `entropy_threshold` of its own entropy.
+    A latent predicts an attribute by a threshold, in either direction; how well is the area under the ROC curve over
+    `num_thresholds` evenly spaced thresholds, by upper sums as in the release. An attribute counts if its best area is
+    at least `auroc_threshold`, and if no other attribute largely determines it: its mutual information with each other
+    one is at most `entropy_threshold` times its own entropy.
 
     Deliberate departure: the release scores the 320 components of the 20 tokens, where the components of one token
-    compete for the second place. The codes given are scored here: the scalars, as is meant, or for the release's
-    number the tokens in one row each, `tokens.reshape(len(tokens), -1)`.
+    compete for second place. Here the given codes are scored: the scalars, as intended by the metric, or
+    `tokens.reshape(len(tokens), -1)` for the release's number.
 
     Args:
         codes: (m, n), one row per row of the table; tokens (m, n, d) are reduced to n first components.
         grid: a table of binary attributes.
-        random_state: draws the points where `num_points` asks for some.
+        random_state: draws the rows if `num_points` is not 0.
         num_points: rows to score; 0 for all.
         auroc_threshold, entropy_threshold: see above.
-        least_range: latents whose range is not above, absolutely, count as guessing: an area of 0.5.
+        least_range: latents with at most this range, in the units of the codes, count as guessing: an area of 0.5.
         num_thresholds: at least 2. These defaults are the release's.
 
     Returns:
-        `tad`, `attributes_captured`, `attributes_told` (the best area alone is high enough, also where others determine
-        the attribute); `arrays["auroc"]` (n, attributes), `arrays["entropy_reduction"]` (attributes,).
+        `tad`; `attributes_captured`, those that count; `attributes_told`, those whose best area is high enough, even if
+        others determine them; `arrays["auroc"]` (n, attributes), `arrays["entropy_reduction"]` (attributes,).
 
     Raises:
-        ValueError: no table, attributes that are not binary, or unusable codes.
+        ValueError: the factors are not a table of binary attributes, or the codes are unusable.
     """
     if not isinstance(grid, FactorTable) or any(size != 2 for size in grid.sizes):
         raise ValueError(
-            f"tad is of a table of binary attributes, one row per row of codes; these factors are {grid.describe()}"
+            f"tad needs a table of binary attributes, one row per row of codes; these factors are {grid.describe()}"
         )
     codes, attributes = scalar_codes(codes, grid), grid.values
     if num_points:
@@ -60,7 +60,7 @@ def tad(
         constant = attributes.min(axis=0) == attributes.max(axis=0)
         if constant.any():
             name = grid.names[int(constant.argmax())]
-            raise ValueError(f"tad: attribute '{name}' takes one value in num_points={num_points} rows; raise it")
+            raise ValueError(f"tad: attribute '{name}' takes only one value in num_points={num_points} rows; raise it")
     auroc = areas(codes, attributes, num_thresholds, least_range)
     second, best = np.sort(auroc, axis=0)[-2:]
     reduction = entropy_reduction(attributes)
@@ -76,10 +76,11 @@ def tad(
 def areas(codes: np.ndarray, attributes: np.ndarray, num_thresholds: int, least_range: float) -> np.ndarray:
     """Area under the ROC curve (n, attributes) of each latent (m, n) for each binary attribute (m, attributes).
 
-    The release's sum: rates at the thresholds sorted, each step in false positives times the higher rate of true ones.
+    The release's sum: both rates sorted over the thresholds, each step in false positives times the higher rate of true
+    positives.
     """
     low, high = codes.min(axis=0), codes.max(axis=0)
-    # In the codes' precision, as the thresholds decide which of equal values are above.
+    # In the precision of the codes, since thresholds may be equal to values.
     steps = np.linspace(0, 1, num_thresholds).astype(codes.dtype)
     positives = attributes.sum(axis=0)
     result = np.full((codes.shape[1], attributes.shape[1]), 0.5)
@@ -101,13 +102,13 @@ def areas(codes: np.ndarray, attributes: np.ndarray, num_thresholds: int, least_
 
 
 def _upper_sum(false: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Area under rates (thresholds, …), each sorted by itself."""
+    """Area under the curve of rates (thresholds, …), each rate sorted separately."""
     false, true = np.sort(false, axis=0), np.sort(true, axis=0)
     return (np.diff(false, axis=0) * true[1:]).sum(axis=0)
 
 
 def entropy_reduction(attributes: np.ndarray) -> np.ndarray:
-    """Largest mutual information of each binary attribute (m, a) with another one, over its own entropy."""
+    """For each binary attribute of (m, a), its largest mutual information with another one, over its own entropy."""
     values = attributes.astype(np.float64)
     ones, share = values.T @ values / len(values), values.mean(axis=0)
     information = np.zeros_like(ones)

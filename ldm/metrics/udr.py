@@ -19,29 +19,29 @@ def udr(
     kl: Sequence[np.ndarray] | None = None,
     kl_threshold: float = 0.01,
 ) -> dict[str, np.ndarray]:
-    """How well the dimensions of each model's codes match those of the others, one to one.
+    """How well the dimensions of each model's codes match those of the other models, one to one.
 
-    For each pair of models, correlations between their dimensions: weights of a Lasso (alpha 0.1) that predicts one
-    model's codes from the other's, or rank correlations. A pair's score is the mean over dimensions of the largest
-    correlation squared over the sum; a model's score is the median of its pairs'.
+    For each pair of models, the dimensions are correlated: by the weights of a Lasso (alpha 0.1) that predicts one
+    model's codes from the other's, or by rank correlations. A pair's score is the mean over dimensions of the largest
+    correlation squared, over the sum of the correlations; a model's score is the median of those of its pairs.
 
-    Deliberate departures: without `kl`, for models that are not variational, dimensions that are constant are left
-    out; models may have different numbers of dimensions; `kl_threshold` is the only one (the original also sets
-    dimensions to 0 at 0.01, whatever is asked for).
+    Deliberate departures: without `kl`, for models that are not variational, constant dimensions are left out; models
+    may have different numbers of dimensions; `kl_threshold` is the only threshold (the original also sets dimensions to
+    0 at 0.01, whatever its value).
 
     Args:
-        codes: one array (m, n) or (m, n, d) per model, of the same images: rows of the grid, or of the table.
-        grid: the factors of the rows; they only say which points are drawn.
+        codes: one array (m, n) or (m, n, d) per model, of the same images: the rows of the grid or table.
+        grid: the factors of the rows; they only determine which points are drawn.
         seed: of the draws and of the Lasso.
         correlation: `lasso` or `spearman`.
         num_points: points to correlate on.
         batch_size: points are drawn in batches of this size. Defaults are disentanglement_lib's.
-        kl: per model the mean KL divergence (n,) of each dimension from its prior.
-        kl_threshold: dimensions whose divergence is not above are left out.
+        kl: per model, the mean KL divergence (n,) of each dimension from its prior.
+        kl_threshold: dimensions with at most this divergence are left out.
 
     Returns:
-        `model_scores` (models,), `pairwise_disentanglement_scores` (models, models): row i, column j is the pair with
-        i's codes predicting j's; 0 in the diagonal.
+        `model_scores` (models,), `pairwise_disentanglement_scores` (models, models): in row i, column j, the codes of
+        model i predict those of j; 0 on the diagonal.
 
     Raises:
         ValueError: fewer than two models, unusable codes or settings.
@@ -54,7 +54,7 @@ def udr(
         raise ValueError("udr: kl must hold one value per dimension of each model's codes")
     points, kept = [], []
     for i, part in enumerate(codes):
-        # The same points for all models.
+        # All models get the same points.
         random_state = np.random.RandomState(seed)
         ((sample, _),) = sample_points(scalar_codes(part, grid), grid, [num_points], batch_size, random_state)
         sample = sample.astype(np.float64)
@@ -72,7 +72,7 @@ def udr(
 
 
 def relative_strength(correlation: np.ndarray) -> float:
-    """Mean over rows and columns of the largest correlation squared over the sum; 0 for those without any."""
+    """Mean over rows and columns of the largest correlation squared over the sum; rows and columns of 0 count as 0."""
     if not correlation.size:
         return 0.0
     parts = []
@@ -87,7 +87,7 @@ def _correlations(a: np.ndarray, b: np.ndarray, kind: str, seed: int) -> np.ndar
     if kind == "spearman":
         from scipy.stats import rankdata
 
-        # Of ranks; a column of equals has no correlation.
+        # Correlations of ranks; 0 for a constant column.
         a, b = (ranks - ranks.mean(axis=0) for ranks in (rankdata(a, axis=0), rankdata(b, axis=0)))
         scale = np.outer(np.sqrt((a**2).sum(axis=0)), np.sqrt((b**2).sum(axis=0)))
         return np.abs(a.T @ b) / np.where(scale > 0, scale, 1)

@@ -1,4 +1,4 @@
-"""Scores of codes without factors: Gaussian total and Wasserstein correlation, and mean mutual information.
+"""Scores of codes that need no factors: Gaussian total and Wasserstein correlation, and mean mutual information.
 
 Locatello et al., "Challenging Common Assumptions in the Unsupervised Learning of Disentangled Representations", ICML
 2019, by disentanglement_lib's protocol.
@@ -18,14 +18,14 @@ def unsupervised(
     num_bins: int = 20,
     batch_size: int = 16,
 ) -> Scores:
-    """How far the dimensions are from being independent: 0 if they are, in all four entries.
+    """How far the dimensions are from being independent; if they are, all four entries are 0.
 
     Deliberate departure: constant dimensions are independent of everything, and left out of the total correlation
-    (in the original they make it NaN). Dimensions that determine each other linearly have an infinite one.
+    (in the original they make it NaN). If dimensions determine each other linearly, it is infinite.
 
     Args:
         codes: (m, n) or tokens (m, n, d), in grid order.
-        grid: the factors of the rows; they only say which points are drawn.
+        grid: the factors of the rows; they only determine which points are drawn.
         random_state: source of the draws.
         num_train: points to estimate from.
         num_bins: bins of equal width per dimension, for the mutual information.
@@ -60,10 +60,10 @@ def unsupervised(
 
 
 def total_correlation(covariance: np.ndarray) -> float:
-    """KL divergence in nats of a Gaussian from the product of its marginals; infinite if it is degenerate."""
+    """KL divergence in nats of a Gaussian with this covariance from the product of its marginals; may be infinite."""
     scale = np.sqrt(np.diag(covariance))
     correlation = covariance / np.outer(scale, scale)
-    # Of the correlations: the variances cancel, and what counts as degenerate does not depend on the codes' scale.
+    # Of the correlation matrix: the variances cancel, and whether it is singular does not depend on the codes' scale.
     eigenvalues = np.linalg.eigvalsh(correlation)
     if len(eigenvalues) and eigenvalues[0] <= len(eigenvalues) * np.finfo(np.float64).eps:
         return float("inf")
@@ -71,8 +71,8 @@ def total_correlation(covariance: np.ndarray) -> float:
 
 
 def wasserstein_correlation(covariance: np.ndarray) -> float:
-    """Squared Wasserstein-2 distance of a Gaussian from the product of its marginals."""
+    """Squared Wasserstein-2 distance of a Gaussian with this covariance from the product of its marginals."""
     scale = np.sqrt(np.diag(covariance))
-    # The root of D·C has the trace of the root of the symmetric √D·C·√D.
+    # The trace of the root of D·C equals that of the root of the symmetric √D·C·√D.
     eigenvalues = np.linalg.eigvalsh(scale[:, None] * covariance * scale)
     return float(max(0.0, 2 * np.trace(covariance) - 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()))

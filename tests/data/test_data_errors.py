@@ -114,7 +114,7 @@ def test_a_count_that_does_not_fit_the_grid(tmp_path):
     refuses(Shapes3DTrain, "24 images", "25", "factor_sizes", path=tmp_path, factor_sizes=[5, 5])
     refuses(MPI3DTrain, "24 images", "1036800", "object colour 6", "factor_sizes", path=tmp_path)
     refuses(DSpritesTrain, "24 images", "737280", path=tmp_path)
-    assert not list(tmp_path.rglob("*.npy"))  # told before anything is converted
+    assert not list(tmp_path.rglob("*.npy"))  # refused before anything is converted
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 24], [2.5], ["a"], 24])

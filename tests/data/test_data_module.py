@@ -229,7 +229,7 @@ def test_numbers_out_of_range(node, values):
 def test_nodes_that_are_missing_empty_or_not_a_data_set(node):
     with pytest.raises(UserError, match="at least one of the nodes"):
         DataModuleFromConfig(4)
-    with pytest.raises(UserError, match=r"data\.params\.train is missing"):
+    with pytest.raises(UserError, match=r"data\.params\.train: this node is needed"):
         DataModuleFromConfig(4, validation=node).train_dataloader()
     with pytest.raises(UserError, match=r"data\.params\.train: expected a data set .* got Own"):
         DataModuleFromConfig(4, train={"target": f"{__name__}.Own", "params": {"length": 0}}).setup()

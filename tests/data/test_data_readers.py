@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     Shapes3DTrain(tmp_path)
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     path = write_shapes3d(tmp_path, SIZES, chunks=(10, 64, 64, 3))
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("ldm.data.files.shutil.disk_usage", lambda folder: usage)
@@ -271,7 +271,7 @@ def test_a_folder_of_images(tmp_path):
     np.testing.assert_array_equal(dataset.images[2], Image.fromarray(wanted).resize((8, 8), Image.Resampling.LANCZOS))
 
 
-def test_the_cache_lies_where_the_variable_says(tmp_path, monkeypatch):
+def test_the_cache_is_where_the_variable_says(tmp_path, monkeypatch):
     path = write_shapes3d(tmp_path, SIZES, chunks=(10, 64, 64, 3))
     monkeypatch.setenv("ENCDIFF_CACHE", str(tmp_path / "elsewhere"))
     np.testing.assert_array_equal(Shapes3DTrain(tmp_path).images, noise(144))
@@ -281,7 +281,7 @@ def test_the_cache_lies_where_the_variable_says(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_of_several_processes_one_converts(tmp_path):
-    """Started at the same moment, as torchrun does, they share one conversion."""
+    """Started at the same moment, as by torchrun, they share one conversion."""
     write_shapes3d(tmp_path, SIZES, chunks=(10, 64, 64, 3))
     code = (
         "import logging, sys; logging.basicConfig(level=20); from ldm.data.dis import Shapes3DTrain;"

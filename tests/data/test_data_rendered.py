@@ -39,7 +39,7 @@ def test_a_smaller_grid_is_spread_over_the_full_range():
 
 
 def test_a_pixel_is_the_colouring_of_its_weights(images):
-    """Independent of the streaming: every image is weights @ colours, at the row of its factors."""
+    """Computed without blocks: every image is weights @ colours, at the row of its factors."""
     grid = rendered.rooms_grid(SMALL)
     values = factor_values(SMALL)
     for row in [0, 5, 100, len(grid) - 1]:
@@ -66,7 +66,7 @@ def test_each_factor_changes_its_own_part(images):
     assert thing[[0, -1]].max() == 0 and thing[8:12, 7:9].max() > 0  # the object is in the middle
 
 
-def test_neighbouring_scenes_of_the_full_grid_can_be_told_apart():
+def test_neighbouring_scenes_of_the_full_grid_differ():
     _, _, _, scales, _, angles = factor_values(SIZES)
     for shape in SHAPES:
         small, large = (geometry_buffer(shape, scale, 0, 32) for scale in scales[3:5])

@@ -60,6 +60,6 @@ def test_records_are_plain_json(tmp_path):
     expected = {"a": 0.5, "b": [1, [None, None]], "3": {"c": True}}
     assert json.loads((tmp_path / "new" / "record.json").read_text()) == expected
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="the folder .*file"):
+    with pytest.raises(UserError, match=r"the folder .*file"):
         write_json(tmp_path / "file" / "record.json", {})
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["record.json"]

@@ -1,4 +1,4 @@
-"""The fast trees against scikit-learn's, problem by problem."""
+"""The fast trees compared with scikit-learn's, problem by problem."""
 
 import signal
 import threading
@@ -14,17 +14,19 @@ from ldm.metrics.boosting import fit_factors
 
 
 def of_scikit_learn(train, labels, test, seed):
+    """Importances, predictions of training and test samples, the model."""
     model = GradientBoostingClassifier(random_state=seed).fit(train, labels)
     return model.feature_importances_, model.predict(train), model.predict(test), model
 
 
 def ours(train, labels, test, seed=0, num_jobs=2):
+    """Importances, predictions of training and test samples."""
     fit = fit_factors(train, labels[:, None], test, np.array([seed]), num_jobs)[0]
     return fit.importances, fit.train, fit.test
 
 
 def smooth_problem(seed, classes):
-    """Classes of two interacting features, some more of noise."""
+    """Classes from two interacting features, and features of noise."""
     random = np.random.RandomState(seed)
     features = random.randint(3, 8)
     x = random.standard_normal((1200, features))
@@ -34,7 +36,7 @@ def smooth_problem(seed, classes):
 
 
 def untied_problem(seed, classes):
-    """Classes of even size of one feature alone, or of several cut in two: every split has one best feature."""
+    """Classes of equal size from one feature alone, or from several binary ones: every split has one best feature."""
     random = np.random.RandomState(seed)
     x = random.standard_normal((60 * classes + 400, 4 + seed))
     if classes == 4 and seed:
@@ -48,9 +50,9 @@ def untied_problem(seed, classes):
 
 
 def tied_problem(seed):
-    """Classes from 2 to 40, values with ties, constant and duplicated features, values that differ by 1e-7."""
+    """2 to 40 classes; values with ties, constant and duplicated features, values that differ by 1e-7."""
     random = np.random.RandomState(seed)
-    classes = {18: 25, 19: 40}.get(seed, [2, 3, 5, 8][seed % 4])
+    classes = {19: 40}.get(seed, [2, 3, 5, 8][seed % 4])
     rows = 150 + 4 * classes
     x = random.standard_normal((rows, 6))
     y = (np.argsort(np.argsort(x[:, 0] + 0.3 * random.standard_normal(rows))) * classes) // rows
@@ -64,17 +66,20 @@ def tied_problem(seed):
     return x, y, random.standard_normal((200, 6)) * x.std(axis=0)
 
 
-@pytest.mark.parametrize("seed", range(20))
+# Every kind of tie with 2, 3, 5 and 8 classes, and 40 classes.
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed % 4 == 3)) for seed in (*range(12), 19)]
+)
 def test_random_problems_lie_within_scikit_learns_spread(seed):
     x, y, test = tied_problem(seed)
     theirs = [of_scikit_learn(x, y, test, s) for s in range(2 if y.max() > 10 else 4)]
     mine = [ours(x, y, test, s) for s in range(12)]
     importances, expected = np.array([m[0] for m in mine]), np.array([t[0] for t in theirs])
-    # Means of two samples of one distribution, whose spread the larger sample tells.
+    # Means of two samples of one distribution, whose spread is estimated from the larger sample.
     error = importances.std(axis=0, ddof=1) * np.sqrt(1 / len(mine) + 1 / len(theirs))
     assert np.all(np.abs(importances.mean(axis=0) - expected.mean(axis=0)) < 4 * error + 1e-3)
     np.testing.assert_allclose(importances.sum(axis=1), 1)
-    # Predictions differ from scikit-learn's as those of two runs differ.
+    # Predictions differ from scikit-learn's about as much as those of two runs do.
     for part in (1, 2):
         theirs_differ = np.mean([np.mean(t[part] != theirs[0][part]) for t in theirs[1:]])
         mine_differ = np.mean([np.mean(m[part] != mine[0][part]) for m in mine[1:]])
@@ -82,12 +87,14 @@ def test_random_problems_lie_within_scikit_learns_spread(seed):
         assert across <= 1.5 * max(theirs_differ, mine_differ) + 0.005
 
 
-@pytest.mark.parametrize("classes", [2, 3, 4, 8, 15])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("seed", "classes"),
+    [(0, 2), (1, 3), (1, 4), pytest.param(0, 8, marks=pytest.mark.slow), pytest.param(1, 15, marks=pytest.mark.slow)],
+)
 def test_equal_where_no_features_tie(seed, classes):
     x, y, test = untied_problem(seed, classes)
     expected = of_scikit_learn(x, y, test, 0)
-    # This is what makes the problem one without ties.
+    # Confirms that the problem has no ties.
     np.testing.assert_allclose(of_scikit_learn(x, y, test, 1)[0], expected[0], atol=1e-12)
     importances, train, tested = ours(x, y, test)
     np.testing.assert_array_equal(train, expected[1])
@@ -124,12 +131,13 @@ def test_every_tree_is_scikit_learns_where_nothing_ties():
     np.testing.assert_allclose(importances, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_equal_features_share_the_importance_as_in_scikit_learn():
     x, y, test = smooth_problem(2, 4)
     twice = np.concatenate([x[:, :1], x[:, :1]], axis=1)
     mine = np.array([ours(twice, y, np.concatenate([test[:, :1]] * 2, axis=1), s)[0] for s in range(30)])
     assert mine[:, 0].mean() == pytest.approx(0.5, abs=0.06)
-    theirs = np.array([of_scikit_learn(twice, y, twice, s)[0] for s in range(10)])
+    theirs = np.array([of_scikit_learn(twice, y, twice, s)[0] for s in range(6)])
     assert 0.4 < mine[:, 0].std() / theirs[:, 0].std() < 2.5
 
 
@@ -143,9 +151,10 @@ def test_the_result_does_not_depend_on_the_threads():
                 np.testing.assert_array_equal(getattr(fit, name), getattr(first, name))
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-5, 1e8])
-def test_values_are_told_apart_as_scikit_learn_tells_them(scale):
-    """At 1e-6 many neighbours are within 1e-7 of each other, one by one, though their ends are not."""
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1e-6, 1e8])
+def test_values_are_separated_as_in_scikit_learn(scale):
+    """At 1e-6, many neighbouring values are within 1e-7 of each other."""
     x, y, test = smooth_problem(5, 3)
     x, test = x * scale, test * scale
     theirs = np.array([of_scikit_learn(x, y, test, s)[0] for s in range(4)])
@@ -154,7 +163,7 @@ def test_values_are_told_apart_as_scikit_learn_tells_them(scale):
     assert np.all(np.abs(mine.mean(axis=0) - theirs.mean(axis=0)) < 4 * error + 3e-4)
 
 
-def test_features_without_use_have_no_importance():
+def test_useless_features_have_no_importance():
     x, y, test = np.ones((50, 3)), np.arange(50) % 2, np.ones((10, 3))
     importances, train, tested = ours(x, y, test)
     np.testing.assert_array_equal(importances, np.zeros(3))
@@ -162,7 +171,7 @@ def test_features_without_use_have_no_importance():
     np.testing.assert_array_equal(of_scikit_learn(x, y, test, 0)[2], tested)
 
 
-def test_labels_need_not_be_numbered_without_gaps():
+def test_labels_may_have_gaps():
     x, y, test = smooth_problem(0, 3)
     _, train, tested = ours(x, np.array([4, 9, 30])[y], test)
     expected = ours(x, y, test)
@@ -171,7 +180,7 @@ def test_labels_need_not_be_numbered_without_gaps():
 
 
 def test_a_rare_class_raises_no_warning():
-    """Its probability becomes 0 by an infinite exponential."""
+    """An infinite exponential makes its probability 0."""
     random = np.random.RandomState(0)
     x, y = random.uniform(size=(3000, 4)), np.ones(3000, dtype=int)
     x[:3, 0], y[:3] = 9, 0

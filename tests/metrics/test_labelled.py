@@ -1,4 +1,4 @@
-"""Labelled samples in the place of a factor grid."""
+"""Labelled samples in place of a factor grid."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def sample():
     return codes + 0.1 * random.standard_normal(codes.shape), FactorTable(values, ("hue", "shape", "scale"))
 
 
-def test_table_numbers_its_values():
+def test_a_table_numbers_its_values():
     table = FactorTable(np.array([["red", "2"], ["blue", "10"], ["red", "2"], ["blue", "2"]]), ("colour", "size"))
     np.testing.assert_array_equal(table.values, [[1, 1], [0, 0], [1, 1], [0, 1]])
     assert table.sizes == (2, 2) and len(table) == 4 and table.describe() == "colour 2, size 2"
@@ -33,12 +33,12 @@ def test_table_numbers_its_values():
 @pytest.mark.parametrize(
     ("values", "names", "message"),
     [
-        (np.zeros((2, 2, 2)), (), r"table \(rows, factors\), got the shape \(2, 2, 2\)"),
-        (np.zeros((0, 2)), (), r"got the shape \(0, 2\)"),
+        (np.zeros((2, 2, 2)), (), r"table \(rows, factors\) of numbers or strings, got float64 of shape \(2, 2, 2\)"),
+        (np.zeros((0, 2)), (), r"of shape \(0, 2\)"),
         (np.array([[1.0], [np.nan]]), (), "must be finite"),
-        (np.array([[None]]), (), "numbers or text, got an array of object"),
-        (np.zeros((4, 2)), ("one",), "2 factors but 1 names"),
-        (np.zeros((4, 2)), ("one", "one"), "names of factors must differ"),
+        (np.array([[None]]), (), "numbers or strings, got object"),
+        (np.zeros((4, 2)), ("one",), "expected 2 different names, one per factor, got 1: one"),
+        (np.zeros((4, 2)), ("one", "one"), "expected 2 different names"),
         (np.random.RandomState(0).uniform(size=(50, 1)), ("angle",), "'angle' has 50 values in 50 rows.*continuous"),
     ],
 )
@@ -47,8 +47,9 @@ def test_bad_tables(values, names, message):
         FactorTable(values, names)
 
 
+@pytest.mark.slow
 def test_a_sample_scores_about_as_its_grid():
-    """A labelled sample of a grid so large that the grid's own draws hardly test what they train on."""
+    """The grid is so large that its own draws hardly ever test a row that they train on."""
     grid = FactorGrid((10, 8, 10, 8, 12))
     factors = grid.factors(np.arange(len(grid)))
     random = np.random.RandomState(1)
@@ -64,7 +65,7 @@ def test_a_sample_scores_about_as_its_grid():
     part = evaluate(codes[rows], FactorTable(factors[rows]), metrics, settings)
     for metric in metrics:
         for entry, value in whole[metric].items():
-            # Trees fit a sample whose rows repeat less: the training accuracy says nothing here.
+            # Trees fit a sample whose rows repeat less, so training accuracies are not comparable.
             if "train" not in entry:
                 assert part[metric][entry] == pytest.approx(value, abs=0.06), (metric, entry)
 
@@ -76,7 +77,7 @@ def test_no_row_is_trained_and_tested_on(sample):
     rows = np.concatenate([train[0][:, 0], test[0][:, 0]]).astype(int)
     assert len(set(rows)) == 1900
     np.testing.assert_array_equal(np.concatenate([train[1], test[1]]), table.values[rows])
-    with pytest.raises(ValueError, match=r"1500 \+ 700 different rows are asked for, but the labelled sample has 2000"):
+    with pytest.raises(ValueError, match=r"1500 \+ 700 different rows are needed, but the labelled sample has 2000"):
         sample_points(codes, table, [1500, 700], 16, np.random.RandomState(0))
 
 
@@ -102,7 +103,7 @@ def test_a_value_of_a_single_row_cannot_be_held(sample):
     values = table.values.copy()
     values[7, 1] = 9
     for metric in ("beta_vae", "factor_vae"):
-        with pytest.raises(ValueError, match=r"value number 3 of factor 'shape' has a single row.*leave that row out"):
+        with pytest.raises(ValueError, match=r"value number 3 of factor 'shape' has a single row.*leave out that row"):
             evaluate(codes, FactorTable(values, table.names), [metric], SMALL)
 
 
@@ -120,7 +121,7 @@ def test_defaults_shrink_to_the_sample_and_explicit_numbers_do_not(sample):
     # Votes are drawn with replacement.
     assert resolved["factor_vae"]["num_train"] == resolved["beta_vae"]["num_train"] == 10000
     for metric, settings in (("mig", {"num_train": 2001}), ("dci", {"num_train": 1500, "num_test": 501})):
-        with pytest.raises(ValueError, match="different rows are asked for, but the labelled sample has 2000"):
+        with pytest.raises(ValueError, match="different rows are needed, but the labelled sample has 2000"):
             evaluate(codes, table, [metric], {metric: settings})
     # A sample that is large enough leaves the defaults alone.
     large = FactorTable(np.tile(table.values, (10, 1)))
@@ -128,7 +129,7 @@ def test_defaults_shrink_to_the_sample_and_explicit_numbers_do_not(sample):
 
 
 @pytest.mark.parametrize("rows", [3, 5, 12])
-def test_tiny_samples_have_scores_or_one_clear_line(rows):
+def test_tiny_samples_get_scores_or_one_clear_line(rows):
     table = FactorTable(np.stack([np.arange(rows) % 2, np.arange(rows) // 2 % 2], axis=1))
     codes = table.values + 0.1 * np.random.RandomState(0).standard_normal((rows, 2))
     for metric in ("dci", "sap", "modularity_explicitness", "mig", "irs", "infomec", "downstream_gbt"):
@@ -138,7 +139,7 @@ def test_tiny_samples_have_scores_or_one_clear_line(rows):
         try:
             scores = evaluate(codes, table, [metric])[metric]
         except ValueError as error:
-            assert "takes one value in" in str(error) and "\n" not in str(error), error
+            assert "takes only one value in" in str(error) and "\n" not in str(error), error
         else:
             assert all(np.isfinite(value) for value in scores.values())
 
@@ -146,7 +147,7 @@ def test_tiny_samples_have_scores_or_one_clear_line(rows):
 def test_more_tests_than_rows_are_refused(sample):
     codes, table = sample
     for metric in ("downstream_gbt", "dci"):
-        with pytest.raises(ValueError, match=r"1 \+ 9000 different rows are asked for"):
+        with pytest.raises(ValueError, match=r"1 \+ 9000 different rows are needed"):
             evaluate(codes, table, [metric], {metric: {"num_test": 9000}})
 
 
