@@ -28,7 +28,7 @@ SIZES = (1, 1, 2, 2, 2, 3)
 
 
 def refuses(call, *words, **keys):
-    """`call` raises one UserError of one line that has all the words."""
+    """`call` raises a UserError of one line that contains all the words."""
     with pytest.raises(UserError) as caught:
         call(**keys)
     message = str(caught.value)
