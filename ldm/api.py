@@ -14,8 +14,11 @@ from ldm.util import UserError, instantiate_from_config
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """The configuration that a log directory, or the log directory of a checkpoint, holds, or that lies beside a
-    safetensors file (`model.yaml` beside `model.safetensors`).
+    """The configuration of a run.
+
+    Args:
+        path: log directory, checkpoint in one, or safetensors file with its configuration beside it (`model.yaml`
+            beside `model.safetensors`).
 
     Raises:
         UserError: no such path, or no configuration there.
@@ -41,16 +44,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
         path: log directory (its `checkpoints/last.ckpt` is taken), checkpoint in one, or safetensors file with its
             configuration beside it.
         device: to put the model on.
-        weights: `live`, or `ema` for the EMA weights, which then replace the others.
+        weights: `live`, or `ema` for the EMA weights in their place.
 
     Returns:
         `VQModel`, `AutoencoderKL` or `LatentDiffusion`; the latter with its first stage.
 
     Raises:
-        UserError: no configuration or checkpoint there, or one of another model.
+        UserError: no configuration or checkpoint there, a checkpoint of another model, or no EMA weights in it.
     """
     if weights not in ("live", "ema"):
-        raise UserError(f"weights: '{weights}' is neither live nor ema")
+        raise UserError(f"'{weights}' is neither live nor ema", "weights")
     config = load_config(path)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     node = without_checkpoints(resolved["model"])

@@ -8,10 +8,10 @@ import numpy as np
 
 
 def factor_names(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """One name per factor; `factor 0`, `factor 1`, … for no names.
+    """One name per factor; `factor 0`, `factor 1`, … if none are given.
 
     Raises:
-        ValueError: another number of names, or names that are equal or empty.
+        ValueError: a wrong number of names, duplicates or an empty name.
     """
     names = tuple(names) or tuple(f"factor {k}" for k in range(count))
     if len(names) != count or len(set(names)) < count or "" in names:
@@ -86,8 +86,8 @@ class FactorTable:
         names: of the factors.
 
     Raises:
-        ValueError: another shape or type, NaN, bad names (see `factor_names`), or a factor with more values than half
-            the number of rows: it is continuous, or an index.
+        ValueError: a wrong shape or type, NaN, bad names (see `factor_names`), or a factor with more values than half
+            the number of rows, which must be continuous or an index.
     """
 
     def __init__(self, values: np.ndarray, names: Sequence[str] = ()) -> None:
@@ -107,8 +107,8 @@ class FactorTable:
             distinct, numbers = np.unique(column, return_inverse=True)
             if len(distinct) > max(2, len(values) // 2):
                 raise ValueError(
-                    f"factor '{name}' has {len(distinct)} values in {len(values)} rows: it looks continuous. Cut it"
-                    " into classes, or leave it out"
+                    f"factor '{name}' has {len(distinct)} values in {len(values)} rows: it looks continuous. Divide"
+                    " it into classes, or leave it out"
                 )
             columns.append(numbers.reshape(-1))
             sizes.append(len(distinct))
@@ -130,7 +130,10 @@ class FactorTable:
 
 
 def factors_of(dataset: Any) -> FactorGrid | FactorTable | None:
-    """What a data set can be scored against: its `grid`, a table of its `attributes` and `attribute_names`, or None."""
+    """What a data set can be scored against: its `grid`, or a table of its `attributes`; None if it has neither.
+
+    `attributes` is (m, k), see `FactorTable`, with k `attribute_names`.
+    """
     if getattr(dataset, "grid", None) is not None:
         return dataset.grid
     if getattr(dataset, "attributes", None) is not None:

@@ -1,4 +1,4 @@
-"""Scores for disentanglement at validation: where the model meets the metrics."""
+"""Disentanglement scores at validation: where the model meets the metrics."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -26,8 +26,8 @@ PARAMS = "lightning.callbacks.disentanglement.params"
 class DisentanglementCallback(Callback):
     """Encodes the validation set into scalars and scores them against its factor grid, or its table of attributes.
 
-    Scalars are collected batch by batch over the whole set, also over several processes, and put into grid order by the
-    batch's `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, the matrices behind them into
+    Scalars are collected batch by batch over the whole set, from all processes, and put into grid order by the batches'
+    `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, with the matrices behind them as
     pictures beside it, and into the log as a table.
 
     Args:
@@ -35,7 +35,7 @@ class DisentanglementCallback(Callback):
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
         every_n_validations: score every N validations.
         weights: `live`, as released, or `ema`.
-        score_tokens: score the concept tokens too, by their first principal component each (paper, Table 11): logged as
+        score_tokens: score the concept tokens too, each by its first principal component (paper, Table 11): logged as
             `val/tokens_<metric>`, and `scores_of_tokens` in the file.
         seed: of the metrics' random states.
         logdir: folder in which `metrics/` is made; the trainer's `default_root_dir` if left out.
@@ -67,7 +67,7 @@ class DisentanglementCallback(Callback):
 
     @property
     def logged(self) -> list[str]:
-        """Metrics that are logged as `val/…`, for a monitor."""
+        """Names of the metrics that are logged as `val/…`, any of which may be the monitor."""
         return [*self.metrics, *(f"tokens_{metric}" for metric in self.metrics if self.score_tokens)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,11 +83,11 @@ class DisentanglementCallback(Callback):
 
         Args:
             model: the Lightning module.
-            datasets: by split, as of `DataModuleFromConfig`.
+            datasets: by split, as in `DataModuleFromConfig`.
             trainer_options: arguments of Lightning's Trainer.
 
         Raises:
-            UserError: no concept encoder or no EMA weights of it, no validation set, no factors, or a limit on the
+            UserError: no concept encoder, or no EMA weights for it; no validation set; no factors; or a limit on the
                 validation batches.
         """
         if not self.metrics:
@@ -126,7 +126,7 @@ class DisentanglementCallback(Callback):
         return bool(self.metrics) and self.factors is not None and not trainer.sanity_checking and due
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what an interrupted validation left."""
+        """Forget what an interrupted validation left behind."""
         self._parts = []
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class DisentanglementCallback(Callback):
         """Score on the first process, and log the scores on all.
 
         Raises:
-            UserError: on all processes, so that none waits for the others: the scalars cannot be scored.
+            UserError: the scalars cannot be scored; on all processes, so that none waits for the others.
         """
         if trainer.sanity_checking:
             return
@@ -178,8 +178,8 @@ class DisentanglementCallback(Callback):
             raise UserError(problem)
 
     def _gather(self, pl_module: pl.LightningModule, rows: int) -> dict[str, np.ndarray]:
-        """Scalars (rows, n), or codes (rows, n, w), and tokens (rows, n, d) if asked for: float32 in grid order, from
-        all processes.
+        """Scalars (rows, n), or (rows, n, w) where a variant has vectors in their place, and tokens (rows, n, d) if
+        asked for: float32 in grid order, from all processes.
 
         Raises:
             UserError: some rows were not validated.

@@ -27,8 +27,8 @@ COUNTS = ("N", "n_row", "ddim_steps", "swap_images")
 class ImageLogger(Callback):
     """Calls the model's `log_images` on the same images every time, and saves the pictures.
 
-    Images are taken at even distances from the validation set, or the training set if there is none. The random numbers
-    are the same every time too.
+    Images are evenly spaced over the validation set, or over the training set if there is none. The random numbers are
+    the same every time, too.
 
     Args:
         batch_frequency: steps between pictures.
@@ -74,7 +74,7 @@ class ImageLogger(Callback):
         self._batch: dict[str, torch.Tensor] | None = None
 
     def check(self, model: Any, datasets: Mapping[str, Any], trainer_options: Mapping[str, Any]) -> None:
-        """Refuse `log_images_kwargs` that the model's `log_images` would not take, before anything is trained.
+        """Refuse `log_images_kwargs` that the model's `log_images` does not take, before anything is trained.
 
         Args:
             model: the Lightning module.
@@ -89,13 +89,13 @@ class ImageLogger(Callback):
         check_params(diffusion_images if latent else model.log_images, self.log_images_kwargs, OPTIONS)
         for name, value in self.log_images_kwargs.items():
             if name in ("model", "batch", "generator"):
-                raise UserError("unknown key: the callback gives it", f"{OPTIONS}.{name}")
+                raise UserError("is set by the callback: leave it out", f"{OPTIONS}.{name}")
             if name in COUNTS and value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"expected at least 1, got {value!r}", f"{OPTIONS}.{name}")
         quantized = latent and self.log_images_kwargs.get("quantize_denoised")
         if quantized and not hasattr(model.first_stage_model, "quantize"):
             kind = type(model.first_stage_model).__name__
-            raise UserError(f"{kind} has no codebook: set it to false", f"{OPTIONS}.quantize_denoised")
+            raise UserError(f"{kind} has no codebook: set this to false", f"{OPTIONS}.quantize_denoised")
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(self.logdir or trainer.default_root_dir)

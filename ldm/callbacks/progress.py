@@ -42,7 +42,7 @@ class ProgressBar(TQDMProgressBar):
         self._first = True
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Name the epoch of a run that resumes within it; Lightning's bar does so at an epoch's start only."""
+        """Name the epoch when a run resumes within it; Lightning's bar does so only at an epoch's start."""
         if self._first and batch_idx > 0:
             total = self._batches(batch_idx)
             self.train_progress_bar.total = total if isinstance(total, int) else None

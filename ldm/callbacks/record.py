@@ -37,7 +37,7 @@ class Record:
             csv.writer(file).writerows([header, *kept] if kept else [])
 
     def due(self, step: int) -> bool:
-        """Whether a step is to have a row and does not have it yet."""
+        """Whether a step should have a row, and does not have it yet."""
         return step % self.every_step_num == 0 and step != self._step
 
     def log(self, folder: str | Path, values: Mapping[str, Any], step: int) -> None:
@@ -45,7 +45,7 @@ class Record:
 
         Args:
             folder: the log directory.
-            values: losses by name; numbers or tensors of one.
+            values: losses by name; numbers or tensors of one element.
             step: the trainer's.
         """
         if not self.due(step):

@@ -22,11 +22,11 @@ LOCK = ".lock"
 def hold(logdir: Path, wanted: bool = True) -> Iterator[None]:
     """Hold a log directory that exists, so that no second run can resume there at the same time.
 
-    The lock is the operating system's, and ends with the process, however that ends.
+    The lock belongs to the operating system, and ends with the process, however that ends.
 
     Args:
         logdir: the directory.
-        wanted: False does nothing.
+        wanted: if False, nothing is held.
 
     Raises:
         UserError: another process holds it.
@@ -36,7 +36,7 @@ def hold(logdir: Path, wanted: bool = True) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(f"the run in '{logdir}' is still running: stop it first, or start another one") from error
+            raise UserError(f"the run in '{logdir}' is still running: stop it first, or start a new run") from error
     try:
         yield
     finally:
@@ -86,9 +86,9 @@ class SetupCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let loggers count steps as everything else does.
+        """Make loggers count steps as everything else does.
 
-        Lightning's loggers count batches under manual optimisation, and one more after a resume at an epoch's end.
+        Under manual optimisation, Lightning's loggers count batches, and one more after resuming at an epoch's end.
         """
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 

@@ -30,7 +30,7 @@ class Interrupted(Exception):
 class StopCallback(Callback):
     """Saves `last.ckpt` and stops after the step on SIGINT (Ctrl-C) or SIGTERM; saves and continues on SIGUSR1.
 
-    A second signal stops at once. Where `max_steps` ends training within an epoch, the model is validated there.
+    A second signal stops at once. If `max_steps` ends training within an epoch, the model is validated there.
     Several processes act together, one batch after the signal: they agree on the CPU while the next batch is computed,
     so that no device waits.
 
@@ -47,7 +47,7 @@ class StopCallback(Callback):
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers, which only the main thread may."""
+        """Install the handlers, which only the main thread may do."""
         self._asked = None
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
@@ -119,7 +119,7 @@ class StopCallback(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop within validation too, where no weights change."""
+        """Stop within validation, too, where no weights change."""
         stop, save = self._wanted()
         if stop:
             self._end(trainer)
@@ -141,7 +141,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         folder: of the checkpoints.
-        options: of `ModelCheckpoint`, when to save.
+        options: of `ModelCheckpoint`: when to save.
     """
 
     def __init__(self, folder: str | Path, **options: Any) -> None:

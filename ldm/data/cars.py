@@ -17,7 +17,7 @@ def read_car(file: Path, grid: FactorGrid, title: str) -> np.ndarray:
     """Pictures (elevation, azimuth, h, w, 3) uint8 of one car.
 
     Raises:
-        UserError: the file is damaged, has no array `im`, or one of another shape or dtype.
+        UserError: the file is damaged, has no array `im`, or one of the wrong shape or dtype.
     """
     with reading(file, title):
         content = scipy.io.loadmat(file)
@@ -34,7 +34,7 @@ def read_car(file: Path, grid: FactorGrid, title: str) -> np.ndarray:
 
 
 def cars3d_pixels(folder: Path, files: list[Path], grid: FactorGrid, image_size: int, title: str) -> Pixels:
-    """Pixels of all cars in grid order (elevation, azimuth, car), the car fastest, resized with Lanczos' filter.
+    """Pixels of all cars in grid order (elevation, azimuth, car), the car fastest, resized with a Lanczos filter.
 
     Raises:
         UserError: see `read_car`.

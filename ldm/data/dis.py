@@ -1,7 +1,7 @@
-"""The data sets of the paper, and others like them: one class each, which reads the files as they are published.
+"""The data sets of the paper and others like them: one class each, which reads the files as published.
 
 `path` is the folder of data sets (`<path>/shapes3d/3dshapes.h5`, …) or the file itself; if left out, the environment
-variable ENCDIFF_DATA, else `data`. `ImageDataset` says what all of them offer. The names `…Train` are the first
+variable ENCDIFF_DATA, else `data`. `ImageDataset` documents what they have in common. The names `…Train` are the first
 release's, for YAML files.
 """
 
@@ -42,7 +42,7 @@ class Shapes3D(ImageDataset):
     Args:
         path: see the module.
         original_resolution: None or the size of the images, as in the first release.
-        factor_sizes: the grid; default: that of the file's `labels`.
+        factor_sizes: the grid; by default, that of the file's `labels`.
         image_size: resize to this; None keeps the file's size.
     """
 
@@ -56,7 +56,7 @@ class Shapes3D(ImageDataset):
         image_size: int | None = None,
     ) -> None:
         title = "Shapes3D"
-        source = "Get 3dshapes.h5 from the page of 3d-shapes by DeepMind, or render it: scripts/render_shapes3d.py"
+        source = "Get 3dshapes.h5 from DeepMind's 3d-shapes page, or render it: scripts/render_shapes3d.py"
         file = find(path, "shapes3d/3dshapes.h5", title, source)
         grid: FactorGrid | None = None
         if factor_sizes is not None:
@@ -98,7 +98,7 @@ def grid_of_labels(labels: np.ndarray, names: Sequence[str], where: str) -> Fact
 
 
 class MPI3D(ImageDataset):
-    """MPI3D: pictures of a robot's arm with seven factors, from `mpi_toy/mpi3d_toy.npz` and its like.
+    """MPI3D: pictures of a robot arm with seven factors, from `mpi_toy/mpi3d_toy.npz` and the like.
 
     The variants toy, realistic and real have 1,036,800 pictures, with 6 colours and 6 shapes of the object;
     real_complex has 460,800, with 4 colours and 4 everyday objects. All are by Gondal et al., "On the Transfer of
@@ -107,7 +107,7 @@ class MPI3D(ImageDataset):
     Args:
         path: see the module.
         original_resolution: None or the size of the images, as in the first release.
-        factor_sizes: the grid; default: the variant's.
+        factor_sizes: the grid; by default, the variant's.
         image_size: resize to this; None keeps the file's size.
         variant: toy, realistic, real or real_complex.
     """
@@ -139,13 +139,13 @@ class MPI3D(ImageDataset):
         if variant not in self.variants:
             raise UserError(f"'{variant}' does not exist{nearest(variant, self.variants)}", "variant")
         title = "MPI3D"
-        source = f"Get mpi3d_{variant}.npz from the page of disentanglement_dataset by rr-learning"
+        source = f"Get mpi3d_{variant}.npz from rr-learning's disentanglement_dataset page"
         file = find(path, f"mpi_{variant}/mpi3d_{variant}.npz", title, source)
         grid = make_grid(self.variants[variant] if factor_sizes is None else factor_sizes, self.names)
         advice = (
-            "a file of 460800 images has 4 colours and 4 shapes: it is mpi3d_real_complex, to be read with variant= "
-            "real_complex, or the first version of the others, that of disentanglement_lib, to be read with "
-            "factor_sizes= [4, 4, 2, 3, 3, 40, 40], which suits any other grid too"
+            "a file of 460800 images has 4 colours and 4 shapes: give variant=real_complex if it is mpi3d_real_complex,"
+            " or factor_sizes=[4, 4, 2, 3, 3, 40, 40] if it is an early version of another variant, as in "
+            "disentanglement_lib; for any other grid give its factor_sizes"
         )
         super().__init__(npz_pixels(file, "images", image_size, grid, title, advice=advice), grid)
         check_resolution(original_resolution, self)
@@ -157,7 +157,7 @@ class DSprites(ImageDataset):
     Args:
         path: see the module; the file is `dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz`.
         original_resolution: None or the size of the images, as in the first release.
-        factor_sizes: the grid; default: dSprites' own.
+        factor_sizes: the grid; by default, dSprites' own.
         image_size: resize to this; None keeps the file's size.
         channels: 3 repeats the grey channel, 1 does not.
     """
@@ -175,7 +175,7 @@ class DSprites(ImageDataset):
     ) -> None:
         title = "dSprites"
         relative = "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
-        file = find(path, relative, title, "Get it from the page of dsprites-dataset by DeepMind")
+        file = find(path, relative, title, "Get it from DeepMind's dsprites-dataset page")
         grid = make_grid(self.sizes if factor_sizes is None else factor_sizes, self.names)
         super().__init__(npz_pixels(file, "imgs", image_size, grid, title, binary=True), grid, channels)
         check_resolution(original_resolution, self)
@@ -184,14 +184,14 @@ class DSprites(ImageDataset):
 class Cars3D(ImageDataset):
     """Cars3D: 183 cars, each from 4 elevations and 24 azimuths, from `cars/*.mat`, one car each, sorted by name.
 
-    The first release repeats every image ten times and takes the files in the order of the directory; here every image
-    occurs once, at the row of its factors.
+    The first release repeats every image ten times and takes the files in directory order; here every image occurs
+    once, at the row of its factors.
 
     Args:
         path: see the module; or the folder of `.mat` files itself.
         original_resolution: None or the size of the images, as in the first release.
-        factor_sizes: the grid; default: 4 elevations, 24 azimuths and as many cars as files.
-        image_size: size to which the pictures of 128×128 are resized (Lanczos); 64 if None.
+        factor_sizes: the grid; by default, 4 elevations, 24 azimuths and as many cars as files.
+        image_size: size to which the 128×128 pictures are resized (Lanczos); 64 if None.
     """
 
     names = ("elevation", "azimuth", "car")
@@ -204,7 +204,7 @@ class Cars3D(ImageDataset):
         image_size: int | None = None,
     ) -> None:
         title = "Cars3D"
-        source = "Get the archive nips2015-analogy-data from the page of Scott Reed and unpack its cars"
+        source = "Get the archive nips2015-analogy-data from Scott Reed's page and unpack its cars"
         folder = find(path, "cars", title, source, folder=True)
         files = listed(folder, (".mat",), title)
         grid = make_grid((4, 24, len(files)) if factor_sizes is None else factor_sizes, self.names)

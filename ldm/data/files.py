@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock
+from typing import TYPE_CHECKING
 
 from ldm.util import UserError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 ROOT_VARIABLE = "ENCDIFF_DATA"
-CACHE_VARIABLE = "ENCDIFF_CACHE"
 
 
 def data_root(path: str | os.PathLike | None = None) -> Path:
@@ -63,12 +64,12 @@ def listed(folder: Path, extensions: tuple[str, ...], title: str, pattern: str =
 
 @contextmanager
 def reading(path: Path | str, title: str) -> Iterator[None]:
-    """Turns what goes wrong while `path` is read into a UserError that names it.
+    """Turn any failure to read `path` into a UserError that names it.
 
-    The libraries that read files fail in as many ways as a file can be damaged.
+    The libraries that read files raise many kinds of exceptions for damaged ones.
 
     Raises:
-        UserError: in place of any other exception.
+        UserError: in place of every other exception.
     """
     try:
         yield
@@ -90,13 +91,14 @@ def require_name(key: str, names: Iterable[str], path: Path, title: str) -> None
         raise UserError(f"{title}: {path} has no array '{key}'; it has {', '.join(found) or 'nothing'}")
 
 
-def require_space(file: Path, size: int, what: str, claim: bool = False) -> None:
+def require_space(file: Path, size: int, what: str, advice: str = "choose another folder", claim: bool = False) -> None:
     """Check that `size` bytes fit on the disk of `file` before they are written.
 
     Args:
         file: the file to be written.
         size: bytes.
         what: needs them, for the error.
+        advice: what else to do than to free some space, for the error.
         claim: also allocate them to `file`, which exists: if the disk filled up later, writing to its memory map would
             kill the process with SIGBUS.
 
@@ -114,22 +116,28 @@ def require_space(file: Path, size: int, what: str, claim: bool = False) -> None
     if not fits:
         raise UserError(
             f"{what} needs {size / 1e9:.1f} GB in {file.parent}, but {free / 1e9:.1f} GB are free; free some space, or "
-            f"name another folder for converted files in the environment variable {CACHE_VARIABLE}"
+            f"{advice}"
         )
 
 
-def one_writer(path: Path) -> FileLock:
-    """A lock: of the processes of this machine that want to make `path`, one does, and the others wait for it.
+def one_writer(path: Path) -> "FileLock":
+    """A lock with which one process of this machine makes `path`, while the others wait.
 
-    The lock's file is in the system's temporary folder, so that nothing is left next to the data.
+    The lock file is in the system's temporary folder, so that nothing is left beside the data.
     """
+    from filelock import FileLock  # here, so that scoring codes does without the package
+
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"encdiff-{name}.lock")
 
 
 @contextmanager
-def atomic_output(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to: renamed to `path` on success, removed on failure or interruption.
+def atomic_output(path: Path, advice: str = "choose another folder") -> Iterator[Path]:
+    """A temporary path beside `path` to write to: renamed to `path` on success, removed on failure or interruption.
+
+    Args:
+        path: the file to be written.
+        advice: what to do if that is impossible, for the error.
 
     Raises:
         UserError: the folder cannot be created or written to.
@@ -139,10 +147,7 @@ def atomic_output(path: Path) -> Iterator[Path]:
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(
-            f"cannot write to the folder {path.parent}: {error.strerror}; choose another one (for converted files, in "
-            f"the environment variable {CACHE_VARIABLE})"
-        ) from error
+        raise UserError(f"cannot write to the folder {path.parent}: {error.strerror}; {advice}") from error
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

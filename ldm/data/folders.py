@@ -1,4 +1,4 @@
-"""Data sets of one file per picture: CelebA (as JPEG files or an LMDB) and any folder of images."""
+"""Data sets with one file per picture: CelebA (as JPEG files or an LMDB) and any folder of images."""
 
 import io
 import os
@@ -31,7 +31,7 @@ def _decode(name: str, data: bytes, prepare: Prepare, title: str) -> np.ndarray:
 
 
 def _fill(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, title: str) -> Fill:
-    """A converter that decodes pictures on all cores, 256 at a time, which bounds the memory."""
+    """A converter that decodes pictures on all cores, 256 at a time to bound the memory."""
 
     def fill(out: np.ndarray, bar: tqdm) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -88,11 +88,11 @@ class ImageFolder(ImageDataset):
 
 
 class CelebA(ImageDataset):
-    """CelebA: 202,599 aligned faces with 40 attributes, which are not a grid.
+    """CelebA: 202,599 aligned faces with 40 attributes, which do not form a grid.
 
     Read from `celeba/img_align_celeba/*.jpg` with `celeba/list_attr_celeba.txt`, or from an LMDB `celeba/*.lmdb` (or
     `celeba/data.mdb`) with `length` and keys `{resolution}-{index:07d}`. Pictures of 178×218 are cropped as in Diff-AE
-    (rows 57 to 185, columns 25 to 153); square ones are taken whole. Then they are resized, bilinear.
+    (rows 57 to 185, columns 25 to 153); square ones are taken whole. Then they are resized bilinearly.
 
     Args:
         path: the folder of data sets, the LMDB, or the folder of JPEGs.
@@ -119,7 +119,7 @@ class CelebA(ImageDataset):
             if not table.is_file() and database.is_dir():
                 table = database / TABLE
         else:
-            source = f"Get img_align_celeba and {TABLE} from the page of CelebA by the MMLAB"
+            source = f"Get img_align_celeba and {TABLE} from the MMLAB's CelebA page"
             folder = find(path, "celeba/img_align_celeba", title, source, folder=True)
             paths = listed(folder, (".jpg", ".jpeg"), title)
             table, files = folder.parent / TABLE, [file.name for file in paths]
@@ -151,7 +151,7 @@ def _prepare_face(size: int, title: str) -> Prepare:
 def read_attributes(
     table: Path, files: Sequence[str] | None, count: int, title: str
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """CelebA's table: a count, the names of the attributes, and a line per image of its name and values -1 or 1.
+    """CelebA's table: a count, the attributes' names, and a line per image with its name and values of -1 or 1.
 
     Args:
         table: the file.
@@ -163,7 +163,7 @@ def read_attributes(
         Names, and values (count, names) uint8 of 0 and 1.
 
     Raises:
-        UserError: the table is missing, has another layout, or is not of these images.
+        UserError: the table is missing, has another layout, or belongs to other images.
     """
     with reading(table, title):
         lines = table.read_text(errors="replace").split("\n")
@@ -187,7 +187,7 @@ def read_attributes(
 
 
 def _find_lmdb(path: str | os.PathLike | None) -> Path | None:
-    """The LMDB (a file, or a folder that holds `data.mdb`) to read, if it exists and a folder of JPEGs does not."""
+    """The LMDB to read (a file, or a folder with `data.mdb`), if it exists and a folder of JPEGs does not."""
     root = data_root(path)
     if path and root.exists() and (root.is_file() or (root / "data.mdb").is_file()):
         return root

@@ -1,4 +1,4 @@
-"""HDF5 and NPZ files of images: memory-mapped where they are if their layout allows it, else converted once."""
+"""HDF5 and NPZ files of images: memory-mapped in place if their layout allows it, else converted once."""
 
 import struct
 import zipfile
@@ -98,7 +98,7 @@ def npz_pixels(
     binary: bool = False,
     advice: str = "give factor_sizes= for another grid",
 ) -> Pixels:
-    """Pixels of the array `key` of an NPZ file: mapped where they are if stored, streamed into the cache if compressed.
+    """Pixels of the array `key` of an NPZ file: mapped in place if stored, streamed into the cache if compressed.
 
     Args:
         path: the file.
@@ -135,7 +135,7 @@ def npz_pixels(
 
 
 def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
-    """Shape, dtype and whether in Fortran order, of an `.npy` stream, which is left at the first pixel."""
+    """Shape, dtype, and whether it is in Fortran order, of an `.npy` stream, which is left at the first pixel."""
     version = np.lib.format.read_magic(stream)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = reader(stream)
@@ -143,7 +143,7 @@ def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
 
 
 def _member_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Bytes before the data of a stored member, by the lengths of name and extra field in its local header."""
+    """Bytes before the data of a stored member, from the lengths of name and extra field in its local header."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         name, extra = struct.unpack("<26xHH", file.read(30))
@@ -167,4 +167,4 @@ def _stream_images(
                 f"{where}: expected pixels 0 and 1, found {block.max()} in images {start}..{start + count - 1}"
             )
         _put(out, start, block, bar, scale)
-    stream.read(1)  # at the end of a member, `zipfile` compares its check sum
+    stream.read(1)  # at the end of a member, `zipfile` compares its checksum

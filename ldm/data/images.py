@@ -1,4 +1,4 @@
-"""Images in memory maps: the base class of the data sets, and the only normalisation."""
+"""Memory-mapped images: the base class of the data sets, and the one place where pixels are normalised."""
 
 import mmap
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def to_unit_range_all(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:
-    """`count` rows (count,) int64 at even distances over `length`, the first and the last included; at most all."""
+    """`count` evenly spaced rows (count,) int64 of `length`, the first and the last included; at most all."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(np.int64)
 
 
@@ -74,10 +74,10 @@ def check_images(
         grid: its factors; None accepts any number of images.
         where: file and key, for the message.
         grey: see `shape`.
-        advice: what to do about another number of images than the grid's, for the message.
+        advice: what to do if the number of images is not the grid's, for the message.
 
     Raises:
-        UserError: another dtype, shape or number.
+        UserError: a wrong dtype, shape or number of images.
     """
     layout = len(shape) == 3 if grey else len(shape) == 4 and shape[3] == 3
     if np.dtype(dtype) != np.uint8 or not layout or shape[1] != shape[2]:
@@ -104,7 +104,7 @@ def resized_shape(shape: tuple[int, ...], image_size: int | None) -> tuple[int, 
 
 
 class ImageDataset(Dataset):
-    """Images in a memory map, with their factor grid if they have one.
+    """Memory-mapped images, with their factor grid if they have one.
 
     A whole batch is fetched by its array of indices (`fetch`); `torch.utils.data.DataLoader` does so through
     `__getitems__`. It stays uint8 until `to_unit_range` is applied on the device.
@@ -112,7 +112,7 @@ class ImageDataset(Dataset):
     Args:
         pixels: where the images are.
         grid: their factors, or None.
-        channels: 1 or 3; grey images (n, h, w) are repeated to 3 when they are fetched. Default: as in the file.
+        channels: 1 or 3; grey images (n, h, w) are repeated to 3 channels when fetched. Default: as in the file.
 
     Attributes:
         images: uint8 (n, h, w, c) or (n, h, w), read-only.
@@ -121,7 +121,7 @@ class ImageDataset(Dataset):
         channels: number of channels of a fetched image.
 
     Raises:
-        UserError: another number of channels.
+        UserError: a number of channels that the images cannot have.
     """
 
     def __init__(self, pixels: Pixels, grid: FactorGrid | None, channels: int | None = None) -> None:
@@ -184,7 +184,7 @@ class ImageDataset(Dataset):
         return {"image": to_unit_range(self.fetch([index])["image"][0]), "idx": index}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the map, so that a worker process is sent the file's name and not its pixels."""
+        """The state without the map, so that worker processes are sent the file's name and not its pixels."""
         return {key: value for key, value in self.__dict__.items() if key not in ("images", "_map")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ class ImageDataset(Dataset):
 
 
 def make_grid(sizes: Sequence[int], names: Sequence[str]) -> FactorGrid:
-    """A grid of the sizes that a user gave as `factor_sizes`; `names` are used if there are as many.
+    """A grid of the sizes that a user gave as `factor_sizes`; `names` are used if their number matches.
 
     Raises:
         UserError: the sizes are not positive whole numbers.

@@ -24,11 +24,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
         batch_size: per process.
         train, validation, test, predict: nodes; equal nodes share one data set object.
         num_workers: processes that load batches. Default 0, since fetching a batch from a memory map is faster than
-            receiving it from another process; data sets that decode files item by item gain from more.
+            receiving it from another process; data sets that decode files item by item benefit from more.
         shuffle_test_loader, shuffle_val_dataloader: shuffle these, in the same order every time.
         val_batch_size: of validation, test and prediction; default `batch_size`.
-        pin_memory: default: True if there is a GPU.
-        seed: of the training order; default: that of `seed_everything`, else 0.
+        pin_memory: by default, True if there is a GPU.
+        seed: of the training order; by default, that of `seed_everything`, else 0.
 
     Raises:
         UserError: a number out of range, no node at all, or what a data set raises.
@@ -67,7 +67,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.datasets: dict[str, Dataset] = {}
-        # Lightning asks by a method's presence whether to validate, test or predict.
+        # Lightning decides by a method's presence whether to validate, test or predict.
         for split, loader in (("validation", "val"), ("test", "test"), ("predict", "predict")):
             if split in self.nodes:
                 setattr(self, f"{loader}_dataloader", getattr(self, f"_{loader}_dataloader"))
@@ -129,18 +129,18 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return loader
 
     def _position(self) -> tuple[int, int]:
-        """Epoch of the training order and number of its batches that are done, by the trainer's counters.
+        """Epoch of the training order, and how many of its batches are done, from the trainer's counters.
 
         Lightning counts an epoch that `max_steps` cuts short as a whole one, so the epoch of the order comes from the
         total number of batches instead. If the two disagree on the position within the epoch (the batch size or the
-        number of processes has changed), Lightning's counts.
+        number of processes has changed), Lightning's position is used.
         """
         assert self.trainer is not None
         loop = self.trainer.fit_loop
         current, total = loop.epoch_loop.batch_progress.current, loop.epoch_loop.batch_progress.total
         per_epoch = int(loop.max_batches)
         if total.completed == 0:
-            # A checkpoint of Lightning 1 only counts epochs.
+            # A checkpoint converted from Lightning 1 only counts epochs.
             return self.trainer.current_epoch, 0
         if current.completed >= per_epoch:
             # Resumed at the end of an epoch, Lightning may ask for one more batch before it starts the next one.
@@ -149,7 +149,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return divmod(total.completed, per_epoch)
         return self.trainer.current_epoch, current.completed
 
-    # The next three become `val_dataloader`, … if there is such a node: in order, the same number of rows per process.
+    # The next three become `val_dataloader`, … if their node exists: in order, the same number of rows per process.
 
     def _val_dataloader(self) -> DataLoader:
         return self._loader("validation")

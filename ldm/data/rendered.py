@@ -39,7 +39,7 @@ def rooms_grid(sizes: Sequence[int] = SIZES) -> FactorGrid:
             return grid
     except (TypeError, ValueError):
         pass
-    raise UserError(f"expected six positive numbers ({', '.join(NAMES)}), at most 4 shapes, got {sizes!r}", "sizes")
+    raise UserError(f"expected six positive numbers ({', '.join(NAMES)}) with at most 4 shapes, got {sizes!r}", "sizes")
 
 
 def _spread(low: float, high: float, count: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def render_blocks(
 
     Yields:
         The block's first row, and its images (scales·shapes·orientations, image_size, image_size, 3) uint8. The array
-        is used again for the next block.
+        is reused for the next block.
     """
     floors, walls, things, scales, shapes, angles = factor_values(sizes)
     scenes = [(scale, SHAPES[int(shape)], angle) for scale in scales for shape in shapes for angle in angles]
@@ -120,7 +120,7 @@ def write_shapes3d(
     """Render into a file with the layout of `3dshapes.h5`, contiguous, so that its pixels can be memory-mapped.
 
     Args:
-        path: the file; an existing one of the same grid and image size is left as it is.
+        path: the file; an existing one with the same grid and image size is kept.
         sizes: see `rooms_grid`.
         image_size: width and height, pixels.
         force: overwrite an existing file, if it was rendered here.
@@ -130,7 +130,7 @@ def write_shapes3d(
         Whether the file was written.
 
     Raises:
-        UserError: bad sizes, another file of this name, a full disk, or a folder that cannot be written to.
+        UserError: bad sizes, a different file of this name, a full disk, or a folder that cannot be written to.
     """
     path, grid = Path(path), rooms_grid(sizes)
     shape = resized_shape((len(grid), 1, 1, 3), image_size)
@@ -151,7 +151,7 @@ def write_shapes3d(
 
 
 def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
-    """Whether the existing file `path` is the one asked for. A file that was not rendered here is never overwritten."""
+    """Whether the existing file `path` is the requested one. A file that was not rendered here is never overwritten."""
     try:
         with h5py.File(path, "r") as file:
             found = tuple(int(size) for size in file.attrs.get("rendered_sizes", ()))

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class ResumableSampler(Sampler[int]):
-    """A shuffled order that is a pure function of seed and epoch, dealt out to the processes in turn.
+    """A shuffled order that is a pure function of seed and epoch, dealt to the processes in turn.
 
     Every process gets the same number of rows; if the total is not divisible, the first rows of the order are repeated.
 
@@ -48,7 +48,7 @@ class ResumableSampler(Sampler[int]):
 
 
 def identity(batch: Any) -> Any:
-    """The batch as the data set fetched it; takes the place of a collate function."""
+    """The batch as the data set fetched it; in place of a collate function."""
     return batch
 
 
@@ -73,7 +73,7 @@ class ResumableLoader(DataLoader):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing, since the trainer's counters suffice; that the method exists tells Lightning that loaders resume."""
+        """Empty, since the trainer's counters suffice; the method's presence tells Lightning that loaders resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ldm.metrics.infomec import infomec
 from ldm.metrics.irs import irs
 from ldm.metrics.mig import mig
 from ldm.metrics.modularity import modularity_explicitness
-from ldm.metrics.sampling import Factors, Scores, check_grid, scalar_codes, varying
+from ldm.metrics.sampling import Factors, Scores, check_grid, scalar_codes
 from ldm.metrics.sap import sap
 from ldm.metrics.tad import tad
 from ldm.metrics.unsupervised import unsupervised
@@ -112,9 +112,6 @@ def evaluate(
     resolved = check_settings(metrics, settings, grid)
     check_seed(seed)
     codes = scalar_codes(codes, grid)
-    constant = np.flatnonzero(~varying(codes))
-    if len(constant):
-        log.info("dimensions with a single value: %s", ", ".join(map(str, constant)))
     scores = {}
     for name, values in resolved.items():
         start = time.perf_counter()

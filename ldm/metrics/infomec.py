@@ -34,6 +34,11 @@ def infomec(
     InfoE: can the factors be read off linearly? It is the reduction of the log-loss by an unregularised logistic
     regression with balanced classes, relative to the log-loss of guessing.
 
+    The estimator assumes distinct points. From a grid, points are drawn with replacement, and repeats look like
+    information about every factor: unless `num_train` is far below the number of rows, InfoM and InfoC are too low. A
+    nearly perfect code of 1,024 rows got an InfoM of .09 from 10,000 draws, and .99 as a labelled sample, whose rows
+    are drawn once: `FactorTable(grid.factors(range(len(grid))))`, with `num_train` at most the number of rows.
+
     Deliberate departures: the loss of guessing is the logarithm of the number of values, to which the authors' fit of a
     constant converges; a dimension without any information counts as equally shared (0/0 in the original); with a
     single active dimension, InfoC is 1 if it has information; constant codes score 0.

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def build_schedule(scheduler_config: Mapping[str, Any] | None) -> Callable[[int], float] | None:
-    """The multiplier of the learning rate by step that a node of `ldm.lr_scheduler` describes.
+    """The learning-rate multiplier as a function of the step, from a node of `ldm.lr_scheduler`; None for None.
 
     Raises:
         UserError: it gives no number for step 0.
@@ -52,9 +52,9 @@ class FirstStage(pl.LightningModule):
         lossconfig: node of the loss; `torch.nn.Identity` for a model that is not to be trained.
         image_key: entry of the batch.
         monitor: the value by which the best checkpoints are kept.
-        scheduler_config: multiplier of both learning rates by step.
+        scheduler_config: node of the multiplier of both learning rates, from `ldm.lr_scheduler`.
         lr_g_factor: factor on the autoencoder's learning rate.
-        use_ema: keep EMA weights, and validate them too.
+        use_ema: keep EMA weights, and validate with them too.
         val_loss_every: compute the validation losses on every Nth batch only.
 
     Attributes:
@@ -91,21 +91,21 @@ class FirstStage(pl.LightningModule):
         self.loss: Any = instantiate_from_config(lossconfig, "lossconfig")
 
     def finish(self, ckpt_path: str | None, ignore_keys: Sequence[str]) -> None:
-        """Last step of building: EMA weights and the checkpoint's, once all networks exist."""
+        """Last step of construction, once all networks exist: EMA weights, and the checkpoint's weights."""
         if self.use_ema:
             self.model_ema = LitEma(self)
         self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
         if ckpt_path is not None and "model_ema." in load_weights(self, ckpt_path, ignore_keys):
             self.model_ema.reset(self)
 
-    # ---- what a first stage must say
+    # ---- what a first stage must define
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Parameters of the autoencoder, in the order in which the optimiser holds them."""
         raise NotImplementedError
 
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Image (b, c, h, w) -> its reconstruction, and the regulariser's part: codebook loss or posterior."""
+        """Image (b, c, h, w) -> its reconstruction, and what the loss also needs: codebook loss or posterior."""
         raise NotImplementedError
 
     # ---- training
@@ -115,7 +115,7 @@ class FirstStage(pl.LightningModule):
         return rearrange(batch[key], "b h w c -> b c h w").float()
 
     def get_last_layer(self) -> torch.Tensor:
-        """The weights at which the adaptive weight is measured."""
+        """The weights whose gradients determine the adaptive weight."""
         return self.decoder.conv_out.weight
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
@@ -156,7 +156,7 @@ class FirstStage(pl.LightningModule):
         self.log("loss", losses["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
 
     def on_train_epoch_end(self) -> None:
-        """Log the number of the epoch, by which checkpoints can be ranked."""
+        """Log the number of the epoch, which can rank checkpoints."""
         self.log("train/epoch_num", float(self.current_epoch))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -238,12 +238,12 @@ class FirstStage(pl.LightningModule):
     def log_images(
         self, batch: Mapping[str, torch.Tensor], N: int = 8, only_inputs: bool = False, plot_ema: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Inputs and reconstructions (b, c, h, w) in [-1, 1] of the first `N` images of a batch, with `plot_ema` by EMA
-        weights too, if there are any."""
+        """Inputs and reconstructions (b, c, h, w) in [-1, 1] of the first `N` images of a batch; with `plot_ema` also
+        those by the EMA weights, if there are any."""
         x = self.get_input(batch, self.image_key)[:N].to(self.device)
         if only_inputs:
             return {"inputs": x}
-        # Not by `reconstruct`, which marks the codes that training uses.
+        # Not by `reconstruct`, which marks the codes as used in training.
         pictures = {"inputs": x, "reconstructions": self(x)[0]}
         if self.use_ema and plot_ema:
             with self.ema_scope():
@@ -256,8 +256,8 @@ class VQModel(FirstStage):
 
     Args:
         n_embed, embed_dim: number and width of the codes.
-        beta, legacy: of taming's `VectorQuantizer2`. `legacy=True`, as LDM and the release train, puts β on the other
-            term of the codebook loss than the paper of VQ-VAE does.
+        beta, legacy: of taming's `VectorQuantizer2`. `legacy=True`, with which LDM and the release train, puts β on the
+            other term of the codebook loss than the VQ-VAE paper does.
         remap, sane_index_shape: of the quantiser.
         ckpt_path, ignore_keys: weights to start from, and prefixes of names to leave out.
         options: see `FirstStage`.
@@ -295,7 +295,7 @@ class VQModel(FirstStage):
         return [parameter for module in modules for parameter in module.parameters()]
 
     def _quantize(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple]:
-        # Distances to the codes lose their order in half precision.
+        # In half precision, the nearest code may not be found.
         with torch.autocast(h.device.type, enabled=False):
             return self.quantize(h.float())
 
@@ -339,7 +339,7 @@ class VQModel(FirstStage):
         self.codes_used.zero_()
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's number, and how many codes it used."""
+        """Log the epoch's number, and how many codes were used in it."""
         super().on_train_epoch_end()
         self._log_codes("train/codes_in_use")
 
@@ -349,7 +349,7 @@ class VQModel(FirstStage):
         self.codes_used.zero_()
 
     def on_validation_epoch_end(self) -> None:
-        """Log how many codes were used by the validation batches whose losses are computed; see `val_loss_every`."""
+        """Log how many codes the validation batches used whose losses were computed; see `val_loss_every`."""
         self._log_codes("val/codes_in_use")
         self.codes_used.copy_(self._training_codes)
 
@@ -362,7 +362,7 @@ class VQModelInterface(VQModel):
         return self.encode_to_prequant(x)
 
     def decode(self, h: torch.Tensor, force_not_quantize: bool = False) -> torch.Tensor:
-        """Latent (b, embed_dim, h', w') -> image (b, c, h, w), through the codebook unless forced past it."""
+        """Latent (b, embed_dim, h', w') -> image (b, c, h, w), through the codebook unless `force_not_quantize`."""
         quant = h if force_not_quantize else self._quantize(h)[0]
         return super().decode(quant)
 

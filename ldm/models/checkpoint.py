@@ -1,4 +1,4 @@
-"""Weights of a checkpoint into a model."""
+"""Loading the weights of a checkpoint into a model."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from ldm.compat.checkpoints import compare, fit_to, read_state_dict
 
 log = logging.getLogger(__name__)
 
-# What a checkpoint may lack: losses, EMA weights, what is a constant unless it is learned.
+# What a checkpoint may lack: losses, EMA weights, and values that are constant unless learned or computed.
 OPTIONAL = ("loss.", "model_ema.", "cond_stage_model_ema.", "logvar", "scale_factor", "alphas_cumprod_next")
 
 
@@ -23,7 +23,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         ignore_keys: prefixes of names to leave out.
 
     Returns:
-        Those of `OPTIONAL` that the module has and the checkpoint lacks, at least in part.
+        The entries of `OPTIONAL` that the module has, and the checkpoint lacks at least in part.
 
     Raises:
         UserError: a file that cannot be read, or the checkpoint of another model.

@@ -67,7 +67,7 @@ def batches(rows):
 
 @pytest.fixture
 def callback(monkeypatch):
-    """One that keeps the codes that it is given to score, and fails for the kinds in `failing`."""
+    """A callback that keeps the codes it is given to score, and fails for the kinds in `failing`."""
     made = DisentanglementCallback(metrics=["mig"], settings={"mig": {"num_train": 12}})
     made.seen, made.failing = [], ()
 
@@ -104,7 +104,7 @@ def test_codes_are_in_grid_order(callback, tmp_path, repeated):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_tokens_are_put_into_grid_order_too(callback, tmp_path, processes):
-    """Also those that come from several processes, one more dimension in front."""
+    """Also those from several processes, which have one more dimension in front."""
     callback.score_tokens = True
     model = Model()
     if processes == 2:

@@ -1,4 +1,4 @@
-"""Pictures: when, of what, and that training does not notice."""
+"""Pictures: when, of what, and that they do not affect training."""
 
 from types import SimpleNamespace
 
@@ -78,7 +78,7 @@ def test_the_same_images_and_noise_every_time(tmp_path):
     for step in (1, 2):
         callback.log_pictures(trainer(tmp_path, step), model)
     first, second = model.calls
-    # Rows 0, 3, 6 and 9, at even distances.
+    # Rows 0, 3, 6 and 9, evenly spaced.
     assert torch.allclose((first[0] + 1) * 127.5, torch.tensor([0.0, 3, 6, 9]), atol=1e-3)
     assert torch.equal(first[0], second[0]) and first[1] == second[1]
     assert first[3:] == (4, {"sample": False})
@@ -128,7 +128,7 @@ WRONG = [
     (LatentDiffusion, {"ddim_steps": 0}, r"log_images_kwargs\.ddim_steps: expected at least 1, got 0"),
     (LatentDiffusion, {"ddim_steps": "two"}, r"log_images_kwargs\.ddim_steps"),
     (LatentDiffusion, {"n_row": -1}, r"log_images_kwargs\.n_row: expected at least 1, got -1"),
-    (LatentDiffusion, {"batch": 1}, r"log_images_kwargs\.batch: unknown key"),
+    (LatentDiffusion, {"batch": 1}, r"log_images_kwargs\.batch: is set by the callback"),
     (LatentDiffusion, {"quantize_denoised": True}, r"quantize_denoised: Identity has no codebook"),
     (VQModel, {"ddim_steps": 2}, "ddim_steps"),
     (VQModel, {"N": 0}, r"log_images_kwargs\.N: expected at least 1, got 0"),

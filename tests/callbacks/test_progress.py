@@ -6,7 +6,7 @@ import pytest
 
 
 def shown(out: str) -> list[str]:
-    """Batches done and in all of the first epoch's bar, in the order of the drawings."""
+    """Batches done, and their total, of the first epoch's bar at each drawing."""
     return re.findall(r"Epoch 0:[^\r\n]*?\| (\d+/\d+) \[", out)
 
 
@@ -30,7 +30,7 @@ def test_after_a_resume(cli):
 
 @pytest.mark.parametrize(("seconds", "drawings"), [(0.0, 4), (3600.0, 2)])
 def test_the_clock_decides(cli, seconds, drawings):
-    """With an hour between two drawings, the first one and the last one are left."""
+    """With an hour between two drawings, only the first and the last remain."""
     node = "lightning.callbacks.progress_bar.params.seconds"
     result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_epochs", 1, "--num_sanity_val_steps", 0,
                      "--limit_val_batches", 0, "model.params.monitor=train/epoch_num",

@@ -1,4 +1,4 @@
-"""Small files in the real layouts of the data sets, with pixels that a test can compute by itself.
+"""Small files in the real layouts of the data sets, with pixels that a test can compute itself.
 
 `SMALL` says how to write them for each class. A data set that is not in it works, but has no tests of its own files;
 the tests that go through all data sets skip it and say so.
@@ -97,7 +97,7 @@ def car_mesh(seed: int, azimuths: int = 24, elevations: int = 4) -> np.ndarray:
 
 
 def write_cars3d(root: Path, cars: int = 2, azimuths: int = 24, elevations: int = 4) -> Path:
-    """`cars/*.mat`: car k is `car_mesh(k)`, in the order of the names."""
+    """`cars/*.mat`: car k is `car_mesh(k)`, in order of names."""
     folder = root / "cars"
     folder.mkdir(parents=True, exist_ok=True)
     for car in reversed(range(cars)):

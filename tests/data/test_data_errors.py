@@ -28,7 +28,7 @@ SIZES = (1, 1, 2, 2, 2, 3)
 
 
 def refuses(call, *words, **keys):
-    """`call` raises one UserError of one line that has all the words."""
+    """`call` raises a UserError of one line that contains all the words."""
     with pytest.raises(UserError) as caught:
         call(**keys)
     message = str(caught.value)
@@ -262,7 +262,7 @@ def test_an_mpi3d_file_of_four_colours_is_told_apart(monkeypatch, tmp_path):
     """Without writing 460,800 images: only the header of the array is read before the check."""
     write_mpi3d(tmp_path, 1)
     monkeypatch.setattr(formats, "_npy_header", lambda stream: ((460800, 64, 64, 3), np.dtype(np.uint8), False))
-    refuses(MPI3DTrain, "460800 images", "variant= real_complex", "[4, 4, 2, 3, 3, 40, 40]", path=tmp_path)
+    refuses(MPI3DTrain, "460800 images", "variant=real_complex", "[4, 4, 2, 3, 3, 40, 40]", path=tmp_path)
 
 
 def test_rendering_leaves_a_file_alone_that_it_did_not_write(tmp_path):

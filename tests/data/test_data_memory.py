@@ -1,4 +1,4 @@
-"""Pixels are not held in memory, neither during the conversion nor while reading."""
+"""Pixels are not held in memory, either during conversion or while reading."""
 
 import json
 import subprocess

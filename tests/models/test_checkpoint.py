@@ -30,7 +30,7 @@ KNOWN_TO_PYTORCH_1_7 = {
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
 def test_old_layout_loads(tmp_path, first_stage, zipped, caplog):
-    """Nothing of it is imported, and its tensors are there to the last bit."""
+    """Nothing of it is imported, and its tensors are equal to the last bit."""
     plain = old_layout(tmp_path / "old.ckpt", first_stage, zipped)
     content, left_out = read_checkpoint(tmp_path / "old.ckpt")
     assert {"main_val_of_then.Callback", "omegaconf.dictconfig.DictConfig"} <= left_out
@@ -82,7 +82,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("place", ["beside", "in the state dict"])
 def test_a_malicious_pickle_does_not_run(tmp_path, first_stage, kind, zipped, place):
-    """Whether it can be left out or the file is refused: nothing of it is called."""
+    """Whether it is left out or the file is refused, none of it is called."""
     marker, path = tmp_path / "marker", tmp_path / "hostile.ckpt"
     hostile = HOSTILE[kind](marker)
     if place == "beside":
@@ -140,8 +140,8 @@ def save(path: Path, model: nn.Module, *without: str, **more: torch.Tensor) -> P
     return path
 
 
-def test_absent_averages_begin_at_the_weights(tmp_path, caplog):
-    """The averages of a model that is built anew are those of random weights."""
+def test_absent_ema_weights_begin_at_the_live_ones(tmp_path, caplog):
+    """The EMA weights of a newly built model are random."""
     torch.manual_seed(0)
     path = save(tmp_path / "a.ckpt", small(), "model_ema.")
     torch.manual_seed(1)
@@ -156,7 +156,7 @@ def test_absent_averages_begin_at_the_weights(tmp_path, caplog):
     assert "model_ema.* (" in caplog.text
 
 
-def test_averages_of_a_first_stage(tmp_path):
+def test_ema_weights_of_a_first_stage(tmp_path):
     from test_training import DDCONFIG, LOSS
 
     def build(**options) -> VQModel:
@@ -172,7 +172,7 @@ def test_averages_of_a_first_stage(tmp_path):
             assert torch.equal(shadows[name.replace(".", "")], parameter), name
 
 
-def test_present_averages_are_kept(tmp_path):
+def test_present_ema_weights_are_kept(tmp_path):
     torch.manual_seed(0)
     first = small()
     first.model_ema.num_updates.fill_(7)
@@ -218,7 +218,7 @@ def test_damaged_files(tmp_path, first_stage, zipped):
     content = (tmp_path / "whole.ckpt").read_bytes()
     broken = {
         "empty": b"",
-        "text": b"This is no checkpoint at all, but a text of some length.",
+        "text": b"This is not a checkpoint at all, but a text of some length.",
         "zip": b"PK\x03\x04" + bytes(100),
         **{f"cut at {part}": content[: len(content) * part // 10] for part in (1, 5, 9)},
         "cut in the head": content[:60],
@@ -270,7 +270,7 @@ def test_numbers_of_numpy_are_read(tmp_path, zipped):
 
 
 def test_a_compressed_archive(tmp_path, first_stage):
-    """Its tensors do not lie in the file as they are."""
+    """Its tensors are not stored in the file as they are."""
     with (
         zipfile.ZipFile(first_stage) as source,
         zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as target,
@@ -308,7 +308,7 @@ def test_a_checkpoint_of_ldm(tmp_path):
     assert loaded.scale_factor == 0.5
 
 
-def test_averages_without_their_counter_are_kept(tmp_path):
+def test_ema_weights_without_their_counter_are_kept(tmp_path):
     first = small()
     for shadow in first.model_ema.buffers():
         shadow += 5 if shadow.is_floating_point() and shadow.ndim else 0
@@ -328,7 +328,7 @@ def test_scale_factor_of_shape_one(tmp_path):
 def test_objects_of_pytorch_are_left_out(tmp_path, zipped):
     layer = nn.Linear(2, 2)
     content = {"optimizer": torch.optim.Adam(layer.parameters()), "state_dict": layer.state_dict()}
-    if zipped:  # the older format keeps the source code of modules besides, which PyTorch refuses
+    if zipped:  # the older format keeps the source code of modules too, which PyTorch refuses
         content["layer"] = layer
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
     found, left_out = read_checkpoint(tmp_path / "a.ckpt")

@@ -1,4 +1,4 @@
-"""Losses of the first steps, as they were once: a change that should not change the numbers does not.
+"""Golden losses of the first steps: a change that should not change the numbers does not.
 
 `python tests/models/test_loss_traces.py` writes the file anew, after a change that should.
 """

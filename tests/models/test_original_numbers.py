@@ -1,4 +1,4 @@
-"""The numbers, names and shapes of the original come out, by every way in which they can be computed.
+"""The original's numbers, names and shapes come out, in every way in which they can be computed.
 
 Tokens are made by one batched pass and attention is PyTorch's fused one, unless a test does otherwise.
 """
@@ -100,7 +100,7 @@ def test_scalars_tokens_and_noise(encdiff, golden, inputs, way):
     t = torch.tensor([17, 503])
     z = way(inputs.normal((2, 3, 16, 16), 2))
     close(model.apply_model(z, t, tokens), golden["eps"])
-    # The original hands tokens over flat.
+    # The original passes tokens flat.
     close(model.apply_model(z, t, torch.from_numpy(golden["tokens"]).float()), golden["eps"])
 
 

@@ -74,7 +74,7 @@ def test_q_sample_has_the_moments_of_eq_1():
 def test_timesteps():
     assert ddim_timesteps(4, 1000).tolist() == [1, 251, 501, 751]
     assert ddim_timesteps(1000, 1000).tolist() == list(range(1000))
-    # T no multiple of S: as in LDM, one step more; the last one plus one would leave the range.
+    # T is not a multiple of S: as in LDM, one step more; the last one plus one would leave the range.
     assert ddim_timesteps(3, 1000).tolist() == [0, 333, 666, 999]
     for wrong in (0, 1001):
         with pytest.raises(ValueError, match="between 1 and 1000"):

@@ -151,7 +151,7 @@ def encdiff(**options: Any) -> LatentDiffusion:
 
 @pytest.mark.parametrize("ema_parameters", ["unet", "all"])
 def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
-    """AdamW on the loss of a plain loop; averages once per batch; the scale factor from the first batch."""
+    """AdamW on the loss of a plain loop; EMA weights once per batch; the scale factor from the first batch."""
     torch.manual_seed(0)
     model = encdiff(ema_parameters=ema_parameters)
     model.learning_rate = 1e-3
@@ -163,8 +163,8 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
     torch.manual_seed(1)
     parameters = [*plain.model.parameters(), *plain.cond_stage_model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    averaged = {name: p.detach().clone() for name, p in plain.model.named_parameters()}
-    averaged_encoder = {name: p.detach().clone() for name, p in plain.cond_stage_model.named_parameters()}
+    ema_weights = {name: p.detach().clone() for name, p in plain.model.named_parameters()}
+    ema_encoder = {name: p.detach().clone() for name, p in plain.cond_stage_model.named_parameters()}
     scale = None
     for index, batch in enumerate(data):
         x = batch["image"].permute(0, 3, 1, 2)
@@ -182,9 +182,9 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
             optimizer.zero_grad()
         decay = min(0.9999, (2 + index) / (11 + index))
         for name, p in plain.model.named_parameters():
-            averaged[name] = averaged[name] - (1 - decay) * (averaged[name] - p.detach())
+            ema_weights[name] = ema_weights[name] - (1 - decay) * (ema_weights[name] - p.detach())
         for name, p in plain.cond_stage_model.named_parameters():
-            averaged_encoder[name] = averaged_encoder[name] - (1 - decay) * (averaged_encoder[name] - p.detach())
+            ema_encoder[name] = ema_encoder[name] - (1 - decay) * (ema_encoder[name] - p.detach())
 
     assert scale is not None
     torch.testing.assert_close(model.scale_factor, scale)
@@ -192,12 +192,12 @@ def test_encdiff_trains_on_the_noise_prediction_loss(ema_parameters):
     for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}")
     shadows = dict(model.model_ema.named_buffers())
-    for name, expected in averaged.items():
+    for name, expected in ema_weights.items():
         torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=5e-5)
     assert hasattr(model, "cond_stage_model_ema") == (ema_parameters == "all")
     if ema_parameters == "all":
         shadows = dict(model.cond_stage_model_ema.named_buffers())
-        for name, expected in averaged_encoder.items():
+        for name, expected in ema_encoder.items():
             torch.testing.assert_close(shadows[name.replace(".", "")], expected, rtol=1e-4, atol=5e-5)
 
 
@@ -220,7 +220,7 @@ class Steps(Callback):
 
 
 def test_every_step_of_encdiff():
-    """Loss, gradients, learning rate, AdamW, averages and scale factor of each step, by formulas written here."""
+    """Loss, gradients, learning rate, AdamW, EMA weights and scale factor of each step, by formulas written here."""
     torch.manual_seed(0)
     warm_up = {"warm_up_steps": [3], "cycle_lengths": [100], "f_start": [0.01], "f_max": [1.0], "f_min": [1.0]}
     schedule = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": warm_up}
@@ -303,7 +303,7 @@ def test_scale_factor_from_images_spread_over_the_set():
 
 
 def test_images_themselves_are_not_scaled():
-    """Diffusion in pixel space, as released; and a factor of one's own is not silently replaced."""
+    """Diffusion in pixel space, as released; and a given scale factor is not silently replaced."""
     torch.manual_seed(0)
     identity = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
     unet = {"image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,

@@ -1,4 +1,4 @@
-"""DDIM sampling (Song et al., 2021), deterministic for η = 0, ancestral for η = 1."""
+"""DDIM sampling (Song et al., 2021): deterministic for η = 0, ancestral for η = 1."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,19 +46,19 @@ class DDIMSampler:
             mask, x0: keep `x0` (b, c, h, w) where `mask` is 1, and sample where it is 0.
             temperature: factor on the noise that is added.
             generator: source of all random numbers; the global one if not given.
-            log_every_t: keep every so-manieth intermediate result.
+            log_every_t: keep an intermediate result every N steps.
             quantize_x0: pass the predicted x_0 through the first stage's codebook in every step.
-            callback, img_callback: called after every step with its number, and with the predicted x_0 besides.
+            callback: called after every step with its number. img_callback: with the predicted x_0 and the number.
             verbose: show a progress bar.
 
         Returns:
             The samples (b, c, h, w), and the intermediate results {"x_inter": [...], "pred_x0": [...]}.
 
         Raises:
-            ValueError: a batch of tokens of another size than `batch_size`, or a mask without x0.
+            ValueError: tokens for another number of samples than `batch_size`, or only one of mask and x0.
         """
         if conditioning is not None and conditioning.shape[0] != batch_size:
-            raise ValueError(f"batch_size is {batch_size} but there are tokens for {conditioning.shape[0]} samples")
+            raise ValueError(f"batch_size is {batch_size}, but there are tokens for {conditioning.shape[0]} samples")
         if (mask is None) != (x0 is None):
             raise ValueError("mask and x0 go together: x0 is kept where mask is 1")
         alphas_cumprod = self.model.alphas_cumprod

@@ -47,17 +47,17 @@ class LatentDiffusion(pl.LightningModule):
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, v_posterior: see `schedule.py`.
         loss_type: l1 or l2. parameterization: eps (predict the noise) or x0.
         original_elbo_weight, l_simple_weight: weights of the variational bound and of the simple loss.
-        learn_logvar, logvar_init: log variance per timestep, which weights the loss; learned or constant.
+        learn_logvar, logvar_init: log variance per timestep, which weighs the loss; learned or constant.
         image_size, channels: of the latent.
         first_stage_key, cond_stage_key: entries of the batch for the two encoders.
         cond_stage_trainable: train the concept encoder with the U-Net.
         conditioning_key: crossattn or none; null, as in LDM, means crossattn where there is a concept encoder.
         scale_factor: latents are multiplied by it; with `scale_by_std` it becomes 1/std of the first training batch's
             latents, or, with `scale_factor_images` N, of N images spread over the training set. With an identity as
-            first stage nothing is scaled, as released.
+            first stage, nothing is scaled, as released.
         use_ema, ema_decay, ema_parameters: EMA weights of the `unet`, as released, or of `all` networks, the encoder's
             BatchNorm statistics included.
-        scheduler_config: multiplier of the learning rate by step, from `ldm.lr_scheduler`.
+        scheduler_config: node of the learning-rate multiplier, from `ldm.lr_scheduler`.
         monitor: the value by which the best checkpoints are kept.
         ckpt_path, ignore_keys: weights to start from, and prefixes of names to leave out.
         log_every_t: samplers keep an intermediate result every N steps.
@@ -167,7 +167,7 @@ class LatentDiffusion(pl.LightningModule):
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self.use_ema, self.ema_parameters, self._averaged = use_ema, ema_parameters, False
+        self.use_ema, self.ema_parameters, self._ema_updated = use_ema, ema_parameters, False
         if use_ema:
             self.model_ema = LitEma(self.model, ema_decay)
         self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config")
@@ -185,7 +185,7 @@ class LatentDiffusion(pl.LightningModule):
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Load the weights of a checkpoint; EMA weights that it lacks start from them.
+        """Load the weights of a checkpoint; EMA weights that it lacks start as copies of the live ones.
 
         Raises:
             UserError: see `load_weights`.
@@ -221,7 +221,7 @@ class LatentDiffusion(pl.LightningModule):
                 ema.restore(module)
 
     def emas(self) -> list[tuple[nn.Module, LitEma]]:
-        """The networks that have EMA weights, and these."""
+        """Each network that has EMA weights, with these."""
         found: list[tuple[nn.Module, LitEma]] = [(self.model, self.model_ema)] if self.use_ema else []
         if self.use_ema and self.ema_parameters == "all" and self.conditioned:
             found.append((self.cond_stage_model, self.cond_stage_model_ema))
@@ -243,7 +243,7 @@ class LatentDiffusion(pl.LightningModule):
     ) -> torch.Tensor:
         """Result of `encode_first_stage` -> scaled latent (b, c, h, w)."""
         latent = encoded.sample(generator) if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        # In float32 also under autocast, and with it x_t and the noise: a factor without dimensions would not widen it.
+        # In float32 even under autocast, and so x_t and the noise: the 0-d scale factor alone would not promote bf16.
         return self.scale_factor * latent.float()
 
     @torch.no_grad()
@@ -278,7 +278,7 @@ class LatentDiffusion(pl.LightningModule):
         return self.model(x_noisy, t, cond if self.conditioned else None)
 
     def predict_eps(self, x_t: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
-        """The noise that the U-Net's output means: itself, or what turns its x_0 into x_t."""
+        """The noise predicted by the U-Net's output: the output itself, or what turns the predicted x_0 into x_t."""
         if self.parameterization == "eps":
             return model_output
         scale, shift = self.sqrt_recip_alphas_cumprod[t], self.sqrt_recipm1_alphas_cumprod[t]
@@ -316,14 +316,14 @@ class LatentDiffusion(pl.LightningModule):
     def forward(
         self, x: torch.Tensor, image: torch.Tensor | None, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss at random timesteps: scaled latent (b, c, h, w) and the image (b, c', h', w') to be encoded."""
+        """Loss at random timesteps of a scaled latent (b, c, h, w), given the image (b, c', h', w') to encode."""
         cond = self.get_learned_conditioning(image) if self.conditioned and image is not None else None
         return self.losses_at_random_times(x, cond, generator)
 
     def losses_at_random_times(
         self, x: torch.Tensor, cond: torch.Tensor | None, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a scaled latent (b, c, h, w) under its tokens (b, n, d), with timesteps and noise drawn."""
+        """Loss of a scaled latent (b, c, h, w), given its tokens (b, n, d), at random timesteps with random noise."""
         t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device, generator=generator)
         noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
         return self.p_losses(x, cond, t, noise)
@@ -344,7 +344,7 @@ class LatentDiffusion(pl.LightningModule):
         return self(latent, image, generator)
 
     def sampler(self) -> DDIMSampler:
-        """What draws latents from this model."""
+        """The sampler of latents from this model."""
         return DDIMSampler(self)
 
     # ---- training
@@ -359,7 +359,7 @@ class LatentDiffusion(pl.LightningModule):
         self._latents = None
 
     def on_train_batch_start(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Set the scale factor from the first training batch, once in a model's life."""
+        """Set the scale factor from the first training batch, once in the model's life."""
         if self.scale_factor_known:
             return
         if isinstance(self.first_stage_model, IdentityFirstStage):
@@ -393,7 +393,7 @@ class LatentDiffusion(pl.LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Log the number of the epoch, by which checkpoints can be ranked."""
+        """Log the number of the epoch, which can rank checkpoints."""
         self.log("train/epoch_num", float(self.current_epoch))
 
     def _update_ema(self) -> None:
@@ -408,13 +408,13 @@ class LatentDiffusion(pl.LightningModule):
         """
         super().optimizer_step(*args, **kwargs)
         self._update_ema()
-        self._averaged = True
+        self._ema_updated = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the EMA weights after batches without a step too (accumulation): once per batch, as released."""
-        if not self._averaged:
+        """Update the EMA weights also after batches without a step (accumulation): once per batch, as released."""
+        if not self._ema_updated:
             self._update_ema()
-        self._averaged = False
+        self._ema_updated = False
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Losses with live and with EMA weights, as `val/loss_simple` and `val/loss_simple_ema`."""
@@ -426,7 +426,7 @@ class LatentDiffusion(pl.LightningModule):
 
     @torch.no_grad()
     def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
-        """Losses at timesteps and noise fixed by the batch's number, which makes them comparable between epochs."""
+        """Losses at timesteps and noise that depend only on the batch's number, so that epochs are comparable."""
         if batch_idx % self.val_loss_every:
             return
         size = batch[self.first_stage_key].shape[0]
@@ -459,12 +459,12 @@ class LatentDiffusion(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A scale factor that was not computed is the configuration's, and not saved, as in LDM."""
+        """Leave out a scale factor that is the configuration's, not computed, as in LDM."""
         if not self.scale_by_std:
             checkpoint["state_dict"].pop("scale_factor", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint brings its scale factor, unless it is the configuration's."""
+        """Take the checkpoint's scale factor, unless it is the configuration's."""
         state = checkpoint["state_dict"]
         self.scale_factor_known = not self.scale_by_std or "scale_factor" in state
         if not self.scale_by_std or "scale_factor" not in state:

@@ -27,11 +27,11 @@ def encode_training_set(model: "LatentDiffusion", batch_size: int = 256) -> torc
         batch_size: images at a time.
 
     Raises:
-        UserError: a first stage that draws its latents, or a data set whose batches have no `idx` to find them by.
+        UserError: a first stage whose latents are random, or a data set whose batches have no `idx` to find them by.
     """
     loader = model.trainer.train_dataloader
     assert loader is not None
-    # A loader draws a seed for its workers: from a generator of its own, to leave training's random numbers alone.
+    # A loader draws a seed for its workers; its own generator leaves training's random numbers alone.
     own = torch.Generator().manual_seed(0)
     plain = DataLoader(loader.dataset, batch_size=batch_size, collate_fn=loader.collate_fn, generator=own)
     latents: torch.Tensor | None = None

@@ -19,7 +19,7 @@ def make_beta_schedule(
     Nichol & Dhariwal's ᾱ_t = cos²((t/T + s)/(1 + s) · π/2), with β clipped to .999.
 
     Raises:
-        ValueError: another name, or a start or end outside (0, 1).
+        ValueError: an unknown name, no timesteps, or a start or end outside (0, 1).
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"beta_schedule '{schedule}' is unknown: choose one of {', '.join(SCHEDULES)}")
@@ -38,7 +38,7 @@ def make_beta_schedule(
 
 
 def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
-    """Everything that follows from β, by the names of LDM's buffers.
+    """Everything that follows from β, under the names of LDM's buffers.
 
     Args:
         betas: (T,).
@@ -62,7 +62,7 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, n
         "sqrt_recip_alphas_cumprod": np.sqrt(1 / cumprod),
         "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / cumprod - 1),
         "posterior_variance": variance,
-        # β̃_1 is 0; its logarithm is cut at 1e-20.
+        # β̃_1 is 0; its logarithm is clipped at that of 1e-20.
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
         "posterior_mean_coef1": betas * np.sqrt(prev) / (1 - cumprod),
         "posterior_mean_coef2": (1 - prev) * np.sqrt(alphas) / (1 - cumprod),
@@ -80,7 +80,7 @@ def lvlb_weights(betas: np.ndarray, v_posterior: float = 0.0, parameterization: 
         with np.errstate(divide="ignore", invalid="ignore"):
             weights = betas**2 / (2 * buffers["posterior_variance"] * (1 - betas) * (1 - cumprod))
     else:
-        # LDM writes 2 · 1 − ᾱ where 2 (1 − ᾱ) was surely meant; kept, since its numbers are to come out.
+        # LDM writes 2 · 1 − ᾱ where 2 (1 − ᾱ) was surely meant; kept, to reproduce its numbers.
         weights = 0.5 * np.sqrt(cumprod) / (2.0 - cumprod)
     weights[0] = weights[min(1, len(weights) - 1)]
     return weights
@@ -104,10 +104,10 @@ def q_sample(
 
 
 def ddim_timesteps(num_steps: int, num_timesteps: int) -> np.ndarray:
-    """The timesteps that DDIM visits, rising, as in LDM: every ⌊T/S⌋-th, plus one.
+    """The timesteps that DDIM visits, in ascending order, as in LDM: every ⌊T/S⌋-th, plus one.
 
     Where T is not a multiple of S, there are more than S steps, as in LDM. Where LDM's "plus one" would leave the
-    range (S = T, or S = 3 for T = 1000), it is left out; LDM stops there with an error.
+    range (S = T, or S = 3 for T = 1000), it is left out; LDM fails there.
 
     Raises:
         ValueError: S outside [1, T].
@@ -124,6 +124,6 @@ def ddim_coefficients(
     """ᾱ at the timesteps, ᾱ at the timesteps before them, and σ (Song et al., DDIM, Eq. 16); each (S,)."""
     alphas = alphas_cumprod[timesteps]
     prev = np.append(alphas_cumprod[0], alphas_cumprod[timesteps[:-1]])
-    # At timestep 0 itself ᾱ = ᾱ_prev: nothing is left to add.
+    # At timestep 0 itself ᾱ = ᾱ_prev: there is no noise to add.
     sigmas = eta * np.sqrt((1 - prev) / (1 - alphas) * np.maximum(1 - alphas / prev, 0.0))
     return alphas, prev, sigmas

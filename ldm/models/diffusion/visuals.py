@@ -16,11 +16,11 @@ def _grid(images: torch.Tensor) -> torch.Tensor:
 
 
 def swap_tokens(tokens: torch.Tensor, source: int = 0) -> torch.Tensor:
-    """Every image's tokens with one token taken from the first image, for each token in turn.
+    """Every image's tokens with one token taken from the source image, for each token in turn.
 
     Args:
         tokens: (b, n, d).
-        source: the image that the token is taken from.
+        source: number of the image that the token is taken from.
 
     Returns:
         (n, b, n, d): entry (k, i) is image i with token k of the source.
@@ -51,19 +51,19 @@ def diffusion_images(
     plot_ema: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What the model makes of the images of a batch.
+    """What the model makes of a batch of images.
 
     Args:
         batch: images (b, h, w, c) in [-1, 1]; the first `N` are used.
-        sample: sample from each image's tokens. ddim_steps, ddim_eta: of the sampler; no number, as LDM has it for
-            sampling without DDIM, means a step per timestep.
+        sample: sample from each image's tokens. ddim_steps, ddim_eta: of the sampler; `ddim_steps` None, which in LDM
+            means sampling without DDIM, takes one step per timestep.
         n_row: number of images shown in rows over time.
-        plot_denoise_rows: x_t on its way from noise to the sample. plot_progressive_rows: the predicted x_0 beside it.
+        plot_denoise_rows: x_t on its way from noise to the sample. plot_progressive_rows: the predicted x_0 meanwhile.
         plot_diffusion_rows: the forward process.
-        sample_swap: the swap grid: the first row shows `swap_images` images; in row k + 1 each is sampled from its
-            own tokens but token k, which is the first image's. All cells start from the same noise.
-        inpaint: cover the middle, and fill it in. quantize_denoised: samples with x_0 passed through the codebook.
-        plot_ema: use the averaged weights.
+        sample_swap: the swap grid. The first row shows `swap_images` images; in row k + 1 each is sampled from its own
+            tokens except token k, which comes from the first image. All cells start from the same noise.
+        inpaint: mask the middle, and fill it in. quantize_denoised: also sample with x_0 passed through the codebook.
+        plot_ema: use the EMA weights.
         generator: source of the random numbers.
 
     Returns:
