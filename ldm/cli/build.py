@@ -26,12 +26,8 @@ log = logging.getLogger(__name__)
 INTERVALS = ("every_n_train_steps", "train_time_interval", "every_n_epochs")
 ABOVE_ZERO = ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches")
 # With two optimisers each backward pass leaves the other network's parameters unused, which DDP must know.
-UNUSED_PARAMETERS = {
-    "auto": "ddp_find_unused_parameters_true",
-    "ddp": "ddp_find_unused_parameters_true",
-    "ddp_spawn": "ddp_spawn_find_unused_parameters_true",
-    "ddp_fork": "ddp_fork_find_unused_parameters_true",
-}
+UNUSED_PARAMETERS = {name: f"{name}_find_unused_parameters_true" for name in ("ddp", "ddp_spawn", "ddp_fork")}
+UNUSED_PARAMETERS["auto"] = UNUSED_PARAMETERS["ddp"]
 
 
 @dataclass
