@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
@@ -18,7 +18,7 @@ from ldm.cli.checks import check
 from ldm.cli.configure import Run, without_checkpoints
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
+from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def build(run: Run, score: bool) -> Job:
     for callback in callbacks:
         if getattr(callback, "logdir", run.logdir) is None:
             callback.logdir = str(run.logdir)
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(checkpoints)  # Lightning's own choice is the logger's folder
     data.prepare_data()
     data.setup("fit")
 
@@ -95,7 +97,7 @@ def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:
         UserError: a folder that cannot be written to.
     """
     check_writable(run.logdir, "-l/--logdir")
-    lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
+    lightning = config["lightning"]
     if not score:  # main.py trains the configurations of main_val.py too
         lightning["callbacks"].pop("disentanglement", None)
     nodes = {f"lightning.callbacks.{name}": node for name, node in lightning["callbacks"].items()}
@@ -103,16 +105,15 @@ def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:
     for where, node in nodes.items():
         if not isinstance(node, dict) or not isinstance(node.get("params") or {}, dict):
             raise UserError(f"expected the keys target and params, found {node!r}", where)
-        params = node["params"] = node.get("params") or {}
-        if derives(node, ModelCheckpoint):  # else Lightning takes the logger's folder
-            params["dirpath"] = str(checkpoints / (params.get("dirpath") or ""))
+        params = node["params"] = {key: v for key, v in (node.get("params") or {}).items() if key != "dirpath" or v}
         for key in ("dirpath", "logdir"):
             if params.get(key) is not None:
                 check_writable(Path(params[key]), f"{where}.params.{key}")
-    best = lightning["modelcheckpoint"]["params"]
-    lightning["modelcheckpoint"]["params"] = {**best_checkpoints(config, best), **best}
-    if derives(lightning["logger"], TensorBoardLogger):
-        lightning["logger"]["params"].setdefault("save_dir", str(run.logdir))
+    best, logger = lightning["modelcheckpoint"]["params"], lightning["logger"]["params"]
+    folder = {"dirpath": str(run.logdir / "checkpoints")}
+    lightning["modelcheckpoint"]["params"] = {**folder, **best_checkpoints(config, best), **best}
+    if logger.get("save_dir", "") is None:
+        logger["save_dir"] = str(run.logdir)
 
     params = config["model"].get("params") or {}
     stage = params.get("first_stage_config")
@@ -121,15 +122,6 @@ def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:
         config["model"] = without_checkpoints(config["model"])
     elif "ddconfig" in weights and not (weights.get("ckpt_path") or params.get("ckpt_path")) and run.train:
         log.warning("model.params.first_stage_config.params.ckpt_path is not given: the first stage has random weights")
-
-
-def derives(node: dict[str, Any], base: type) -> bool:
-    """Whether a node's target is a class or derives from it; one that does not exist is reported where it is built."""
-    try:
-        cls = get_obj_from_str(node.get("target"))
-    except UserError:
-        return False
-    return isinstance(cls, type) and issubclass(cls, base)
 
 
 def best_checkpoints(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ DEFAULTS = {
         },
         "logger": {
             "target": "pytorch_lightning.loggers.TensorBoardLogger",
-            "params": {"name": "tensorboard", "version": ""},
+            "params": {"save_dir": None, "name": "tensorboard", "version": ""},  # None: the log directory
         },
     }
 }

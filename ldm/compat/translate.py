@@ -82,8 +82,7 @@ STRATEGIES = ("ddp", "ddp_spawn")  # Lightning 1 called them accelerators
 TRAIN_STEPS = {
     "target": "pytorch_lightning.callbacks.ModelCheckpoint",
     "params": {
-        "dirpath": "trainstep_checkpoints",
-        "filename": "{epoch:06}-{step:09}",
+        "filename": "trainstep_checkpoints/{epoch:06}-{step:09}",
         "save_top_k": -1,
         "every_n_train_steps": 10000,
         "save_weights_only": True,
