@@ -77,7 +77,12 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
 
 
 def fit(job: Job) -> None:
-    """Phase 4, fit: train, then test where there is a test set."""
+    """Phase 4, fit: train, then test where there is a test set.
+
+    Before the first step Lightning calls, in this order: `SetupCallback.on_fit_start` (makes the log directory),
+    `StopCallback.on_fit_start` (signals), a sanity check of validation, the model's `on_train_start` (cached latents),
+    `SeedEachBatch` (random numbers), the model's `on_train_batch_start` (scale factor), and its `training_step`.
+    """
     run, checkpoint = job.run, str(job.run.checkpoint) if job.run.checkpoint else None
     if run.train:
         log.info("logging to %s", run.logdir)
