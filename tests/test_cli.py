@@ -413,6 +413,7 @@ def test_max_steps_within_an_epoch_ends_properly(cli, first_stage, stage):
     assert (result.logdir / "metrics" / "000003.json").exists() == (stage == "enc")
 
 
+@pytest.mark.slow
 def test_pictures_at_the_configured_steps_alone(cli, monkeypatch):
     """At steps 1, 2 and 4, at 3 and 6, and at the end: never once per validation batch."""
     steps = []
@@ -552,6 +553,7 @@ def test_fast_dev_run(cli, first_stage):
     assert result.status == 0, result.err
 
 
+@pytest.mark.slow
 def test_scores_in_every_second_validation(cli, first_stage):
     result = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_epochs", 3, "--limit_train_batches", 1,
                      f"{CHECKPOINT}={first_stage}", "lightning.callbacks.disentanglement.params.every_n_validations=2",
@@ -587,6 +589,7 @@ def test_targets_of_the_original(cli, first_stage):
     assert "val/mig" in scalars(result.logdir)
 
 
+@pytest.mark.slow
 def test_two_processes(cli, first_stage, rooms):
     """Codes of both come into grid order, the first one's scale factor holds for both, and each draws its own noise."""
     config = encdiff_config(rooms)

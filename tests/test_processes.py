@@ -21,6 +21,7 @@ class SaveEachRank(Callback):
         torch.save(pl_module.state_dict(), f"rank{trainer.global_rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_first_stage(cli):
     process = cli.start("main.py", "--base", cli.vq, "-t", "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp",
                         "--max_steps", 3, "--accumulate_grad_batches", 2, "data.params.batch_size=4",
@@ -37,6 +38,7 @@ def test_two_processes_train_one_first_stage(cli):
     assert [list(a) == list(content["state_dict"]), result.err.count("building the model")] == [True, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vq", "encdiff"])
 def test_two_processes_stop_together_and_go_on(tmp_path, rooms, first_stage, stage):
     """A signal that one process gets stops both; two pieces end where a run in one piece ends, to the last bit."""

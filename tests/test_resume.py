@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ldm
 
+pytestmark = pytest.mark.slow
 STAGES = ("vq", "kl", "encdiff")
 STEPS = 6
 SIGNAL = "lightning.callbacks.signal"

@@ -205,6 +205,7 @@ def test_the_right_input_passes(setting, monkeypatch):
     assert len(trained) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["main.py", "main_val.py"])
 def test_exit_status_of_the_real_scripts(setting, script):
     """The error is all that stderr says, and no log directory is left."""

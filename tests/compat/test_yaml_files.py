@@ -108,6 +108,7 @@ def test_both_stages_of_the_release_train_and_resume(tmp_path, large_rooms, monk
     assert [float(row["train/loss_simple"]) for row in rows] == pytest.approx(logged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vq", "kl"])
 def test_first_stages_of_ldm_train(tmp_path, rooms, vgg16, kind):
     """As they are, but for the data set, which is not here, and a size for a small machine."""

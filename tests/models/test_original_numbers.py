@@ -130,6 +130,7 @@ def test_schedule(encdiff, golden, name, tolerance):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_ddim(encdiff, golden, inputs, way):
     model, steps = way(encdiff), ddim_timesteps(20, 1000)
     assert (steps == golden["ddim_timesteps"]).all()

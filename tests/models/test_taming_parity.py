@@ -156,6 +156,7 @@ class Trace(Callback):
         self.after.append((named, copy.deepcopy(pl_module.state_dict())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [False, True])
 def test_training_step_after_step(taming_offline, vgg, dropout):
     """Six steps of Lightning, each against the same step by taming's parts: its losses, and the weights after it.

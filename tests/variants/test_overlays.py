@@ -157,6 +157,7 @@ def alone(tmp_path_factory):
     return base, {name: composed(base, name) for name in NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_pair_loses_an_effect_silently(name, alone):
     """In every pair both files have their effect, whatever the order; or they are refused, with a reason."""
@@ -292,6 +293,7 @@ def test_tokens_are_scored_beside_the_scalars(cli, rooms, first_stage):
     assert list((run.logdir / "metrics").glob("000004_tokens_*.png")), "heat-maps of both"
 
 
+@pytest.mark.slow
 def test_numbers_of_parameters_in_the_docs(tmp_path):
     """In docs/ablations.md, the rows that state them: U-Net and encoder, in millions, at Shapes3D's size."""
     page = (ROOT / "docs" / "ablations.md").read_text()
