@@ -224,11 +224,12 @@ def _whole(cls: type, params: Any) -> bool:
 
 def drop_empty(config: DictConfig) -> None:
     """Drop sections of `lightning` that a file leaves empty, in place: they say nothing, and must not undo defaults."""
-    for section in (config, config.get("lightning")):
-        for key in list(section) if isinstance(section, DictConfig) else []:
-            if (section is not config or key == "lightning") and not OmegaConf.is_missing(section, key):
-                if section[key] is None:
-                    del section[key]
+    lightning = config.get("lightning")
+    if lightning is None:
+        config.pop("lightning", None)
+    for key in list(lightning) if isinstance(lightning, DictConfig) else []:
+        if not OmegaConf.is_missing(lightning, key) and lightning[key] is None:
+            del lightning[key]
 
 
 def check_sections(config: DictConfig) -> None:

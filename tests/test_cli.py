@@ -116,6 +116,12 @@ def test_flags_win_over_the_configuration():
     assert (options["accelerator"], options["devices"]) == ("cpu", 2)
 
 
+def test_lightning_1s_accelerator_is_not_a_device():
+    """Given as a flag or as an override, it goes with `--gpus`."""
+    for argv in (["--accelerator", "ddp"], ["lightning.trainer.accelerator=ddp"]):
+        assert 'lightning.trainer.gpus="0,1"' in parse([*argv, "--gpus", "0,1"]).overrides
+
+
 def test_without_an_end_it_trains_a_thousand_epochs():
     assert options_of()["max_epochs"] == 1000
     assert "max_epochs" not in options_of("--max_steps", "5")

@@ -119,9 +119,10 @@ def _expand(arguments: Arguments) -> None:
         UserError: flags that exclude each other.
     """
     options = arguments.options
-    devices = [key for key in (f"{TRAINER}.accelerator", f"{TRAINER}.devices") if key in arguments.flags]
+    keys = [f"{TRAINER}.accelerator", f"{TRAINER}.devices"]
     if any(f"{TRAINER}.accelerator={name}" in arguments.overrides for name in STRATEGIES):
-        devices.remove(f"{TRAINER}.accelerator")  # Lightning 1's word for a strategy
+        keys.pop(0)  # Lightning 1's word for a strategy
+    devices = [key for key in keys if key in arguments.flags]
     if options.gpus is not None and devices:
         raise UserError(f"--gpus and {arguments.flags[devices[0]]} exclude each other: give one of them")
     if options.gpus is not None:

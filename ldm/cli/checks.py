@@ -39,7 +39,8 @@ def check(
     Args:
         run: from `configure`.
         model, datasets, callbacks: what was built; callbacks with a method `check` are asked.
-        options: the Trainer's. logger: its node.
+        options: arguments of Lightning's Trainer.
+        logger: the logger's node.
 
     Raises:
         UserError: the first problem.
@@ -52,7 +53,7 @@ def check(
     losses = dry_run(model, datasets)
     for callback in callbacks:
         check_monitor(getattr(callback, "monitor", None), model, losses, callbacks, datasets)
-    if logger["target"].endswith("loggers.TensorBoardLogger"):
+    if str(logger.get("target")).endswith("loggers.TensorBoardLogger"):
         # It hands other keywords on to a writer, which would refuse them after the start.
         known = {**parameters_of(TensorBoardLogger)[0], **parameters_of(SummaryWriter)[0]}
         for key in set(logger["params"]) - set(known):
@@ -83,7 +84,7 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
         item = datasets[split][0]
         if not isinstance(item, Mapping) or len(getattr(item.get(key), "shape", ())) != 3:
             form = f"expected items that are dicts with an image (h, w, c) as '{key}'"
-            raise UserError(f"{form}, got them from {type(datasets[split]).__name__} without", f"data.params.{split}")
+            raise UserError(f"{form}; those of {type(datasets[split]).__name__} are not", f"data.params.{split}")
         batch = to_unit_range_all(default_collate([dict(item)]))
         size = "x".join(map(str, batch[key].shape[1:]))
         try:

@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
+from ldm.util import UserError
+
 
 def image_batches(
     dataset: Any, rows: np.ndarray, batch_size: int, progress: bool, title: str
@@ -19,6 +21,12 @@ def image_batches(
         rows: (m,).
         batch_size: images at a time.
         progress, title: whether to show a bar, and what it says.
+
+    Raises:
+        UserError: a data set without `fetch`.
     """
+    if not hasattr(dataset, "fetch"):
+        kind = type(dataset).__name__
+        raise UserError(f"{kind} has no method fetch(rows), by which images are read: derive it from ImageDataset")
     for start in tqdm(range(0, len(rows), batch_size), desc=title, disable=not progress, leave=False):
         yield rearrange(dataset.fetch(rows[start : start + batch_size])["image"], "b h w c -> b c h w")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.evaluation.batches import image_batches
 from ldm.evaluation.codes import encode, why_not_scored
 from ldm.factors import FactorGrid
+from ldm.util import UserError
 
 
 class Rows:
@@ -72,3 +74,11 @@ def test_what_cannot_be_scored(made, dataset, weights, reason):
     import re
 
     assert re.search(reason, why_not_scored(made, dataset, weights))
+
+
+def test_a_data_set_without_fetch_is_named():
+    class Plain(list):
+        pass
+
+    with pytest.raises(UserError, match="Plain has no method fetch"):
+        next(image_batches(Plain([0]), np.arange(1), 1, False, ""))
