@@ -74,8 +74,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     images = parser.add_argument_group("reconstructions and samples of models (MSE, SSIM, LPIPS; FID)")
     images.add_argument("--reconstruction", type=positive, default=0, metavar="N", help="compare N images (Table 10)")
     images.add_argument("--fid", type=positive, default=0, metavar="N", help="FID of N samples; needs torch-fidelity")
-    images.add_argument("--steps", type=positive, default=200, help="of DDIM (default: 200)")
-    images.add_argument("--eta", type=float, default=1.0, help="of DDIM (default: 1)")
+    images.add_argument("--sampler", choices=("ddim", "dpm"), default="ddim", help="dpm: DPM-Solver++ (default: ddim)")
+    images.add_argument("--steps", type=positive, help="of the sampler (default: 200; with dpm 20)")
+    images.add_argument("--eta", type=float, default=1.0, help="of the sampler, from 0 to 1 (default: 1)")
     images.add_argument("--lpips", choices=("alex", "vgg", "none"), default="alex", help="its backbone (default: alex)")
     images.add_argument("--lpips-weights", type=Path, metavar="FILE", help="the backbone's weights")
     images.add_argument("--inception-weights", type=Path, metavar="FILE", help="for FID")
@@ -138,7 +139,7 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
     if opt.split not in data.datasets:
         raise ValueError(f"its configuration has no data.params.{opt.split}; choose another --split")
     dataset, scored = data.datasets[opt.split], None
-    check_images(model, dataset, opt.reconstruction, opt.fid, opt.steps, opt.eta, opt.lpips)
+    check_images(model, dataset, opt.reconstruction, opt.fid, opt.steps, opt.eta, opt.lpips, opt.sampler)
     reason = why_not_scored(model, dataset, opt.weights)
     if reason and not (opt.reconstruction or opt.fid):
         raise ValueError(f"{reason}: ask for --reconstruction N or --fid N")
@@ -152,7 +153,7 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
             np.save(out / "codes.npy", codes)
     if opt.reconstruction or opt.fid:
         files = {"lpips_weights": opt.lpips_weights, "inception_weights": opt.inception_weights}
-        sampling = {"batch_size": opt.batch_size, "steps": opt.steps, "eta": opt.eta, "seed": opt.seed}
+        sampling = {name: getattr(opt, name) for name in ("batch_size", "sampler", "steps", "eta", "seed")}
         options: dict[str, Any] = {"lpips": opt.lpips, "about": about, **files, **sampling}
         print(score_images(model, dataset, out, opt.reconstruction, opt.fid, **options))
     return scored

@@ -115,6 +115,6 @@ class NoDiffusion(LatentDiffusion):
         loss = per_sample.mean()
         return loss, {"loss_simple": loss.detach(), "loss": loss.detach()}
 
-    def sampler(self) -> OnePass:
-        """The single pass in place of a sampler."""
+    def sampler(self, name: str = "ddim") -> OnePass:
+        """The single pass in place of any sampler."""
         return OnePass(self)

@@ -16,7 +16,9 @@ from ldm.compat.checkpoints import fit_to
 from ldm.models.autoencoder import IdentityFirstStage, build_schedule
 from ldm.models.checkpoint import load_weights
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.latents import encode_training_set
+from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -24,6 +26,7 @@ from ldm.modules.ema import LitEma, ema_buffers
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "dpm": DPMSolverSampler}
 
 
 class DiffusionWrapper(nn.Module):
@@ -343,9 +346,20 @@ class LatentDiffusion(pl.LightningModule):
             raise ValueError(f"the first stage's latents are {found}, but channels and image_size say {expected}")
         return self(latent, image, generator)
 
-    def sampler(self) -> DDIMSampler:
-        """The sampler of latents from this model."""
-        return DDIMSampler(self)
+    @contextmanager
+    def conditioned_on(self, tokens: torch.Tensor) -> Iterator[None]:
+        """Inside the block, every call of `apply_model` is given these tokens (b, n, d)."""
+        yield
+
+    def sampler(self, name: str = "ddim") -> Sampler:
+        """A sampler of latents from this model: `ddim`, as released, or `dpm` for DPM-Solver++.
+
+        Raises:
+            UserError: another name.
+        """
+        if name not in SAMPLERS:
+            raise UserError(f"expected {' or '.join(SAMPLERS)}, got {name!r}", "sampler")
+        return SAMPLERS[name](self)
 
     # ---- training
 
