@@ -221,6 +221,9 @@ def test_reconstructions(run_of, first_stage, capsys, tmp_path):
     record = json.loads((tmp_path / "images.json").read_text())["reconstruction"]
     assert record["mse"] > 0 and record["images"] == 4 and "DDIM, 2 steps, eta 1" in record["protocol"]
     assert record["protocol"] in capsys.readouterr().out
+    assert run(logdir, *options, "--sampler", "dpm", "--out", tmp_path / "dpm") == 0
+    record = json.loads((tmp_path / "dpm" / "images.json").read_text())["reconstruction"]
+    assert "DPM-Solver++, 2 steps, eta 1" in record["protocol"]
     # A first stage has no scalars, but images.
     assert run(first_stage, "--reconstruction", 4, "--lpips", "none", "--out", tmp_path / "first") == 0
     assert json.loads((tmp_path / "first" / "images.json").read_text())["reconstruction"]["mse"] > 0
