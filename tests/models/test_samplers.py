@@ -25,6 +25,7 @@ from ldm.models.diffusion.schedule import (
 
 SHAPE = (3, 4, 4)
 RELEASE = {"schedule": "linear", "n_timestep": 1000, "linear_start": 0.0015, "linear_end": 0.0155}
+FINER = {"schedule": "linear", "n_timestep": 4000, "linear_start": 0.0015 / 4, "linear_end": 0.0155 / 4}
 COSINE = {"schedule": "cosine", "n_timestep": 1000}
 
 
@@ -88,17 +89,30 @@ def test_dpm_solver_as_in_diffusers(schedule, steps, eta):
     model = TwoModes(schedule)
     scheduler = DPMSolverMultistepScheduler(
         trained_betas=model.betas.tolist(), algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++", solver_order=2,
-        solver_type="midpoint", final_sigmas_type="zero", lambda_min_clipped=LAMBDA_MIN, timestep_spacing="linspace",
+        solver_type="midpoint", final_sigmas_type="zero",
     )  # fmt: skip
-    scheduler.set_timesteps(steps)
     sampler = DPMSolverSampler(model)
-    assert sampler.plan(steps, eta).timesteps[::-1].tolist() == scheduler.timesteps.tolist()
+    scheduler.set_timesteps(timesteps=sampler.plan(steps, eta).timesteps[::-1].tolist())
     expected = theirs(model, scheduler, eta > 0)
     samples, way = draw(sampler, steps, eta=eta)
     # Where λ is −5.1, as in the cosine schedule's first step, x_0 is an error in ε of one float32 digit, times 164.
     tolerance = 5e-5 if schedule is COSINE else 1e-5
     torch.testing.assert_close(torch.stack(way["x_inter"]), torch.stack(expected), rtol=1e-5, atol=tolerance)
     assert torch.equal(samples, way["x_inter"][-1])
+
+
+@pytest.mark.parametrize("steps", [2, 10, 20, 40])
+@pytest.mark.parametrize("schedule", [RELEASE, FINER])
+def test_dpm_timesteps_as_in_diffusers(schedule, steps):
+    model = TwoModes(schedule)
+    scheduler = DPMSolverMultistepScheduler(len(model.betas), trained_betas=model.betas.tolist(), use_lu_lambdas=True)
+    scheduler.set_timesteps(steps)
+    found = DPMSolverSampler(model).plan(steps, 0.0).timesteps[::-1]
+    assert len(found) == steps
+    # Theirs repeat where λ changes by more from one timestep to the next than from step to step.
+    expected = scheduler.timesteps.numpy()
+    apart = np.append(np.diff(expected) < -1, True) & np.insert(np.diff(expected) < -1, 0, True)
+    assert apart.sum() > steps / 2 and (found[apart] == expected[apart]).all()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -164,7 +178,7 @@ def test_order_of_convergence(kind, order):
 @pytest.mark.parametrize("schedule", [RELEASE, COSINE])
 def test_samples_have_the_data_s_moments(schedule, eta):
     model = TwoModes(schedule)
-    samples, _ = draw(DPMSolverSampler(model), 400, 1000, eta=eta)
+    samples, _ = draw(DPMSolverSampler(model), 100, 1000, eta=eta)
     assert samples.isfinite().all() and samples.mean().item() == pytest.approx(0, abs=0.03)
     assert samples.square().mean().item() == pytest.approx(0.8**2 + 0.3**2, abs=0.02)
     assert (samples**4).mean().item() == pytest.approx(0.8**4 + 6 * 0.8**2 * 0.3**2 + 3 * 0.3**4, abs=0.03)
@@ -190,12 +204,17 @@ def test_first_order_steps_are_ddim_s(eta):
 
 def test_timesteps():
     release, cosine = (schedule_buffers(make_beta_schedule(**s))["alphas_cumprod"] for s in (RELEASE, COSINE))
-    assert dpm_timesteps(release, 4).tolist() == [250, 500, 749, 999]
-    assert dpm_timesteps(release, 1).tolist() == [999]
+    assert dpm_timesteps(release, 1).tolist() == [999] and dpm_timesteps(release, 2).tolist() == [0, 999]
+    middle = dpm_timesteps(release, 3)[1]
+    lambdas = np.log(np.sqrt(release / (1 - release)))
+    assert abs(lambdas - (lambdas[0] + lambdas[-1]) / 2).argmin() == middle
     # No timestep twice.
-    assert dpm_timesteps(release, 1000).tolist() == list(range(1, 1000))
+    assert dpm_timesteps(release, 1000).tolist() == list(range(1000))
+    for steps in (30, 100, 500, 990):
+        assert (np.diff(dpm_timesteps(release, steps)) > 0).all() and len(dpm_timesteps(release, steps)) == steps
     last = dpm_timesteps(cosine, 20)[-1]
     assert half_log_snr(cosine)[last] >= LAMBDA_MIN > half_log_snr(cosine)[last + 1]
+    assert dpm_timesteps(cosine, 1000).tolist() == list(range(last + 1))
     for wrong in (0, 1001):
         with pytest.raises(ValueError, match="between 1 and 1000"):
             dpm_timesteps(release, wrong)

@@ -15,7 +15,7 @@ class DPMSolverSampler(Sampler):
     usual_steps = 20
 
     def plan(self, S: int, eta: float) -> SamplingPlan:
-        """S steps, or fewer where timesteps would repeat (see `dpm_timesteps`)."""
+        """S steps, evenly spaced in λ (see `dpm_timesteps`)."""
         alphas_cumprod = self.model.alphas_cumprod.cpu().double().numpy()
         timesteps = dpm_timesteps(alphas_cumprod, S)
         return SamplingPlan(timesteps, *dpm_coefficients(alphas_cumprod, timesteps, eta))

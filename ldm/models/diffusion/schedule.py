@@ -155,10 +155,10 @@ def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
 
 
 def dpm_timesteps(alphas_cumprod: np.ndarray, num_steps: int) -> np.ndarray:
-    """The timesteps that DPM-Solver++ visits, in ascending order.
+    """The timesteps that DPM-Solver++ visits, in ascending order: evenly spaced in λ, its time, and rounded.
 
-    Evenly spaced from 0, which is not visited, to the last whose λ is at least `LAMBDA_MIN`, and rounded; fewer than
-    S where they would repeat.
+    They range from 0 to the last whose λ is at least `LAMBDA_MIN`. Where they would repeat, they are spread out to S
+    different ones, or to all in that range if S is more.
 
     Args:
         alphas_cumprod: ᾱ (T,).
@@ -169,8 +169,13 @@ def dpm_timesteps(alphas_cumprod: np.ndarray, num_steps: int) -> np.ndarray:
     """
     if not 1 <= num_steps <= len(alphas_cumprod):
         raise ValueError(f"the number of steps must lie between 1 and {len(alphas_cumprod)}, got {num_steps}")
-    last = int((half_log_snr(alphas_cumprod) >= LAMBDA_MIN).sum()) - 1
-    return np.unique(np.linspace(0, last, num_steps + 1).round().astype(np.int64)[1:])
+    lambdas = half_log_snr(alphas_cumprod)
+    lambdas = lambdas[lambdas >= LAMBDA_MIN]
+    order = np.arange(min(num_steps, len(lambdas)))
+    wanted = np.linspace(lambdas[-1], lambdas[0], len(order))[::-1]
+    steps = np.interp(-wanted, -lambdas, np.arange(len(lambdas))).round().astype(np.int64)
+    steps = np.maximum.accumulate(steps - order) + order  # each at least one more than the one before,
+    return np.minimum(steps, len(lambdas) - len(order) + order)  # and with room for those after it
 
 
 def dpm_coefficients(
