@@ -454,6 +454,8 @@ def test_fid_of_samples(inception, shallow, encdiff, small):
     data.asked.clear()
     assert fid(encdiff, data, 5, seed=1, **options)["fid"] != found["fid"]
     assert data.asked != asked, "the seed shuffles the set"
+    by_dpm = fid(encdiff, data, 5, sampler="dpm", **options)
+    assert "(DPM-Solver++, 2 steps, eta 1" in by_dpm["protocol"] and by_dpm["fid"] != found["fid"]
     assert fid(encdiff, Rows(small, 2), 3, real_images=9, **options)["real_images"] == 2
 
 

@@ -183,14 +183,14 @@ def dpm_coefficients(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """ᾱ at the timesteps and at the ones before them, σ, and the weight of the change of x_0; each (S,).
 
-    The last step lands on x_0, where ᾱ = 1. With x_0 = m, a step of SDE-DPM-Solver++(2M) (Lu et al., 2022, Eq. 19 and
-    its SDE form) from λ to λ + h, after one of length h', is
+    A step of (SDE-)DPM-Solver++(2M) (Lu et al., 2022, Algorithm 2 for the ODE) from ᾱ to ᾱ', over h in λ, is
 
-        x' = (s / √(1 − ᾱ)) x + A (m + h / (2 h') (m − m')) + σ ε,   A = √ᾱ' − s √ᾱ / √(1 − ᾱ),   s² = 1 − ᾱ' − σ²
+        x' = s / √(1 − ᾱ) x + A (m + h / (2 h_last) (m − m_last)) + σ ε,  s² = 1 − ᾱ' − σ²,  A = √ᾱ' − s √ᾱ / √(1 − ᾱ)
 
-    with DDIM's σ for η = 1; the solver for the ODE has σ = 0. Without the change m − m' that is DDIM's step, so that
-    DDIM's σ serves for any η. The first step has nothing to compare with, and the last is infinitely long in λ: there
-    the weight A h / (2 h') is 0.
+    with the predicted x_0 m, and m_last and h_last of the step before. For the ODE σ is 0; for the SDE it is DDIM's
+    with η = 1. Without the change m − m_last this is DDIM's step, whose σ therefore serves for any η. The last step
+    lands on x_0, where ᾱ' = 1. It is infinitely long in λ, and the first step has none before it: for both the weight
+    A h / (2 h_last) is 0.
     """
     alphas = alphas_cumprod[timesteps]
     prev = np.append(1.0, alphas[:-1])
