@@ -215,6 +215,8 @@ def test_timesteps():
     last = dpm_timesteps(cosine, 20)[-1]
     assert half_log_snr(cosine)[last] >= LAMBDA_MIN > half_log_snr(cosine)[last + 1]
     assert dpm_timesteps(cosine, 1000).tolist() == list(range(last + 1))
+    gone = schedule_buffers(make_beta_schedule("linear", 1000, 0.0015, 0.5))["alphas_cumprod"].astype(np.float32)
+    assert gone[-1] == 0 and half_log_snr(gone)[dpm_timesteps(gone, 20)[-1]] > -np.inf
     for wrong in (0, 1001):
         with pytest.raises(ValueError, match="between 1 and 1000"):
             dpm_timesteps(release, wrong)

@@ -150,8 +150,9 @@ class SamplingPlan:
 
 
 def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
-    """λ = log(√ᾱ/√(1 − ᾱ)), the time of DPM-Solver (Lu et al., 2022)."""
-    return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+    """λ = log(√ᾱ/√(1 − ᾱ)), the time of DPM-Solver (Lu et al., 2022); −∞ where ᾱ has become 0."""
+    with np.errstate(divide="ignore"):
+        return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
 
 
 def dpm_timesteps(alphas_cumprod: np.ndarray, num_steps: int) -> np.ndarray:
