@@ -23,6 +23,7 @@ from ldm.models.diffusion.schedule import (
     schedule_buffers,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning:diffusers")
 SHAPE = (3, 4, 4)
 RELEASE = {"schedule": "linear", "n_timestep": 1000, "linear_start": 0.0015, "linear_end": 0.0155}
 FINER = {"schedule": "linear", "n_timestep": 4000, "linear_start": 0.0015 / 4, "linear_end": 0.0155 / 4}
