@@ -23,7 +23,6 @@ from ldm.models.diffusion.schedule import (
     schedule_buffers,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning:diffusers")
 SHAPE = (3, 4, 4)
 RELEASE = {"schedule": "linear", "n_timestep": 1000, "linear_start": 0.0015, "linear_end": 0.0155}
 FINER = {"schedule": "linear", "n_timestep": 4000, "linear_start": 0.0015 / 4, "linear_end": 0.0155 / 4}
@@ -135,27 +134,24 @@ def test_ddim_as_in_diffusers(schedule, eta):
 
 
 class Even:
-    """Plans whose timesteps are evenly spaced in λ, so that halving the step halves all of them."""
+    """Plans whose timesteps are evenly spaced in λ between fixed ends, so that halving the step halves all of them."""
 
     model: Any
+    coefficients: Any
 
-    def at(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    def plan(self, S: int, eta: float) -> SamplingPlan:
         alphas_cumprod = self.model.alphas_cumprod.numpy()
-        lambdas = half_log_snr(alphas_cumprod)
-        wanted = np.linspace(2.0, -3.0, steps + 1)
-        return alphas_cumprod, np.interp(-wanted, -lambdas, np.arange(len(lambdas))).round().astype(int)
+        wanted, lambdas = np.linspace(2.0, -3.0, S + 1), half_log_snr(alphas_cumprod)
+        timesteps = np.interp(-wanted, -lambdas, np.arange(len(lambdas))).round().astype(int)
+        return SamplingPlan(timesteps, *self.coefficients(alphas_cumprod, timesteps, eta))
 
 
 class EvenDDIM(Even, DDIMSampler):
-    def plan(self, S: int, eta: float) -> SamplingPlan:
-        alphas_cumprod, timesteps = self.at(S)
-        return SamplingPlan(timesteps, *ddim_coefficients(alphas_cumprod, timesteps, eta))
+    coefficients = staticmethod(ddim_coefficients)
 
 
 class EvenDPM(Even, DPMSolverSampler):
-    def plan(self, S: int, eta: float) -> SamplingPlan:
-        alphas_cumprod, timesteps = self.at(S)
-        return SamplingPlan(timesteps, *dpm_coefficients(alphas_cumprod, timesteps, eta))
+    coefficients = staticmethod(dpm_coefficients)
 
 
 @pytest.mark.parametrize(("kind", "order"), [(EvenDDIM, 1), (EvenDPM, 2)])
@@ -296,13 +292,11 @@ def test_the_model_is_told_of_the_tokens_once(kind):
 def test_steps_are_in_the_precision_of_x(kind):
     """A network in bf16 rounds its output, and nothing after it."""
 
-    class Half(TwoModes):
-        def apply_model(self, x, t, cond):
-            return super().apply_model(x, t, cond).bfloat16()
+    def sample(then: torch.dtype) -> torch.Tensor:
+        model: Any = TwoModes()
+        exact = model.apply_model
+        model.apply_model = lambda *inputs: exact(*inputs).bfloat16().to(then)
+        return draw(kind(model), 10)[0]
 
-    class Rounded(TwoModes):
-        def apply_model(self, x, t, cond):
-            return super().apply_model(x, t, cond).bfloat16().float()
-
-    half, rounded = (draw(kind(model()), 10)[0] for model in (Half, Rounded))
-    assert half.dtype == torch.float32 and torch.equal(half, rounded)
+    half = sample(torch.bfloat16)
+    assert half.dtype == torch.float32 and torch.equal(half, sample(torch.float32))
