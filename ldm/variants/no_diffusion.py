@@ -38,6 +38,7 @@ class DecoderUNet(UNetModel):
         for block in blocks:
             # Without a timestep there is nothing to scale, shift or add by.
             block.emb_layers, block.use_scale_shift_norm = nn.Identity(), False
+        self.cross_attentions = []  # there are no steps to reuse keys and values in
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """Decode concept tokens.

@@ -36,9 +36,11 @@ class DiffusionWrapper(nn.Module):
         super().__init__()
         self.diffusion_model = instantiate_from_config(unet_config, "unet_config")
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """x (b, c, h, w), t (b,), tokens (b, n, d) -> (b, c, h, w)."""
-        return self.diffusion_model(x, t, tokens)
+        return self.diffusion_model(x, t, tokens, **options)
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -155,6 +157,7 @@ class LatentDiffusion(pl.LightningModule):
         self.num_timesteps = timesteps
         self.cache_latents = cache_latents
         self._latents: torch.Tensor | None = None
+        self._from_tokens: dict[str, Any] = {}
 
         betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         for name, values in schedule_buffers(betas, v_posterior).items():
@@ -278,7 +281,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """The U-Net's output (b, c, h, w) for x_t, t (b,) and tokens (b, n, d)."""
-        return self.model(x_noisy, t, cond if self.conditioned else None)
+        return self.model(x_noisy, t, cond if self.conditioned else None, **self._from_tokens)
 
     def predict_eps(self, x_t: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
         """The noise predicted by the U-Net's output: the output itself, or what turns the predicted x_0 into x_t."""
@@ -348,8 +351,15 @@ class LatentDiffusion(pl.LightningModule):
 
     @contextmanager
     def conditioned_on(self, tokens: torch.Tensor) -> Iterator[None]:
-        """Inside the block, every call of `apply_model` is given these tokens (b, n, d)."""
-        yield
+        """Inside the block, every call of `apply_model` is given these tokens (b, n, d), whose keys and values are
+        computed once."""
+        unet = self.model.diffusion_model
+        found = unet.keys_values(unet.tokens(tokens)) if hasattr(unet, "keys_values") else None
+        self._from_tokens = {} if found is None else {"computed": found}
+        try:
+            yield
+        finally:
+            self._from_tokens = {}
 
     def sampler(self, name: str = "ddim") -> Sampler:
         """A sampler of latents from this model: `ddim`, as released, or `dpm` for DPM-Solver++.

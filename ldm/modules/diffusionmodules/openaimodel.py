@@ -1,12 +1,13 @@
 """LDM's denoising U-Net, steered by concept tokens through cross attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention, KeysValues, SpatialTransformer, keys_values
 from ldm.modules.diffusionmodules.util import GroupNorm32, timestep_embedding, zero_module
 from ldm.util import UserError
 
@@ -95,9 +96,9 @@ class TimestepEmbedSequential(nn.Sequential):
     """A sequence in which residual blocks get the timestep and transformers get the tokens."""
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None = None
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | Sequence[KeysValues] | None = None
     ) -> torch.Tensor:
-        """x (b, c, h, w), emb (b, e), context (b, n, d) -> (b, c', h', w')."""
+        """x (b, c, h, w), emb (b, e) -> (b, c', h', w'); for the context see `CrossAttention`."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -219,6 +220,13 @@ class UNetModel(nn.Module):
             GroupNorm32(ch), nn.SiLU(), zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1))
         )
 
+        self.cross_attentions: list[CrossAttention] = []
+        if context_dim is not None:
+            blocks = (module for module in self.modules() if isinstance(module, BasicTransformerBlock))
+            self.cross_attentions = [block.attn2 for block in blocks]
+        for place, layer in enumerate(self.cross_attentions):
+            layer.place = place
+
     def tokens(self, context: torch.Tensor | None) -> torch.Tensor | None:
         """Check the concept tokens (b, n, d); flat ones (b, n·d) are reshaped.
 
@@ -248,23 +256,36 @@ class UNetModel(nn.Module):
         dtype = next(self.parameters()).dtype
         return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype)), self.tokens(context)
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def keys_values(self, context: torch.Tensor | None) -> list[KeysValues] | None:
+        """Keys and values of the concept tokens (b, n, d) for every cross attention, by one product; `forward` takes
+        them in the place of the tokens. None where no transformer sees the tokens."""
+        return keys_values(self.cross_attentions, context) if self.cross_attentions and context is not None else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        computed: Sequence[KeysValues] | None = None,
+    ) -> torch.Tensor:
         """Predict the noise in a noisy latent.
 
         Args:
             x: (b, in_channels, h, w).
             timesteps: (b,), in [0, T).
             context: concept tokens (b, n, d), or flat (b, n·d).
+            computed: `keys_values` of the same tokens, which are computed here otherwise.
 
         Returns:
             (b, out_channels, h, w).
         """
         emb, context = self.conditions(timesteps, context)
+        seen: Any = self.keys_values(context) if computed is None else computed
         h, skips = x, []
         for module in self.input_blocks:
-            h = module(h, emb, context)
+            h = module(h, emb, seen)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self.middle_block(h, emb, seen)
         for module in self.output_blocks:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = module(torch.cat([h, skips.pop()], dim=1), emb, seen)
         return self.out(h)
