@@ -86,6 +86,9 @@ def build(run: Run, score: bool) -> Job:
 
     datasets = getattr(data, "datasets", {})
     check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
+    for callback in callbacks if run.train else ():
+        if hasattr(callback, "prepare"):
+            callback.prepare(model, data, options)
     trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
     return Job(run, model, data, trainer, datasets)
 

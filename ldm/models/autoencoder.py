@@ -56,6 +56,8 @@ class FirstStage(pl.LightningModule):
         lr_g_factor: factor on the autoencoder's learning rate.
         use_ema: keep EMA weights, and validate with them too.
         val_loss_every: compute the validation losses on every Nth batch only.
+        reuse_reconstruction: show the discriminator the reconstructions of before the autoencoder's step, which saves
+            a forward pass; as released, they are computed anew by the updated weights.
 
     Attributes:
         learning_rate: set by the command line from `base_learning_rate`.
@@ -74,8 +76,10 @@ class FirstStage(pl.LightningModule):
         lr_g_factor: float = 1.0,
         use_ema: bool = False,
         val_loss_every: int = 1,
+        reuse_reconstruction: bool = False,
     ) -> None:
         super().__init__()
+        self.reuse_reconstruction = reuse_reconstruction
         self.automatic_optimization = False
         self.accumulate_grad_batches = 1
         self.gradient_clip_val: float | None = None
@@ -136,8 +140,9 @@ class FirstStage(pl.LightningModule):
 
         if len(optimizers) > 1:
             self.toggle_optimizer(optimizers[1])
-            with torch.no_grad():
-                reconstruction, _ = self.reconstruct(x)
+            if not self.reuse_reconstruction:
+                with torch.no_grad():
+                    reconstruction, _ = self.reconstruct(x)
             loss, more = self.loss.discriminator_loss(x, reconstruction, step)
             losses |= more
             self.manual_backward(loss / self.accumulate_grad_batches)
@@ -154,6 +159,11 @@ class FirstStage(pl.LightningModule):
         named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=x.shape[0])
         self.log("loss", losses["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
+
+    def trial_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A loss that runs encoder and decoder forwards and backwards; for timing."""
+        x = self.get_input(batch, self.image_key)
+        return F.l1_loss(self.reconstruct(x)[0], x)
 
     def on_train_epoch_end(self) -> None:
         """Log the number of the epoch, which can rank checkpoints."""
@@ -229,7 +239,9 @@ class FirstStage(pl.LightningModule):
         """Adam (.5, .9) for each of `trained_parameters`."""
         rates = (self.lr_g_factor * self.learning_rate, self.learning_rate)
         groups = zip(self.trained_parameters(), rates, strict=False)
-        optimizers = [torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9)) for parameters, rate in groups]
+        optimizers = [
+            torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9)) for parameters, rate in groups
+        ]
         if self.schedule is None:
             return optimizers
         return optimizers, [{"scheduler": LambdaLR(o, self.schedule), "interval": "step"} for o in optimizers]

@@ -361,6 +361,13 @@ class LatentDiffusion(pl.LightningModule):
         finally:
             self._from_tokens = {}
 
+    def trial_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A loss that runs what a training step runs, the frozen first stage excepted; for timing."""
+        shape = (self.channels, self.image_size, self.image_size)
+        latent = torch.zeros(len(batch[self.first_stage_key]), *shape, device=self.device)
+        image = self.get_input(batch, self.cond_stage_key) if self.conditioned else None
+        return self(latent, image)[0]
+
     def sampler(self, name: str = "ddim") -> Sampler:
         """A sampler of latents from this model: `ddim`, as released, or `dpm` for DPM-Solver++.
 

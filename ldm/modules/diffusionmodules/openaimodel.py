@@ -133,6 +133,8 @@ class UNetModel(nn.Module):
         UserError: sizes that do not fit, or a value that is not supported.
     """
 
+    compiles = True  # see `ldm.modules.speed`
+
     def __init__(
         self,
         image_size: int,
