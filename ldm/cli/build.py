@@ -210,6 +210,9 @@ def build_trainer(
     excluded = tuple(kind for name, kind in switches.items() if options.get(name) is False)
     callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]
     options = {"default_root_dir": str(run.logdir), "use_distributed_sampler": False, **options}
+    if isinstance(model, FirstStage | LatentDiffusion):
+        # Two batches before the first step would show nothing that `dry_run` has not tried with an image.
+        options.setdefault("num_sanity_val_steps", 0)
     try:
         trainer = pl.Trainer(**options, callbacks=callbacks)
     except Exception as error:  # Lightning raises many kinds for invalid arguments

@@ -107,8 +107,8 @@ def fit(job: "Job") -> None:
     """Phase 4, fit: train, then test where there is a test set.
 
     Before the first step Lightning calls, in this order: `SetupCallback.on_fit_start` (makes the log directory),
-    `StopCallback.on_fit_start` (signals), a sanity check of validation, the model's `on_train_start` (cached latents),
-    `SeedEachBatch` (random numbers), the model's `on_train_batch_start` (scale factor), and its `training_step`.
+    `StopCallback.on_fit_start` (signals), the model's `on_train_start` (cached latents), `SeedEachBatch` (random
+    numbers), the model's `on_train_batch_start` (scale factor), and its `training_step`.
     """
     from ldm.callbacks.setup import hold
 
