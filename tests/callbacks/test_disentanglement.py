@@ -71,7 +71,7 @@ def callback(monkeypatch):
     made = DisentanglementCallback(metrics=["mig"], settings={"mig": {"num_train": 12}})
     made.seen, made.failing = [], ()
 
-    def keep(codes, factors, metrics, settings, seed):
+    def keep(codes, factors, metrics, settings, seed, tell):
         made.seen.append(codes)
         if codes.ndim in made.failing:
             raise ValueError("codes hold NaN")
