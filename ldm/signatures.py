@@ -72,7 +72,7 @@ def _tree(path: Path) -> ast.Module | None:
 def _imported(tree: ast.Module, module: str, path: Path) -> dict[str, str]:
     """Names that a module imports by `from … import …`, and where from."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    found = {}
+    found: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
@@ -110,7 +110,8 @@ def _function(node: ast.FunctionDef, module: str) -> Any:
 
     def function(*args: Any, **kwargs: Any) -> None: ...
 
-    given, parameters = node.args, []
+    given = node.args
+    parameters: list[tuple[ast.arg, Any, bool]] = []
     positional = [*given.posonlyargs, *given.args]
     without = len(positional) - len(given.defaults)
     for place, argument in enumerate(positional):

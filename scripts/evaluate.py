@@ -209,7 +209,7 @@ def run(opt: argparse.Namespace) -> None:
         factors, given = parse_factors(opt), [read_codes(path) for path in paths]
     else:
         check_models(paths, opt.device or "cpu")
-    about = {"versions": package_versions()}
+    about: dict[str, Any] = {"versions": package_versions()}
     if not opt.codes:
         about |= {"of": opt.of, "weights": opt.weights, "split": opt.split, "dtype": "bf16" if opt.bf16 else "float32"}
     scored: list[Scored] = []
