@@ -66,6 +66,7 @@ class DisentanglementCallback(Callback):
         self._validations = 0
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self._encoder: CodeEncoder | None = None
+        self.encoding = False  # whether the validation that runs is one that is scored
         check_seed(seed)
         if self.metrics:
             check_settings(self.metrics, self.settings)
@@ -74,11 +75,6 @@ class DisentanglementCallback(Callback):
     def logged(self) -> list[str]:
         """Names of the metrics that are logged as `val/…`, any of which may be the monitor."""
         return [*self.metrics, *(f"tokens_{metric}" for metric in self.metrics if self.score_tokens)]
-
-    @property
-    def encoding(self) -> bool:
-        """Whether the validation that runs is one that is scored."""
-        return self._encoder is not None
 
     def state_dict(self) -> dict[str, Any]:
         """The number of validations so far, so that a resumed run scores at the same ones."""
@@ -136,12 +132,8 @@ class DisentanglementCallback(Callback):
         return bool(self.metrics) and self.factors is not None and not trainer.sanity_checking and due
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copy the encoder, with the weights that are scored; forget what an interrupted validation left behind."""
-        self._parts, self._encoder = [], None
-        model: Any = pl_module
-        if self._scoring(trainer):
-            with model.ema_scope() if self.weights == "ema" else nullcontext():
-                self._encoder = CodeEncoder(model.cond_stage_model, self.dtype)
+        """Forget what an interrupted validation left behind."""
+        self._parts, self._encoder, self.encoding = [], None, self._scoring(trainer)
 
     def on_validation_batch_end(
         self,
@@ -153,10 +145,15 @@ class DisentanglementCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Encode the batch's images."""
-        if self._encoder is not None:
-            model: Any = pl_module
-            images = model.get_input(batch, model.cond_stage_key)
-            self._parts.append((batch["idx"], *self._encoder(images, self.score_tokens)))
+        if not self.encoding:
+            return
+        model: Any = pl_module
+        if self._encoder is None:
+            # Not before the first batch, in whose step DDP gives all processes the first one's BatchNorm statistics.
+            with model.ema_scope() if self.weights == "ema" else nullcontext():
+                self._encoder = CodeEncoder(model.cond_stage_model, self.dtype)
+        images = model.get_input(batch, model.cond_stage_key)
+        self._parts.append((batch["idx"], *self._encoder(images, self.score_tokens)))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score on the first process, and log the scores on all.
@@ -167,9 +164,10 @@ class DisentanglementCallback(Callback):
         if trainer.sanity_checking:
             return
         self._validations += 1
-        if self._encoder is None or self.factors is None:
+        if not self.encoding:
             return
-        self._encoder = None
+        assert self.factors is not None
+        self._encoder, self.encoding = None, False
         codes = self._gather(pl_module, len(self.factors))
         scores: dict[str, dict[str, Scores]] = {}
         problem = ""
