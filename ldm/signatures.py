@@ -36,11 +36,12 @@ def stand_in(target: str) -> Any:
         return None
     for node in reversed(tree.body):  # the last definition counts
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return _function(node, module)
+            return None if node.decorator_list else _function(node, module)
         if isinstance(node, ast.ClassDef) and node.name == name:
             return _class(node, tree, module, path)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and name in map(ast.unparse, node.targets):
-            return stand_in(f"{module}.{node.value.id}") if node.value.id != name else None
+        if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets):
+            other = getattr(node.value, "id", name)  # of `B = A`
+            return stand_in(f"{module}.{other}") if other != name else None
     imported = _imported(tree, module, path).get(name)
     return stand_in(imported) if imported not in (None, target) else None
 

@@ -137,6 +137,8 @@ def test_what_a_source_may_hold(tmp_path, monkeypatch):
         "@dataclass\nclass C:\n    g: int\n"
         "class D(D): ...\n"
         "def h(x: float = 1, *, y: str): ...\n"
+        "class E: ...\nE = wrapped(E)\n"
+        "@wrapped\ndef f(x): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     found = {name: stand_in(f"held.{name}") for name in "ABCDh"}
@@ -145,6 +147,7 @@ def test_what_a_source_may_hold(tmp_path, monkeypatch):
     assert {"b", "d", "e"} <= set(names) and names["b"] == (int | None) and not takes_any
     assert parameters_of(found["B"])[0]["f"] is bool and "e" in parameters_of(found["B"])[0]
     assert parameters_of(found["C"])[1] and parameters_of(found["D"])[1], "what is not shown takes anything"
+    assert stand_in("held.E") is None and stand_in("held.f") is None, "made by a call"
     assert parameters_of(found["h"]) == ({"x": float, "y": str}, False)
 
 

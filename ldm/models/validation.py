@@ -48,8 +48,9 @@ class LossBudget:
             return True
         if not self._told:
             self._told = True
-            message = "validation losses are of %s of %s batches, evenly spread (model.params.val_loss_images: %s)"
-            log.info(message, f"{wanted:,}", f"{batches:,}", f"{self.images:,}")
+            name = "test" if split == "test" else "validation"
+            message = "%s losses are of %s of %s batches, evenly spread (model.params.val_loss_images: %s)"
+            log.info(message, name, f"{wanted:,}", f"{batches:,}", f"{self.images:,}")
         if batches == float("inf"):
             return batch_idx < wanted
         return batch_idx * wanted // batches != (batch_idx - 1) * wanted // batches
