@@ -183,7 +183,7 @@ def folders(paths: list[Path], opt: argparse.Namespace) -> list[Path]:
         return [path.with_name(f"{stem}_scores") for path, stem in zip(paths, stems, strict=True)]
     # Scores of different things go to different folders.
     marks = [getattr(opt, name) for name in ("of", "weights", "split") if getattr(opt, name) != MODEL_ONLY[name]]
-    name = "-".join(["evaluation", *marks])
+    name = "-".join(["evaluation", *marks, *(["bf16"] if opt.bf16 else [])])
     return [path / name if path.is_dir() else path.with_name(f"{path.stem}_{name}") for path in paths]
 
 

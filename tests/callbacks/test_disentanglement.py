@@ -119,6 +119,12 @@ def test_tokens_are_put_into_grid_order_too(callback, tmp_path, processes):
     assert record["scores"] == record["scores_of_tokens"] == {"mig": {"discrete_mig": 0.5}}
 
 
+def test_bf16_is_written_down(callback, tmp_path):
+    callback.dtype = "bf16"
+    validate(callback, Model(), trainer(tmp_path), np.arange(12))
+    assert json.loads((tmp_path / "metrics" / "000007.json").read_text())["dtype"] == "bf16"
+
+
 def test_missing_rows_are_refused(callback, tmp_path):
     with pytest.raises(UserError, match="2 of the 12 rows"):
         validate(callback, Model(), trainer(tmp_path), np.arange(10))
@@ -170,6 +176,7 @@ def test_what_could_not_be_scored_is_refused():
         DisentanglementCallback(metrics=["tad"]).check(Model(), datasets, {})
     for options, message in (
         ({"metrics": ["dcy"]}, "unknown metric 'dcy'"),
+        ({"dtype": "fp16"}, "dtype: expected float32 or bf16, got 'fp16'"),
         ({"weights": "averaged"}, "weights: expected live or ema, got 'averaged'"),
         ({"every_n_validations": 0}, "every_n_validations: expected at least 1, got 0"),
         ({"seed": -1}, "seed must be"),
