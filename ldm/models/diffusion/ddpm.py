@@ -21,6 +21,7 @@ from ldm.models.diffusion.latents import encode_training_set
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
+from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.util import UserError, instantiate_from_config
@@ -68,7 +69,9 @@ class LatentDiffusion(pl.LightningModule):
         log_every_t: samplers keep an intermediate result every N steps.
         cache_latents: encode the training set once, before training, and keep its latents in memory. The numbers are
             the same, since the first stage is frozen and images are not augmented.
-        val_loss_every: compute the validation loss on every Nth batch only; scores are not affected.
+        val_loss_images: compute the validation loss of at most as many images, in batches evenly spread over the set;
+            null for all. Scores are not affected.
+        val_loss_every: instead, compute it on every Nth batch.
 
     Attributes:
         learning_rate: set by the command line from `base_learning_rate`.
@@ -120,7 +123,8 @@ class LatentDiffusion(pl.LightningModule):
         ignore_keys: Sequence[str] = (),
         log_every_t: int = 100,
         cache_latents: bool = False,
-        val_loss_every: int = 1,
+        val_loss_images: int | None = 10000,
+        val_loss_every: int | None = None,
     ) -> None:
         super().__init__()
         for key, value, choices in (
@@ -132,7 +136,6 @@ class LatentDiffusion(pl.LightningModule):
             if value not in choices:
                 raise UserError(f"{value!r} is not one of {', '.join(map(str, choices))}", key)
         for key, count in (
-            ("val_loss_every", val_loss_every),
             ("log_every_t", log_every_t),
             ("scale_factor_images", scale_factor_images),
         ):
@@ -153,7 +156,7 @@ class LatentDiffusion(pl.LightningModule):
             raise UserError(f"{scale_factor} would be replaced: set scale_by_std to false", "scale_factor")
         self.log_every_t = log_every_t
         self.schedule = build_schedule(scheduler_config)
-        self.monitor, self.val_loss_every = monitor, val_loss_every
+        self.monitor, self.loss_budget = monitor, LossBudget(val_loss_images, val_loss_every)
         self.num_timesteps = timesteps
         self.cache_latents = cache_latents
         self._latents: torch.Tensor | None = None
@@ -458,9 +461,9 @@ class LatentDiffusion(pl.LightningModule):
     @torch.no_grad()
     def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
         """Losses at timesteps and noise that depend only on the batch's number, so that epochs are comparable."""
-        if batch_idx % self.val_loss_every:
-            return
         size = batch[self.first_stage_key].shape[0]
+        if not self.loss_budget.wants(self.trainer, batch_idx, size, split):
+            return
 
         def compute(suffix: str) -> dict[str, torch.Tensor]:
             generator = torch.Generator(device=self.device).manual_seed(batch_idx)
