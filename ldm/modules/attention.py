@@ -7,11 +7,18 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from ldm.modules import kernels
 from ldm.modules.diffusionmodules.util import GroupNorm32, zero_module
 
 
 class GEGLU(nn.Module):
-    """Linear layer gated by the GELU of a second one (Shazeer, 2020)."""
+    """Linear layer gated by the GELU of a second one (Shazeer, 2020).
+
+    Attributes:
+        kernels: compute the gate by `ldm.modules.kernels`; see `ldm.modules.speed`.
+    """
+
+    kernels = False
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -19,6 +26,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim_in) -> (..., dim_out)."""
+        if self.kernels:
+            return kernels.geglu(self.proj(x))
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 

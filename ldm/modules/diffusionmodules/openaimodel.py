@@ -77,19 +77,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """x (b, channels, h, w), emb (b, emb_channels) -> (b, out_channels, h', w')."""
-        norm, activation, conv = self.in_layers
-        h = activation(norm(x))
+        norm, _, conv = self.in_layers
+        h = norm.then_silu(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
-        modulation = self.emb_layers(emb).type(h.dtype)[:, :, None, None]
+        norm, _, dropout, out_conv = self.out_layers
+        modulation = self.emb_layers(emb).type(h.dtype)
         if self.use_scale_shift_norm:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
+            h = norm.then_silu(h, *modulation.chunk(2, dim=1))
         else:
-            h = self.out_layers(h + modulation)
-        return self.skip_connection(x) + h
+            h = norm.then_silu(h + modulation[:, :, None, None])
+        return self.skip_connection(x) + out_conv(dropout(h))
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -290,4 +289,5 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb, seen)
         for module in self.output_blocks:
             h = module(torch.cat([h, skips.pop()], dim=1), emb, seen)
-        return self.out(h)
+        norm, _, conv = self.out
+        return conv(norm.then_silu(h))
