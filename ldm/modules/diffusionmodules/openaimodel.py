@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention, KeysValues, SpatialTransformer, keys_values
-from ldm.modules.diffusionmodules.util import GroupNorm32, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import Conv3x3, GroupNorm32, timestep_embedding, zero_module
 from ldm.util import UserError
 
 
@@ -59,7 +59,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm32(channels), nn.SiLU(), Conv3x3(channels, out_channels)
         )
         self.resample: nn.Module | None = None
         if resample is not None:
@@ -71,7 +71,7 @@ class ResBlock(nn.Module):
             GroupNorm32(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 

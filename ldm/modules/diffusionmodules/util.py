@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ldm.modules import kernels
+from ldm.modules.kernels.convolution import conv3x3, pays
 
 GROUPS = 32
 
@@ -45,6 +45,26 @@ class GroupNorm32(nn.GroupNorm):
         if scale is not None and shift is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return nn.functional.silu(h)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution that keeps the size of the map.
+
+    Attributes:
+        kernels: differentiate it by `ldm.modules.kernels` where that is faster; see `ldm.modules.speed`.
+    """
+
+    kernels = False
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, in, h, w) -> (b, out, h, w)."""
+        if self.kernels and pays(x):
+            assert self.bias is not None
+            return conv3x3(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
