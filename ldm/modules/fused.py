@@ -47,3 +47,10 @@ def group_norm(
 
     modulation = None if scale is None or shift is None else torch.cat([scale, shift], dim=1).float()
     return GroupNorm.apply(x, weight.float(), bias.float(), modulation, groups, eps, silu)
+
+
+def geglu(x: torch.Tensor) -> torch.Tensor:
+    """The first half of the channels times the exact GELU of the second: (..., 2c) -> (..., c), of the type of `x`."""
+    from ldm.modules.kernels.geglu import Geglu
+
+    return Geglu.apply(x)

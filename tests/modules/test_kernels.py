@@ -80,6 +80,23 @@ def test_group_norm_far_from_zero():
     torch.testing.assert_close(ours.double(), want, rtol=0, atol=1e-3)
 
 
+@TYPES
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (2, 40, 512)])
+def test_geglu(shape, dtype):
+    def geglu64(x):
+        x, gate = x.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+    torch.manual_seed(0)
+    compare(fused.geglu, geglu64, [(2 * random(*shape)).detach().to(dtype).requires_grad_()], dtype)
+
+
+def test_gelu_of_all_sizes():
+    gate = torch.linspace(-30, 30, 10001)
+    y = fused.geglu(torch.stack([torch.ones_like(gate), gate], dim=1))[:, 0]
+    torch.testing.assert_close(y.double(), F.gelu(gate.double()), rtol=1e-6, atol=1e-6)
+
+
 def test_nan_stays_nan_and_extremes_are_finite():
     x = torch.zeros(2, 32, 2, 2).to(memory_format=torch.channels_last)
     x[0, 0, 0, 0] = torch.nan

@@ -63,45 +63,50 @@ def _integer(argument: torch.Tensor | int | float) -> int:
     return struct.unpack("<i", struct.pack("<f", argument))[0] if isinstance(argument, float) else argument
 
 
-def _instruction(signature: Any, build: Callable) -> tuple[Any, Callable]:
-    """What an intrinsic returns: `build(builder, *arguments)` makes its LLVM instructions."""
+def instruction(function: Callable) -> Any:
+    """A function that kernels call, written in LLVM's instructions."""
+    return intrinsic(function)
+
+
+def _built(signature: Any, build: Callable) -> tuple[Any, Callable]:
+    """What such a function returns: `build(builder, *arguments)` makes its instructions."""
     return signature, lambda context, builder, sig, args: build(builder, *args)
 
 
-@intrinsic
+@instruction
 def floats(typing_context, address):
     """An address as a pointer to float32."""
     pointer = ir.FloatType().as_pointer()
-    return _instruction(FLOATS(types.int64), lambda builder, a: builder.inttoptr(a, pointer))
+    return _built(FLOATS(types.int64), lambda builder, a: builder.inttoptr(a, pointer))
 
 
-@intrinsic
+@instruction
 def shorts(typing_context, address):
     """An address as a pointer to the bits of bfloat16."""
     pointer = ir.IntType(16).as_pointer()
-    return _instruction(SHORTS(types.int64), lambda builder, a: builder.inttoptr(a, pointer))
+    return _built(SHORTS(types.int64), lambda builder, a: builder.inttoptr(a, pointer))
 
 
-@intrinsic
+@instruction
 def at(typing_context, pointer, offset):
     """The pointer `offset` elements further."""
-    return _instruction(pointer(pointer, types.int64), lambda builder, p, k: builder.gep(p, [k]))
+    return _built(pointer(pointer, types.int64), lambda builder, p, k: builder.gep(p, [k]))
 
 
-@intrinsic
+@instruction
 def number(typing_context, bits):
     """The float32 whose bits are the lower half of a 64-bit integer."""
-    return _instruction(
+    return _built(
         types.float32(types.int64),
         lambda builder, b: builder.bitcast(builder.trunc(b, ir.IntType(32)), ir.FloatType()),
     )
 
 
-@intrinsic
+@instruction
 def take(typing_context, counter):
     """Read a counter and add one to it, in one step."""
     one = ir.Constant(ir.IntType(64), 1)
-    return _instruction(
+    return _built(
         types.int64(types.CPointer(types.int64)), lambda builder, c: builder.atomic_rmw("add", c, one, "monotonic")
     )
 
@@ -112,7 +117,7 @@ def _inputs(builder: ir.IRBuilder) -> Any:
     return module.add_metadata([module.add_metadata(["inputs", module.add_metadata(["kernels"])])])
 
 
-@intrinsic
+@instruction
 def load(typing_context, pointer, index):
     """An element of a tensor as float32. No `store` or `add_to` of the kernel may write to it: loops vectorise so."""
 
@@ -124,10 +129,10 @@ def load(typing_context, pointer, index):
             value = builder.bitcast(builder.shl(builder.zext(value, int32), int32(16)), ir.FloatType())
         return value
 
-    return _instruction(types.float32(pointer, types.int64), build)
+    return _built(types.float32(pointer, types.int64), build)
 
 
-@intrinsic
+@instruction
 def store(typing_context, pointer, index, value):
     """Write a float32 to an element of a tensor; bfloat16 is rounded to nearest, ties to even."""
 
@@ -145,7 +150,7 @@ def store(typing_context, pointer, index, value):
     return types.none(pointer, types.int64, types.float32), build
 
 
-@intrinsic
+@instruction
 def nearest_integer(typing_context, value):
     """A float32 rounded to the nearest integer, still as float32."""
 
@@ -153,10 +158,10 @@ def nearest_integer(typing_context, value):
         function = builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()])
         return builder.call(function, [x])
 
-    return _instruction(types.float32(types.float32), build)
+    return _built(types.float32(types.float32), build)
 
 
-@intrinsic
+@instruction
 def power_of_two(typing_context, exponent):
     """2 to the power of an integer in -126..127 that is given as float32."""
 
@@ -165,7 +170,7 @@ def power_of_two(typing_context, exponent):
         biased = builder.add(builder.fptosi(x, int32), int32(127))
         return builder.bitcast(builder.shl(biased, int32(23)), ir.FloatType())
 
-    return _instruction(types.float32(types.float32), build)
+    return _built(types.float32(types.float32), build)
 
 
 @jit
