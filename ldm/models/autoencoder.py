@@ -241,9 +241,7 @@ class FirstStage(pl.LightningModule):
         """Adam (.5, .9) for each of `trained_parameters`."""
         rates = (self.lr_g_factor * self.learning_rate, self.learning_rate)
         groups = zip(self.trained_parameters(), rates, strict=False)
-        optimizers = [
-            torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9)) for parameters, rate in groups
-        ]
+        optimizers = [torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9)) for parameters, rate in groups]
         if self.schedule is None:
             return optimizers
         return optimizers, [{"scheduler": LambdaLR(o, self.schedule), "interval": "step"} for o in optimizers]

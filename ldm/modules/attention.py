@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.modules import kernels
+from ldm.modules import fused
 from ldm.modules.diffusionmodules.util import GroupNorm32, zero_module
 
 
@@ -15,7 +15,7 @@ class GEGLU(nn.Module):
     """Linear layer gated by the GELU of a second one (Shazeer, 2020).
 
     Attributes:
-        kernels: compute the gate by `ldm.modules.kernels`; see `ldm.modules.speed`.
+        kernels: compute the gate by `ldm.modules.fused`; see `ldm.modules.speed`.
     """
 
     kernels = False
@@ -26,9 +26,10 @@ class GEGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim_in) -> (..., dim_out)."""
-        if self.kernels:
-            return kernels.geglu(self.proj(x))
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        both = self.proj(x)
+        if self.kernels and fused.fits(both):
+            return fused.geglu(both)
+        x, gate = both.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 

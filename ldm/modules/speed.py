@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.modules import fused
+
 log = logging.getLogger(__name__)
 
 # Autocast has costs that a short trial does not show, such as casting the weights of a large network at every step.
@@ -23,7 +25,7 @@ class Choices:
     Attributes:
         precision: of Lightning's Trainer: 32-true or bf16-mixed.
         channels_last: memory layout of convolutions' weights and of feature maps.
-        kernels: the fused CPU kernels of `ldm.modules.kernels`.
+        kernels: the fused CPU kernels of `ldm.modules.fused` and `ldm.modules.kernels`.
         compile: `torch.compile` of the networks. cuda_graphs: and replay their launches.
         reasons: why, in one line.
     """
@@ -80,17 +82,15 @@ def choose(
         What to give to `apply`. Compiling takes minutes, and is not timed: it is chosen on a GPU, where launches bound
         small networks, and not on a CPU, where it gained a tenth.
     """
-    from ldm.modules import kernels
-
     allowed = {"bf16": True, "channels_last": True, "compile": True, "cuda_graphs": True, **(allowed or {})}
-    fused = device.type == "cpu" and kernels.available()
+    kernels = device.type == "cpu" and fused.available()
     precisions = ["32-true" if precision is None else precision]
     if precision is None and allowed["bf16"] and (device.type != "cuda" or torch.cuda.is_bf16_supported()):
         precisions.append("bf16-mixed")
     layouts = [False, True] if allowed["channels_last"] else [False]
     # Half precision in the contiguous layout is never the fastest.
     ways = [
-        Choices(p, last, fused and last)
+        Choices(p, last, kernels and last)
         for p in precisions
         for last in layouts
         if last or p == precisions[0] or len(layouts) == 1

@@ -58,9 +58,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), Conv3x3(channels, out_channels)
-        )
+        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.resample: nn.Module | None = None
         if resample is not None:
             self.resample = Upsample(channels, False) if resample == "up" else Downsample(channels, False)

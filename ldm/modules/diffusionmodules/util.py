@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from ldm.modules import fused
 from ldm.modules.kernels.convolution import conv3x3, pays
 
 GROUPS = 32
@@ -14,7 +15,7 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation over 32 groups, computed in float32 whatever the type of the input (LDM).
 
     Attributes:
-        kernels: compute it by `ldm.modules.kernels`; see `ldm.modules.speed`.
+        kernels: compute it by `ldm.modules.fused`; see `ldm.modules.speed`.
 
     Raises:
         ValueError: `channels` is not a multiple of 32.
@@ -29,8 +30,8 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, c, ...) -> the same shape and type."""
-        if self.kernels:
-            return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if self.kernels and x.ndim == 4 and fused.fits(x):
+            return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         if x.dtype == torch.float64 or x.dtype == self.weight.dtype == torch.float32:
             return super().forward(x)
         return super().forward(x.float()).type(x.dtype)
@@ -39,8 +40,8 @@ class GroupNorm32(nn.GroupNorm):
         self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
         """silu(norm(x) · (1 + scale) + shift): x (b, c, h, w), scale and shift (b, c) -> (b, c, h, w)."""
-        if self.kernels:
-            return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu=True)
+        if self.kernels and fused.fits(x):
+            return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu=True)
         h = self(x)
         if scale is not None and shift is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]

@@ -41,7 +41,7 @@ class _Conv3x3(torch.autograd.Function):
 
 
 def patches(x: torch.Tensor) -> torch.Tensor:
-    """The 3×3 neighbourhood of each position, zero outside: x (b, c, h, w) -> (b h w, 9 c), channels varying fastest."""
+    """The 3×3 neighbourhoods, zero outside: x (b, c, h, w) -> (b h w, 9 c), channels varying fastest."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     b, height, width, c = padded.shape
     image, row, column, _ = padded.stride()
