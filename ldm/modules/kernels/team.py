@@ -70,7 +70,14 @@ def instruction(function: Callable) -> Any:
 
 def _built(signature: Any, build: Callable) -> tuple[Any, Callable]:
     """What such a function returns: `build(builder, *arguments)` makes its instructions."""
-    return signature, lambda context, builder, sig, args: build(builder, *args)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        # LLVM vectorises to 256 bits unless told otherwise; llvmlite's list of attributes lacks this one.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        result = build(builder, *arguments)
+        return context.get_dummy_value() if result is None else result
+
+    return signature, generate
 
 
 @instruction
@@ -136,8 +143,7 @@ def load(typing_context, pointer, index):
 def store(typing_context, pointer, index, value):
     """Write a float32 to an element of a tensor; bfloat16 is rounded to nearest, ties to even."""
 
-    def build(context, builder, signature, args):
-        p, k, number = args
+    def build(builder, p, k, number):
         if pointer == SHORTS:
             int32 = ir.IntType(32)
             bits = builder.bitcast(number, int32)
@@ -145,9 +151,8 @@ def store(typing_context, pointer, index, value):
             number = builder.lshr(builder.add(bits, builder.add(odd, int32(0x7FFF))), int32(16))
             number = builder.trunc(number, ir.IntType(16))
         builder.store(number, builder.gep(p, [k])).set_metadata("noalias", _inputs(builder))
-        return context.get_dummy_value()
 
-    return types.none(pointer, types.int64, types.float32), build
+    return _built(types.none(pointer, types.int64, types.float32), build)
 
 
 @instruction
