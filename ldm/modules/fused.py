@@ -54,3 +54,18 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     from ldm.modules.kernels.geglu import Geglu
 
     return Geglu.apply(x)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v for each head.
+
+    Args:
+        q: (b, l, heads * d), float32 or bfloat16, with d a multiple of 8.
+        k, v: (b, n, heads * d), of the type of `q`.
+
+    Returns:
+        (b, l, heads * d), of the type of `q`.
+    """
+    from ldm.modules.kernels.attention import Attention
+
+    return Attention.apply(q, k, v, heads)

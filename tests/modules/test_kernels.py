@@ -97,6 +97,29 @@ def test_gelu_of_all_sizes():
     torch.testing.assert_close(y.double(), F.gelu(gate.double()), rtol=1e-6, atol=1e-6)
 
 
+@TYPES
+@pytest.mark.parametrize(("queries", "keys", "width"), [(1, 2, 8), (13, 20, 16), (64, 33, 8), (4, 4, 32), (40, 256, 8)])
+def test_attention(queries, keys, width, dtype):
+    heads = 3
+
+    def attention64(*inputs):
+        q, k, v = (x.unflatten(2, (heads, width)).transpose(1, 2) for x in inputs)
+        weights = (q @ k.transpose(2, 3) / width**0.5).softmax(dim=3)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    inputs = [random(2, n, heads * width, dtype=dtype) for n in (queries, keys, keys)]
+    compare(lambda q, k, v: fused.attention(q, k, v, heads), attention64, inputs, dtype)
+
+
+def test_attention_with_large_scores():
+    """Scores of thousands: a weight of 1 for the largest, no overflow."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 8) for n in (5, 7, 7))
+    out = fused.attention(1e4 * q, k, v, 1)
+    torch.testing.assert_close(out[0], v[0, (q[0] @ k[0].T).argmax(dim=1)])
+
+
 def test_nan_stays_nan_and_extremes_are_finite():
     x = torch.zeros(2, 32, 2, 2).to(memory_format=torch.channels_last)
     x[0, 0, 0, 0] = torch.nan

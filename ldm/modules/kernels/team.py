@@ -70,7 +70,14 @@ def instruction(function: Callable) -> Any:
 
 def _built(signature: Any, build: Callable) -> tuple[Any, Callable]:
     """What such a function returns: `build(builder, *arguments)` makes its instructions."""
-    return signature, lambda context, builder, sig, args: build(builder, *args)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        # LLVM vectorises to 256 bits unless told otherwise; llvmlite's list of attributes lacks this one.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        result = build(builder, *arguments)
+        return context.get_dummy_value() if result is None else result
+
+    return signature, generate
 
 
 @instruction
@@ -111,10 +118,10 @@ def take(typing_context, counter):
     )
 
 
-def _inputs(builder: ir.IRBuilder) -> Any:
-    """LLVM's name for what `load` reads."""
+def _scope(builder: ir.IRBuilder, name: str) -> Any:
+    """LLVM's name for a kind of memory."""
     module = builder.module
-    return module.add_metadata([module.add_metadata(["inputs", module.add_metadata(["kernels"])])])
+    return module.add_metadata([module.add_metadata([name, module.add_metadata(["kernels"])])])
 
 
 @instruction
@@ -123,7 +130,7 @@ def load(typing_context, pointer, index):
 
     def build(builder, p, k):
         value = builder.load(builder.gep(p, [k]))
-        value.set_metadata("alias.scope", _inputs(builder))
+        value.set_metadata("alias.scope", _scope(builder, "inputs"))
         if pointer == SHORTS:
             int32 = ir.IntType(32)
             value = builder.bitcast(builder.shl(builder.zext(value, int32), int32(16)), ir.FloatType())
@@ -136,18 +143,51 @@ def load(typing_context, pointer, index):
 def store(typing_context, pointer, index, value):
     """Write a float32 to an element of a tensor; bfloat16 is rounded to nearest, ties to even."""
 
-    def build(context, builder, signature, args):
-        p, k, number = args
+    def build(builder, p, k, number):
         if pointer == SHORTS:
             int32 = ir.IntType(32)
             bits = builder.bitcast(number, int32)
             odd = builder.and_(builder.lshr(bits, int32(16)), int32(1))
             number = builder.lshr(builder.add(bits, builder.add(odd, int32(0x7FFF))), int32(16))
             number = builder.trunc(number, ir.IntType(16))
-        builder.store(number, builder.gep(p, [k])).set_metadata("noalias", _inputs(builder))
-        return context.get_dummy_value()
+        builder.store(number, builder.gep(p, [k])).set_metadata("noalias", _scope(builder, "inputs"))
 
-    return types.none(pointer, types.int64, types.float32), build
+    return _built(types.none(pointer, types.int64, types.float32), build)
+
+
+@instruction
+def load_row(typing_context, pointer, index):
+    """An element of float32 memory that no `store_sum` of the kernel writes to."""
+
+    def build(builder, p, k):
+        value = builder.load(builder.gep(p, [k]))
+        value.set_metadata("alias.scope", _scope(builder, "rows"))
+        return value
+
+    return _built(types.float32(pointer, types.int64), build)
+
+
+@instruction
+def store_sum(typing_context, pointer, index, value):
+    """Write an element of float32 memory that no `load_row` of the kernel reads."""
+
+    def build(builder, p, k, number):
+        builder.store(number, builder.gep(p, [k])).set_metadata("noalias", _scope(builder, "rows"))
+
+    return _built(types.none(pointer, types.int64, types.float32), build)
+
+
+@instruction
+def largest(typing_context, a, b):
+    """The larger of two float32, neither of them NaN."""
+
+    def build(builder, x, y):
+        float32 = ir.FloatType()
+        kind = ir.FunctionType(float32, [float32, float32])
+        function = builder.module.declare_intrinsic("llvm.maxnum", [float32], kind)
+        return builder.call(function, [x, y], fastmath=("nnan", "nsz"))
+
+    return _built(types.float32(types.float32, types.float32), build)
 
 
 @instruction
@@ -180,9 +220,8 @@ def add_to(pointer, index, value):
 
 
 @jit
-def exp(x):
-    """exp(x) to a relative error of 2e-7 near zero, in operations that vectorise; at least 2^-126, at most 2^127.5."""
-    t = x * LOG2E
+def exp2(t):
+    """2^t to a relative error of 2e-7, in operations that vectorise; at least 2^-126, at most 2^127.5."""
     if t < LOWEST:
         t = LOWEST
     if t > HIGHEST:
@@ -190,3 +229,9 @@ def exp(x):
     n = nearest_integer(t)
     f = t - n
     return (ONE + f * (P1 + f * (P2 + f * (P3 + f * (P4 + f * P5))))) * power_of_two(n)
+
+
+@jit
+def exp(x):
+    """e^x, as 2^(x log2 e)."""
+    return exp2(x * LOG2E)
