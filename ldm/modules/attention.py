@@ -71,7 +71,10 @@ class CrossAttention(nn.Module):
 
     Attributes:
         place: which of several keys and values are this layer's; set by the network that computes them together.
+        kernels: compute it by `ldm.modules.fused`; see `ldm.modules.speed`.
     """
+
+    kernels = False
 
     place: int | None = None
 
@@ -103,7 +106,10 @@ class CrossAttention(nn.Module):
         else:
             assert self.place is not None
             k, v = context[self.place]
-        q, k, v = (rearrange(projected, "b l (h d) -> b h l d", h=self.heads) for projected in (self.to_q(x), k, v))
+        q = self.to_q(x)
+        if self.kernels and fused.attention_pays(q, k, self.heads):
+            return self.to_out(fused.attention(q, k, v, self.heads))
+        q, k, v = (rearrange(projected, "b l (h d) -> b h l d", h=self.heads) for projected in (q, k, v))
         return self.to_out(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
 
 
