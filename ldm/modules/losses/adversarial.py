@@ -1,6 +1,7 @@
 """What both first-stage losses share: pixel and perceptual distance, discriminator, adaptive weight."""
 
 import torch
+import torch.distributed as dist
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import nn
 from torch.nn import functional as F
@@ -95,10 +96,18 @@ class AdversarialLoss(nn.Module):
             return distance + self.perceptual_weight * perceptual, perceptual
 
     def adaptive_weight(self, nll_loss: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
-        """λ = ‖∇ nll‖ / (‖∇ g‖ + 1e-4) at the decoder's last layer, clipped to [0, 1e4] (Esser et al., Eq. 7)."""
+        """λ = ‖∇ nll‖ / (‖∇ g‖ + 1e-4) at the decoder's last layer, clipped to [0, 1e4] (Esser et al., Eq. 7).
+
+        Of the gradients' means over all processes. In LDM each process has a λ of its own, and then the gradient that
+        DDP averages is not that of any loss.
+        """
         (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
         (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
-        weight = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
+        grads = torch.stack([nll_grad.float(), g_grad.float()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(grads)
+            grads /= dist.get_world_size()
+        weight = grads[0].norm() / (grads[1].norm() + 1e-4)
         return weight.clamp(0.0, 1e4).detach() * self.discriminator_weight
 
     def adversarial_term(
