@@ -40,7 +40,15 @@ class SignalAt(Callback):
 
 
 class NoiseOfRows(Callback):
-    """Timesteps and noise of EncDiff that depend on each image's row and the step, not on its place in a batch."""
+    """Timesteps and noise of EncDiff that depend on each image's row and the step, not on its place in a batch.
+
+    What starts as zero is filled, so that the loss depends on the concept encoder.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for weight in (p for p in pl_module.parameters() if p.ndim > 1 and not p.any()):
+            weight.data.normal_(std=0.1, generator=generator)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not hasattr(pl_module, "losses_at_random_times"):
