@@ -89,9 +89,13 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, rooms, first_s
     for step, expected in enumerate(one["losses"]):
         for name, value in expected.items():
             found = sum(process["losses"][step][name] for process in two) / 2
-            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6, msg=lambda text, n=(step, name): f"{n}: {text}")
+            torch.testing.assert_close(
+                found, value, rtol=1e-5, atol=1e-6, msg=lambda text, n=(step, name): f"{n}: {text}"
+            )
     for name, value in one["weights"].items():
-        torch.testing.assert_close(two[0]["weights"][name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            two[0]["weights"][name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_ddp_does_not_broadcast_ema_weights(tmp_path):
