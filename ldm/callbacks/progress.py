@@ -12,8 +12,8 @@ class ProgressBar(TQDMProgressBar):
 
     A batch takes milliseconds on a GPU, where reading the loss for the bar waits for the device, and may take a minute
     on a CPU: an interval in seconds suits both. The models log their loss without `prog_bar`, for which Lightning would
-    read it in every batch, drawn or not; the bar reads it here. Where `max_steps` ends training, Lightning's bar counts steps, not
-    batches.
+    read it in every batch, drawn or not; the bar reads it here. Where `max_steps` ends training, Lightning's bar counts
+    steps, not batches.
 
     Args:
         seconds: the shortest time between two updates.

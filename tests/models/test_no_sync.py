@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchvision
 from command_line import CHECKPOINT
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
@@ -16,14 +17,18 @@ from test_training import encdiff, kl, loader, vq
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm.modules.losses.lpips import LPIPS
+
 # Their result is a number on the host, or has a size that depends on the values.
 READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
          "unique_consecutive", "bincount", "repeat_interleave")  # fmt: skip
 # Python's numbers, lists or arrays become a tensor.
 COPIES = ("lift_fresh",)
 METHODS = ("cpu", "cuda", "tolist", "numpy", "__array__")  # a CPU has nothing to do for these
-SCHEDULE = {"target": "ldm.lr_scheduler.LambdaLinearScheduler",
-            "params": {"warm_up_steps": [3], "cycle_lengths": [100], "f_start": [0.1], "f_max": [1.0], "f_min": [1.0]}}  # fmt: skip
+# Without a device they make a tensor on the host.
+FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm")
+WARM_UP = {"warm_up_steps": [3], "cycle_lengths": [100], "f_start": [0.1], "f_max": [1.0], "f_min": [1.0]}
+SCHEDULE = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": WARM_UP}
 
 
 class Watch:
@@ -89,6 +94,8 @@ class _Functions(TorchFunctionMode):
         moves = any(isinstance(value, str | torch.device) for value in given)
         if (name in METHODS or moves) and function is getattr(torch.Tensor, name, None):
             self.watch.note(self.watch.reads, name)
+        if name in FACTORIES and kwargs.get("device") is None:
+            self.watch.note(self.watch.copies, name)
         return function(*args, **kwargs)
 
 
@@ -156,6 +163,16 @@ def test_our_step_neither_reads_nor_copies(name, precision):
     assert (steps.watch.reads, steps.watch.copies) == ([], [])
 
 
+def test_lpips_neither_reads_nor_copies(tmp_path):
+    """The distance that the first stage's loss takes, forward and backward."""
+    torch.save(torchvision.models.vgg16(weights=None).features.state_dict(prefix="features."), tmp_path / "vgg.pth")
+    distance = LPIPS(tmp_path / "vgg.pth", dropout=True).train()
+    x, y = torch.rand(2, 1, 3, 16, 16).requires_grad_()
+    with Watch() as watch:
+        distance(x, y).mean().backward()
+    assert (watch.reads, watch.copies) == ([], [])
+
+
 @pytest.mark.parametrize("name", ["vq", "encdiff"])
 @pytest.mark.parametrize("interval", [100, 1])
 def test_lightning_reads_only_what_it_logs(tmp_path, name, interval):
@@ -196,7 +213,8 @@ def test_a_read_is_noticed(act):
 
 @pytest.mark.parametrize("act", [
     lambda x: torch.tensor(1.0), lambda x: torch.as_tensor([1, 2]), lambda x: x[[0, 2]],
-    lambda x: x * torch.tensor(2.0, device=x.device), lambda x: x.__setitem__(torch.arange(2), 1.0),
+    lambda x: x * torch.tensor(2.0, device=x.device), lambda x: torch.zeros(()).to(x) + x,
+    lambda x: x.__setitem__(torch.arange(2), 1.0),
 ])  # fmt: skip
 def test_a_copy_is_noticed(act):
     x = torch.ones(3)
@@ -208,6 +226,6 @@ def test_a_copy_is_noticed(act):
 def test_what_stays_on_the_device_is_not_noticed():
     x = torch.ones(3, requires_grad=True)
     with Watch() as watch:
-        y = torch.where(x > 0, x, 0.0) * 2.0 + torch.full((3,), 1.0) + torch.arange(3) + x.to(torch.bfloat16)
-        y[torch.arange(2)].sum().backward()
+        y = torch.where(x > 0, x, 0.0) * 2.0 + torch.full_like(x, 1.0) + x.new_zeros(3) + x.to(torch.bfloat16)
+        y[torch.arange(2, device=x.device)].sum().backward()
     assert (watch.reads, watch.copies) == ([], [])
