@@ -1,6 +1,7 @@
 """Callbacks that tests put into configurations."""
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,52 @@ class SignalAt(Callback):
         if self.seen >= self.batch and self.validation and self.rank in (None, trainer.global_rank):
             self.validation = False
             signal.raise_signal(self.number)
+
+
+class NoiseOfRows(Callback):
+    """Timesteps and noise of EncDiff that depend on each image's row and the step, not on its place in a batch.
+
+    What starts as zero is filled, so that the loss depends on the concept encoder.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for weight in (p for p in pl_module.parameters() if p.ndim > 1 and not p.any()):
+            weight.data.normal_(std=0.1, generator=generator)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not hasattr(pl_module, "losses_at_random_times"):
+            return
+        drawn = [torch.Generator().manual_seed(1000 * batch_idx + row) for row in batch["idx"].tolist()]
+
+        def losses(x: torch.Tensor, cond: torch.Tensor, generator: None = None) -> Any:
+            t = torch.stack([torch.randint(pl_module.num_timesteps, (), generator=g) for g in drawn])
+            return pl_module.p_losses(x, cond, t, torch.stack([torch.randn(x.shape[1:], generator=g) for g in drawn]))
+
+        pl_module.losses_at_random_times = losses
+
+
+class Trace(Callback):
+    """Saves the losses of all steps and the weights at the end, of every process, as `FOLDER/rank<n>.pt`.
+
+    Raises Adam's ε, without which it magnifies the rounding of gradients that are 0, as those of biases before a norm.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.losses = Path(folder), []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            group["eps"] = 1e-3
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        found = trainer.callback_metrics
+        self.losses.append({n: found[n].clone() for n in found if n.startswith("train/") and n.endswith("_step")})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.folder.mkdir(exist_ok=True)
+        content = {"losses": self.losses, "weights": pl_module.state_dict()}
+        torch.save(content, self.folder / f"rank{trainer.global_rank}.pt")
 
 
 class SavedCodes(DisentanglementCallback):

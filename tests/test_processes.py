@@ -64,6 +64,44 @@ def test_two_processes_stop_together_and_go_on(tmp_path, rooms, first_stage, sta
     assert len(scores[0]) == (1 if stage == "encdiff" else 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, rooms, first_stage, stage):
+    """With synchronised batch norms: losses, whose mean the two have, and weights; the averages are the first one's."""
+    cli = CommandLine(tmp_path, rooms)
+    cli.write("run.yaml", config_of(stage, rooms, first_stage))
+    callbacks = "lightning.callbacks"
+    common = ("--base", "run.yaml", "-t", "--accelerator", "cpu", "--max_steps", 6, "--sync_batchnorm", "true",
+              f"{callbacks}.noise.target=run_callbacks.NoiseOfRows",
+              f"{callbacks}.trace.target=run_callbacks.Trace")  # fmt: skip
+    if stage == "encdiff":
+        common += ("model.params.scale_by_std=false", "model.params.scale_factor=0.7", "--limit_val_batches", 0)
+
+    def run(folder: str, devices: int, batch_size: int) -> list[dict[str, Any]]:
+        options = ("--devices", devices, "--strategy", "ddp" if devices > 1 else "auto", "-n", folder,
+                   f"data.params.batch_size={batch_size}", f"{callbacks}.trace.params.folder={folder}")  # fmt: skip
+        result = cli.result(cli.start("main.py", *common, *options), timeout=240)
+        assert result.status == 0, result.err
+        paths = sorted((cli.folder / folder).glob("rank*.pt"))
+        return [torch.load(path, weights_only=True) for path in paths]
+
+    def close(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda text: f"{what}: {text}")
+
+    (one,), two = run("one", 1, 16), run("two", 2, 8)
+    assert len(two) == 2 and len(one["losses"]) == 6
+    for step, expected in enumerate(one["losses"]):
+        for name, value in expected.items():
+            found = sum(process["losses"][step][name] for process in two) / 2
+            torch.testing.assert_close(
+                found, value, rtol=1e-5, atol=1e-6, msg=lambda text, n=(step, name): f"{n}: {text}"
+            )
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(
+            two[0]["weights"][name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
 def test_ddp_does_not_broadcast_ema_weights(tmp_path):
     """It would broadcast every buffer before each forward pass; the batch statistics still are."""
     params = encdiff_config(tmp_path)["model"]["params"] | {"ema_parameters": "all"}

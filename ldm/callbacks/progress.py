@@ -14,8 +14,9 @@ class ProgressBar(TQDMProgressBar):
     """Lightning's bar, drawn every few seconds instead of every few batches, and with the right number of batches.
 
     A batch takes milliseconds on a GPU, where reading the loss for the bar waits for the device, and may take a minute
-    on a CPU: an interval in seconds suits both. Where `max_steps` ends training, Lightning's bar counts steps, not
-    batches. Validation has one bar, which counts images, and then names the metric that is computed.
+    on a CPU: an interval in seconds suits both. The models log their loss without `prog_bar`, for which Lightning would
+    read it in every batch, drawn or not; the bar reads it here. Where `max_steps` ends training, Lightning's bar counts
+    steps, not batches. Validation has one bar, which counts images, and then names the metric that is computed.
 
     Args:
         seconds: the shortest time between two updates; by default 1 in a terminal, and 30 in a file, which keeps them.
@@ -27,6 +28,13 @@ class ProgressBar(TQDMProgressBar):
         self.seconds = max(1.0, interval(sys.stdout)) if seconds is None else seconds
         self._drawn, self._first = -math.inf, False
         self._images = 0  # in validation; 0 where their number is not known
+        self._loss: dict[str, float] = {}
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        """What is shown beside the bar: the loss of the last batch that was drawn, and what Lightning shows."""
+        if trainer.training and "loss" in trainer.callback_metrics:
+            self._loss = {"loss": float(trainer.callback_metrics["loss"])}
+        return {**self._loss, **super().get_metrics(trainer, pl_module)}
 
     def _batches(self, done: int) -> int | float:
         """Number of batches in this epoch, `done` of which are over."""

@@ -18,6 +18,7 @@ from ldm.cli.configure import Run, without_checkpoints
 from ldm.cli.early import check_trainer, check_writable, device_numbers
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.sync_norm import synchronise_batch_norms
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -209,6 +210,10 @@ def build_trainer(
     """
     accumulate = options.get("accumulate_grad_batches") or 1
     configure_manual_optimization(model, options)
+    on_cpu = options.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    if options.get("sync_batchnorm") and on_cpu:
+        del options["sync_batchnorm"]  # PyTorch's SyncBatchNorm, which Lightning would take, needs a GPU
+        synchronise_batch_norms(model)
     switches = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar, "logger": LearningRateMonitor}
     excluded = tuple(kind for name, kind in switches.items() if options.get(name) is False)
     callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]

@@ -160,7 +160,7 @@ class FirstStage(pl.LightningModule):
             self.model_ema(self)
         named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=x.shape[0])
-        self.log("loss", losses["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
+        self.log("loss", losses["total_loss"], logger=False, batch_size=x.shape[0])  # for `ProgressBar`
 
     def trial_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A loss that runs encoder and decoder forwards and backwards; for timing."""

@@ -423,7 +423,7 @@ class LatentDiffusion(pl.LightningModule):
         size = batch[self.first_stage_key].shape[0]
         named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=size)
-        self.log("loss", losses["loss"], prog_bar=True, logger=False, batch_size=size)
+        self.log("loss", losses["loss"], logger=False, batch_size=size)  # for `ProgressBar`
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -1,6 +1,7 @@
 """What both first-stage losses share: pixel and perceptual distance, discriminator, adaptive weight."""
 
 import torch
+import torch.distributed as dist
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import nn
 from torch.nn import functional as F
@@ -112,7 +113,8 @@ class AdversarialLoss(nn.Module):
         """The nll loss with the generator's adversarial loss.
 
         The weight of the latter is λ = ‖∇ nll‖ / (‖∇ g‖ + 1e-4) at the decoder's last layer, clipped to [0, 1e4] (Esser
-        et al., Eq. 7); without gradients it is 0.
+        et al., Eq. 7); without gradients it is 0. The gradients are the means over all processes: in LDM each process
+        has a λ of its own, and then the gradient that DDP averages is not that of any loss.
 
         Args:
             nll_loss: (), computed from `leaf`.
@@ -131,11 +133,16 @@ class AdversarialLoss(nn.Module):
             return nll_loss, {"d_weight": nll_loss.new_zeros(()), "disc_factor": factor, "g_loss": g_loss.detach()}
         (nll_grad,) = torch.autograd.grad(nll_loss, leaf)
         (g_grad,) = torch.autograd.grad(g_loss, leaf)
-        norms = []
-        for gradient in (nll_grad, g_grad):
-            (at_last,) = torch.autograd.grad(reconstructions, last_layer, gradient, retain_graph=True)
-            norms.append(at_last.float().norm())
-        weight = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach() * self.discriminator_weight
+        at_last = torch.stack(
+            [
+                torch.autograd.grad(reconstructions, last_layer, gradient, retain_graph=True)[0].float()
+                for gradient in (nll_grad, g_grad)
+            ]
+        )
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(at_last)
+            at_last /= dist.get_world_size()
+        weight = (at_last[0].norm() / (at_last[1].norm() + 1e-4)).clamp(0.0, 1e4).detach() * self.discriminator_weight
         losses = {"d_weight": weight, "disc_factor": factor, "g_loss": g_loss.detach()}
         value = (nll_loss + weight * self.factor(step) * g_loss).detach()
         # The value of the loss, with the gradient that is known already.

@@ -102,7 +102,7 @@ class LPIPS(nn.Module):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Two batches of images (b, 3, h, w) in [-1, 1] -> distances (b, 1, 1, 1)."""
-        total = torch.zeros(())
+        total = torch.zeros((), device=a.device)
         for stage, (u, v) in enumerate(zip(self.features(a), self.features(b), strict=True)):
             differences = (u - v).square()
             if self.dropout and self.training:
