@@ -12,7 +12,9 @@ which thread computes what. Tensors of bfloat16 are read and written as 16-bit i
 import ctypes
 import functools
 import struct
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -42,6 +44,8 @@ def jit(function: Callable) -> Any:
 @functools.cache
 def _entry(kernel: Callable) -> Any:
     """A kernel as a C function, cached on disk if a folder for it can be written to."""
+    # Numba compiles again when the kernel's own file has changed; the name makes it do so for this file as well.
+    kernel.__qualname__ = f"{kernel.__name__}_{zlib.crc32(Path(__file__).read_bytes()):08x}"
     try:
         return numba.cfunc("void(CPointer(int64))", cache=True)(kernel)
     except RuntimeError:
@@ -52,7 +56,9 @@ def run(kernel: Callable, tasks: int, *arguments: torch.Tensor | int | float) ->
     """Run a kernel's tasks in as many threads as PyTorch uses. The caller keeps the tensors alive."""
     numbers = [0, 0, tasks, *map(_integer, arguments)]
     data = (ctypes.c_int64 * len(numbers))(*numbers)
-    gomp_parallel()(_entry(kernel).address, ctypes.addressof(data), min(torch.get_num_threads(), tasks), 0)
+    # Never a part of the team: the runtime would end the other threads.
+    threads = torch.get_num_threads() if tasks > 1 else 1
+    gomp_parallel()(_entry(kernel).address, ctypes.addressof(data), threads, 0)
 
 
 def _integer(argument: torch.Tensor | int | float) -> int:
