@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -127,6 +128,24 @@ def test_nan_stays_nan_and_extremes_are_finite():
     y = fused.group_norm(x, 32, torch.ones(32), bias, 1e-5, silu=True)
     assert y[0, 0].isnan().all() and y[0, 1:].isfinite().all()
     torch.testing.assert_close(y[1], F.silu(bias)[:, None, None].expand(32, 2, 2))
+
+
+def test_nan_stays_in_its_row():
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 16)
+    x[0, 1, 11] = torch.nan
+    assert fused.geglu(x)[0].isnan().nonzero().tolist() == [[1, 3]]
+    out = fused.attention(x, *torch.randn(2, 1, 20, 16), heads=2)[0]
+    assert out[1, 8:].isnan().all() and out.isnan().sum() == 8
+
+
+def test_kernels_in_several_threads_at_once():
+    """Each call has its own counters and memory."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 64, 512)
+    want = fused.geglu(x)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y, want) for y in pool.map(fused.geglu, [x] * 40))
 
 
 def test_the_number_of_threads_does_not_change_the_result():

@@ -112,7 +112,7 @@ def _softmax(s, padded):
     total = ZERO
     for j in range(padded):
         p = exp2(s[j] - top)
-        s[j] = p
+        store(s, j, p)
         total += p
     return top, total
 
@@ -145,8 +145,8 @@ def _score_gradients(s, t, log_sum, mean, padded):
     """Scores and products of dy with the values -> weights, and gradients of the scores."""
     for j in range(padded):
         weight = exp2(s[j] - log_sum)
-        s[j] = weight
-        t[j] = weight * (t[j] - mean)
+        store(s, j, weight)
+        store(t, j, weight * (t[j] - mean))
 
 
 @jit

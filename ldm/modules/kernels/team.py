@@ -12,7 +12,9 @@ which thread computes what. Tensors of bfloat16 are read and written as 16-bit i
 import ctypes
 import functools
 import struct
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -29,7 +31,6 @@ FAST = {"reassoc", "contract", "arcp", "nsz"}
 FLOATS, SHORTS = types.CPointer(types.float32), types.CPointer(types.int16)
 LOG2E = np.float32(1.4426950408889634)
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
-LOWEST, HIGHEST = np.float32(-126), np.float32(127)
 # 2^f on [-1/2, 1/2], least squares at Chebyshev nodes: relative error 1e-7.
 P1, P2, P3 = np.float32(0.693146856), np.float32(0.24022238), np.float32(0.0555089295)
 P4, P5 = np.float32(0.00967169794), np.float32(0.00132186725)
@@ -43,6 +44,8 @@ def jit(function: Callable) -> Any:
 @functools.cache
 def _entry(kernel: Callable) -> Any:
     """A kernel as a C function, cached on disk if a folder for it can be written to."""
+    # Numba compiles again when the kernel's own file has changed; the name makes it do so for this file as well.
+    kernel.__qualname__ = f"{kernel.__name__}_{zlib.crc32(Path(__file__).read_bytes()):08x}"
     try:
         return numba.cfunc("void(CPointer(int64))", cache=True)(kernel)
     except RuntimeError:
@@ -53,7 +56,9 @@ def run(kernel: Callable, tasks: int, *arguments: torch.Tensor | int | float) ->
     """Run a kernel's tasks in as many threads as PyTorch uses. The caller keeps the tensors alive."""
     numbers = [0, 0, tasks, *map(_integer, arguments)]
     data = (ctypes.c_int64 * len(numbers))(*numbers)
-    gomp_parallel()(_entry(kernel).address, ctypes.addressof(data), min(torch.get_num_threads(), tasks), 0)
+    # Never a part of the team: the runtime would end the other threads.
+    threads = torch.get_num_threads() if tasks > 1 else 1
+    gomp_parallel()(_entry(kernel).address, ctypes.addressof(data), threads, 0)
 
 
 def _integer(argument: torch.Tensor | int | float) -> int:
@@ -203,12 +208,14 @@ def nearest_integer(typing_context, value):
 
 @instruction
 def power_of_two(typing_context, exponent):
-    """2 to the power of an integer in -126..127 that is given as float32."""
+    """2 to the power of an integer that is given as float32; 0 below 2^-126, 2^127 above 2^127."""
 
     def build(builder, x):
         int32 = ir.IntType(32)
-        biased = builder.add(builder.fptosi(x, int32), int32(127))
-        return builder.bitcast(builder.shl(biased, int32(23)), ir.FloatType())
+        n = builder.add(builder.fptosi(x, int32), int32(127))
+        n = builder.select(builder.icmp_signed(">", n, int32(0)), n, int32(0))
+        n = builder.select(builder.icmp_signed("<", n, int32(254)), n, int32(254))
+        return builder.bitcast(builder.shl(n, int32(23)), ir.FloatType())
 
     return _built(types.float32(types.float32), build)
 
@@ -221,11 +228,7 @@ def add_to(pointer, index, value):
 
 @jit
 def exp2(t):
-    """2^t to a relative error of 2e-7, in operations that vectorise; at least 2^-126, at most 2^127.5."""
-    if t < LOWEST:
-        t = LOWEST
-    if t > HIGHEST:
-        t = HIGHEST
+    """2^t to a relative error of 2e-7, in operations that vectorise; 0 below 2^-126, at most 2^127.5."""
     n = nearest_integer(t)
     f = t - n
     return (ONE + f * (P1 + f * (P2 + f * (P3 + f * (P4 + f * P5))))) * power_of_two(n)
