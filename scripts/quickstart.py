@@ -22,6 +22,7 @@ from ldm.util import UserError, instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "quickstart"
+FAST = ROOT / "configs" / "fast.yaml"
 CKPT_KEY = "model.params.first_stage_config.params.ckpt_path"
 ROWS = (
     ("FactorVAE score", "factor_vae", "eval_accuracy"),
@@ -57,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first-stage", type=Path, default=CONFIGS / "first_stage.yaml", help="its configuration")
     parser.add_argument("--encdiff", type=Path, default=CONFIGS / "encdiff.yaml", help="its configuration")
     parser.add_argument("--longer", action="store_true", help="more steps: about 40 minutes on two cores instead of 10")
+    parser.add_argument("--plain", action="store_true", help="without configs/fast.yaml, in float32")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the configuration of EncDiff")
     return parser.parse_args()
 
@@ -70,6 +72,9 @@ def main() -> None:
     if opt.longer:
         first_stage.append(CONFIGS / "longer" / "first_stage.yaml")
         encdiff.append(CONFIGS / "longer" / "encdiff.yaml")
+    if not opt.plain:
+        first_stage.append(FAST)
+        encdiff.append(FAST)
     data = instantiate_from_config(load_yaml(opt.encdiff).data, "data")
     data.setup()
     dataset = data.datasets["validation"]

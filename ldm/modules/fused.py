@@ -60,7 +60,7 @@ def attention_pays(q: torch.Tensor, k: torch.Tensor, heads: int) -> bool:
     """Whether `attention` of q (b, l, heads * d) and k (b, n, heads * d) is faster than PyTorch's: keys fill whole
     vectors, and heads are narrow."""
     width = q.shape[-1] // heads
-    return fits(q) and width % 8 == 0 and width <= 32 and k.shape[1] >= 64 and k.shape[1] % 16 == 0
+    return fits(q) and width % 8 == 0 and width <= 32 and k.shape[1] >= 128 and k.shape[1] % 16 == 0
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:

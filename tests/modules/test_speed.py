@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ldm.modules.attention import CrossAttention, attend, keys_values
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import Conv3x3
+from ldm.modules.kernels.convolution import conv3x3, pays
 from ldm.modules.speed import Choices, apply, choose
 
 CPU = torch.device("cpu")
@@ -120,3 +123,34 @@ def test_keys_and_values_can_be_computed_once():
     assert torch.equal(model(x, t, tokens, computed=computed), model(x, t, tokens))
     other = model(x, t, tokens, computed=model.keys_values(tokens + 1))
     assert not torch.allclose(other, model(x, t, tokens)), "they are what is attended to"
+
+
+@pytest.mark.parametrize("size", [(3, 128, 4, 4), (2, 130, 2, 2), (1, 128, 1, 3)])
+def test_a_small_convolution_and_its_gradients_are_pytorchs(size):
+    torch.manual_seed(0)
+    x = torch.randn(size, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(7, size[1], 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert pays(x)
+    expected, found = F.conv2d(x, weight, bias, padding=1), conv3x3(x, weight, bias)
+    assert torch.equal(found, expected)
+    grad = torch.randn_like(expected)
+    for name, a, b in zip(
+        ("x", "weight", "bias"),
+        torch.autograd.grad(expected, (x, weight, bias), grad),
+        torch.autograd.grad(found, (x, weight, bias), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(b, a, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_small_convolution_follows_autocast():
+    x = torch.randn(2, 128, 4, 4, requires_grad=True)
+    module = Conv3x3(128, 8)
+    module.kernels = True
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(x)
+    assert found.dtype == torch.bfloat16
+    found.float().sum().backward()
+    assert module.weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
+    assert not pays(torch.zeros(2, 128, 8, 8)) and not pays(torch.zeros(2, 64, 4, 4))
