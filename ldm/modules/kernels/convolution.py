@@ -37,7 +37,7 @@ class _Conv3x3(torch.autograd.Function):
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (b h w, o)
         product = rows.t() @ patches(x)
         grad_weight = product.view(weight.shape[0], 3, 3, weight.shape[1]).permute(0, 3, 1, 2)
-        return grad_x, grad_weight, rows.sum(dim=0, dtype=torch.float32).to(grad.dtype)
+        return grad_x, grad_weight, rows.sum(dim=0)  # accumulated in float32
 
 
 def patches(x: torch.Tensor) -> torch.Tensor:
