@@ -1,12 +1,15 @@
 """Two processes on the CPU: manual optimisation and two optimisers under DDP, stopping and resuming."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from command_line import CommandLine, encdiff_config
+from command_line import ROOT, CommandLine, encdiff_config
 from pytorch_lightning.callbacks import Callback
 from test_resume import assert_same_end, config_of, last
 from torch.nn.parallel import DistributedDataParallel
@@ -114,3 +117,18 @@ def test_ddp_does_not_broadcast_ema_weights(tmp_path):
         torch.distributed.destroy_process_group()
     names = {name for name, buffer in model.named_buffers() if id(buffer) in broadcast}
     assert any("running_mean" in name for name in names) and not any("_ema." in name for name in names)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, rooms):
+    """Started by torchrun on CPUs, each process runs the whole command line; the first one's log directory counts."""
+    cli = CommandLine(tmp_path, rooms)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "main.py"), "--base", cli.vq, "-t", "--accelerator", "cpu", "--devices", "2",
+               "--strategy", "ddp", "--max_steps", "2", "data.params.batch_size=4"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (logdir,) = (tmp_path / "logs").iterdir()
+    assert torch.load(logdir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert "1 accumulated batches x 2 processes x batch size 4" in done.stderr
