@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm.signatures import stand_in
 from ldm.util import UserError, get_obj_from_str, nearest, parameters_of
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,9 @@ def _replace_params(where: str, before: DictConfig, after: DictConfig) -> None:
     if not all(isinstance(target, str) for target in targets) or targets[0] == targets[1]:
         return
     try:
-        old, new = (get_obj_from_str(target) for target in targets)
+        old, new = map(stand_in, targets)
+        if old is None or new is None:
+            old, new = map(get_obj_from_str, targets)
     except UserError:  # reported where the node is built
         before.pop("params", None)
         return

@@ -28,7 +28,18 @@ stamp="$environment/.encdiff-installed"
 wanted="$(cksum < pyproject.toml) $PWD"
 if ! { [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp" && { [ -z "$extra" ] || grep -qxF "extra $extra" "$stamp"; }; }; then
     echo "installing into $environment (a few minutes: PyTorch is large)"
-    python -m pip install --disable-pip-version-check -e ".${extra:+[$extra]}" || exit 1
+    # A PyTorch that is there and new enough stays as it is, such as the build for CPUs (docs/training.md).
+    python -c '
+import re
+from importlib.metadata import PackageNotFoundError, version
+for name, least in ("torch", (2, 9)), ("torchvision", (0, 24)):
+    try:
+        if tuple(map(int, re.findall(r"\d+", version(name))[:2])) >= least:
+            print(f"{name}=={version(name)}")
+    except PackageNotFoundError:
+        pass
+' > "$stamp-constraints" || exit 1
+    python -m pip install --disable-pip-version-check -c "$stamp-constraints" -e ".${extra:+[$extra]}" || exit 1
     { [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; } || echo "$wanted" > "$stamp"
     [ -z "$extra" ] || echo "extra $extra" >> "$stamp"
 fi

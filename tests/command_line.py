@@ -260,7 +260,17 @@ def trained_encdiff(tmp_path_factory, rooms, first_stage) -> Result:
     """An EncDiff trained for two epochs and scored."""
     command_line = CommandLine(tmp_path_factory.mktemp("encdiff"), rooms)
     result = command_line.run(
-        "--base", command_line.enc, "-t", "--gpus", 0, "--max_epochs", 2, f"{CHECKPOINT}={first_stage}", score=True
+        "--base",
+        command_line.enc,
+        "-t",
+        "--gpus",
+        0,
+        "--max_epochs",
+        2,
+        f"{CHECKPOINT}={first_stage}",
+        "--num_sanity_val_steps",
+        2,
+        score=True,
     )
     assert result.status == 0, result.err
     return result

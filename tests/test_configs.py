@@ -346,4 +346,5 @@ def test_arguments_of_the_quickstart_are_not_the_set_ups(tmp_path):
     command = ["bash", str(tmp_path / "scripts" / "quickstart.sh"), "--longer"]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     called = [line for line in out.splitlines() if line.startswith("called: ")]
+    assert " -c " in called[0], "a PyTorch that is there stays"
     assert called[0].endswith("-e .") and called[1] == "called: scripts/quickstart.py --longer"

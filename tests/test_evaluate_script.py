@@ -214,6 +214,16 @@ def test_tokens_of_a_model(run_of, tmp_path, of, per_token):
     assert record["scores"]["mig"] == evaluate(saved, dataset.grid, ["mig"])["mig"]
 
 
+def test_bf16(run_of, tmp_path):
+    """Codes that are close, and not the same."""
+    logdir, model, dataset = run_of
+    assert run(logdir, "--bf16", "--save-codes", "--metrics", "mig", "--out", tmp_path / "half") == 0
+    assert json.loads((tmp_path / "half" / "scores.json").read_text())["dtype"] == "bf16"
+    found, plain = np.load(tmp_path / "half" / "codes.npy"), encode(model, dataset, progress=False)
+    assert 0 < np.abs(found - plain).max() < 0.02 * np.abs(plain).max()
+    assert np.array_equal(found, encode(model, dataset, progress=False, dtype="bf16"))
+
+
 def test_reconstructions(run_of, first_stage, capsys, tmp_path):
     logdir, _, _ = run_of
     options = ("--reconstruction", 4, "--steps", 2, "--lpips", "none", "--metrics", "mig")
@@ -221,6 +231,9 @@ def test_reconstructions(run_of, first_stage, capsys, tmp_path):
     record = json.loads((tmp_path / "images.json").read_text())["reconstruction"]
     assert record["mse"] > 0 and record["images"] == 4 and "DDIM, 2 steps, eta 1" in record["protocol"]
     assert record["protocol"] in capsys.readouterr().out
+    assert run(logdir, *options, "--sampler", "dpm", "--out", tmp_path / "dpm") == 0
+    record = json.loads((tmp_path / "dpm" / "images.json").read_text())["reconstruction"]
+    assert "DPM-Solver++, 2 steps, eta 1" in record["protocol"]
     # A first stage has no scalars, but images.
     assert run(first_stage, "--reconstruction", 4, "--lpips", "none", "--out", tmp_path / "first") == 0
     assert json.loads((tmp_path / "first" / "images.json").read_text())["reconstruction"]["mse"] > 0

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ldm.evaluation.codes import CodeEncoder, check_dtype
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
 from ldm.evaluation.scores import score_codes
@@ -27,8 +28,8 @@ class DisentanglementCallback(Callback):
     """Encodes the validation set into scalars and scores them against its factor grid, or its table of attributes.
 
     Scalars are collected batch by batch over the whole set, from all processes, and put into grid order by the batches'
-    `idx`. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, with the matrices behind them as
-    pictures beside it, and into the log as a table.
+    `idx`; `CodeEncoder` computes them. Scores go to the loggers as `val/<metric>`, into `metrics/<step>.json`, with the
+    matrices behind them as pictures beside it, and into the log as a table.
 
     Args:
         metrics: names from `ldm.metrics.evaluate`; an empty list turns scoring off.
@@ -38,6 +39,7 @@ class DisentanglementCallback(Callback):
         score_tokens: score the concept tokens too, each by its first principal component (paper, Table 11): logged as
             `val/tokens_<metric>`, and `scores_of_tokens` in the file.
         seed: of the metrics' random states.
+        dtype: `float32`, or `bf16` to encode several times as fast where the machine has it.
         logdir: folder in which `metrics/` is made; the trainer's `default_root_dir` if left out.
     """
 
@@ -49,18 +51,22 @@ class DisentanglementCallback(Callback):
         weights: str = "live",
         score_tokens: bool = False,
         seed: int = 0,
+        dtype: str = "float32",
         logdir: str | None = None,
     ) -> None:
+        check_dtype(dtype)
         if weights not in ("live", "ema"):
             raise UserError(f"expected live or ema, got {weights!r}", "weights")
         if every_n_validations < 1:
             raise UserError(f"expected at least 1, got {every_n_validations}", "every_n_validations")
         self.metrics, self.settings = tuple(metrics), settings or {}
         self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
-        self.score_tokens, self.logdir = score_tokens, logdir
+        self.score_tokens, self.dtype, self.logdir = score_tokens, dtype, logdir
         self.factors: Factors | None = None
         self._validations = 0
         self._parts: list[tuple[torch.Tensor, ...]] = []
+        self._encoder: CodeEncoder | None = None
+        self.encoding = False  # whether the validation that runs is one that is scored
         check_seed(seed)
         if self.metrics:
             check_settings(self.metrics, self.settings)
@@ -114,7 +120,7 @@ class DisentanglementCallback(Callback):
         if limit is not None and (limit != 1.0 or isinstance(limit, int)):
             raise UserError(
                 f"limit_val_batches is {limit}: scores of a part of the set would mean nothing. Leave it out"
-                f" (model.params.val_loss_every=N saves time instead), or {off}"
+                f" (model.params.val_loss_images saves time instead), or {off}"
             )
         try:
             check_settings(self.metrics, self.settings, self.factors)
@@ -127,9 +133,8 @@ class DisentanglementCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what an interrupted validation left behind."""
-        self._parts = []
+        self._parts, self._encoder, self.encoding = [], None, self._scoring(trainer)
 
-    @torch.no_grad()
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -140,13 +145,15 @@ class DisentanglementCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Encode the batch's images."""
-        if not self._scoring(trainer):
+        if not self.encoding:
             return
         model: Any = pl_module
-        with model.ema_scope() if self.weights == "ema" else nullcontext():
-            scalars = model.cond_stage_model.encoding(model.get_input(batch, model.cond_stage_key))
-            codes = [scalars, model.cond_stage_model.warp(scalars)] if self.score_tokens else [scalars]
-        self._parts.append((batch["idx"], *(code.float() for code in codes)))
+        if self._encoder is None:
+            # Not before the first batch, in whose step DDP gives all processes the first one's BatchNorm statistics.
+            with model.ema_scope() if self.weights == "ema" else nullcontext():
+                self._encoder = CodeEncoder(model.cond_stage_model, self.dtype)
+        images = model.get_input(batch, model.cond_stage_key)
+        self._parts.append((batch["idx"], *self._encoder(images, self.score_tokens)))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score on the first process, and log the scores on all.
@@ -156,11 +163,11 @@ class DisentanglementCallback(Callback):
         """
         if trainer.sanity_checking:
             return
-        scoring = self._scoring(trainer)
         self._validations += 1
-        if not scoring:
+        if not self.encoding:
             return
         assert self.factors is not None
+        self._encoder, self.encoding = None, False
         codes = self._gather(pl_module, len(self.factors))
         scores: dict[str, dict[str, Scores]] = {}
         problem = ""
@@ -213,12 +220,14 @@ class DisentanglementCallback(Callback):
         assert self.factors is not None
         step, folder = trainer.global_step, Path(self.logdir or trainer.default_root_dir) / "metrics"
         record: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "weights": self.weights}
+        record |= {"dtype": self.dtype} if self.dtype != "float32" else {}
+        told = getattr(getattr(trainer, "progress_bar_callback", None), "scoring", None)
         scores: dict[str, dict[str, Scores]] = {}
         problems: dict[str, str] = {}
         for kind, values in codes.items():
             log.info("scoring the %s of %d images: %s", kind, len(values), ", ".join(self.metrics))
             try:
-                found = score_codes(values, self.factors, self.metrics, self.settings, self.seed)
+                found = score_codes(values, self.factors, self.metrics, self.settings, self.seed, tell=told)
             except ValueError as error:
                 problems[kind] = str(error)
                 continue

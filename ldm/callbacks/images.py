@@ -14,14 +14,14 @@ from torchvision.utils import make_grid
 
 from ldm.callbacks.record import Record
 from ldm.data.images import evenly_spaced, to_unit_range_all
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.mode import evaluating
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
 OPTIONS = "lightning.callbacks.image_logger.params.log_images_kwargs"
-COUNTS = ("N", "n_row", "ddim_steps", "swap_images")
+COUNTS = ("N", "n_row", "ddim_steps", "dpm_steps", "swap_images")
 
 
 class ImageLogger(Callback):
@@ -92,6 +92,8 @@ class ImageLogger(Callback):
                 raise UserError("is set by the callback: leave it out", f"{OPTIONS}.{name}")
             if name in COUNTS and value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"expected at least 1, got {value!r}", f"{OPTIONS}.{name}")
+            if name == "sampler" and latent and value not in SAMPLERS:
+                raise UserError(f"expected {' or '.join(SAMPLERS)}, got {value!r}", f"{OPTIONS}.{name}")
         quantized = latent and self.log_images_kwargs.get("quantize_denoised")
         if quantized and not hasattr(model.first_stage_model, "quantize"):
             kind = type(model.first_stage_model).__name__

@@ -1,10 +1,13 @@
 """The progress bar."""
 
 import math
+import sys
 import time
 from typing import Any
 
 from pytorch_lightning.callbacks import TQDMProgressBar
+
+from ldm.evaluation.bars import interval
 
 
 class ProgressBar(TQDMProgressBar):
@@ -12,16 +15,18 @@ class ProgressBar(TQDMProgressBar):
 
     A batch takes milliseconds on a GPU, where reading the loss for the bar waits for the device, and may take a minute
     on a CPU: an interval in seconds suits both. Where `max_steps` ends training, Lightning's bar counts steps, not
-    batches.
+    batches. Validation has one bar, which counts images, and then names the metric that is computed.
 
     Args:
-        seconds: the shortest time between two updates.
+        seconds: the shortest time between two updates; by default 1 in a terminal, and 30 in a file, which keeps them.
         options: of `TQDMProgressBar`; `refresh_rate` counts batches.
     """
 
-    def __init__(self, seconds: float = 1.0, **options: Any) -> None:
+    def __init__(self, seconds: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.seconds, self._drawn, self._first = seconds, -math.inf, False
+        self.seconds = max(1.0, interval(sys.stdout)) if seconds is None else seconds
+        self._drawn, self._first = -math.inf, False
+        self._images = 0  # in validation; 0 where their number is not known
 
     def _batches(self, done: int) -> int | float:
         """Number of batches in this epoch, `done` of which are over."""
@@ -48,6 +53,48 @@ class ProgressBar(TQDMProgressBar):
             self.train_progress_bar.total = total if isinstance(total, int) else None
             self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
         self._first = False
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Name what is counted: images, where the loader tells how many there are."""
+        if batch_idx == 0:
+            size, images = self._validation_size(trainer)
+            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+            self._images = min(images, size * sum(batches))
+        if self._images == 0:
+            super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        elif batch_idx == 0 and self.has_dataloader_changed(dataloader_idx):
+            encoding = any(getattr(callback, "encoding", False) for callback in trainer.callbacks)
+            self.val_progress_bar.unit = " images"
+            self.val_progress_bar.reset(self._images)
+            self.val_progress_bar.set_description("encoding" if encoding else "validation")
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count."""
+        if not self._images:
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+            return
+        if self._should_update(batch_idx + 1, int(self.total_val_batches_current_dataloader)):
+            self.val_progress_bar.n = min(self._images, (batch_idx + 1) * self._validation_size(trainer)[0])
+            self.val_progress_bar.refresh()
+
+    @staticmethod
+    def _validation_size(trainer: Any) -> tuple[int, int]:
+        """Images in a batch of all processes, and in the validation set; zeros where they are not known."""
+        loader = trainer.val_dataloaders
+        size, dataset = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+        if not isinstance(size, int) or not hasattr(dataset, "__len__"):
+            return 0, 0
+        return size * trainer.world_size, len(dataset)  # type: ignore[arg-type]
+
+    def scoring(self, metric: str, done: int, total: int) -> None:
+        """Say on the bar of validation which metric is being computed, and how many are done."""
+        shown = self.val_progress_bar
+        shown.n, shown.total, shown.unit = done, total, " metrics"
+        shown.set_description(f"scoring {metric}")
 
     def _should_update(self, current: int, total: int) -> bool:
         now = time.monotonic()

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import Trainer
-
+from ldm.cli.early import TRAINER as LIGHTNING
+from ldm.cli.early import constructor
 from ldm.compat.translate import STRATEGIES
 from ldm.compat.translate import TRAINER as OLD_TRAINER
 from ldm.util import UserError, nearest
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def _trainer_flags(items: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     """Names and values of `--name value` and `--name=value`; a name alone means true. Phase 3 checks the values."""
-    items, names = list(items), (*inspect.signature(Trainer.__init__).parameters, *OLD_TRAINER)
+    items, names = list(items), (*inspect.signature(constructor(LIGHTNING)).parameters, *OLD_TRAINER)
     known = [option for action in parser._actions for option in action.option_strings] + [f"--{name}" for name in names]
     while items:
         item = items.pop(0)

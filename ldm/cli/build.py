@@ -1,7 +1,6 @@
 """Phase 3, build: from a configuration to model, data and trainer, checked as far as it can be without training."""
 
 import logging
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
 from ldm.cli.checks import check
 from ldm.cli.configure import Run, without_checkpoints
+from ldm.cli.early import check_trainer, check_writable, device_numbers
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, check_params, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
 # What decides when ModelCheckpoint saves; `last.ckpt` follows the same intervals.
 INTERVALS = ("every_n_train_steps", "train_time_interval", "every_n_epochs")
-ABOVE_ZERO = ("check_val_every_n_epoch", "val_check_interval", "accumulate_grad_batches")
 # With two optimisers each backward pass leaves the other network's parameters unused, which DDP must know.
 UNUSED_PARAMETERS = {name: f"{name}_find_unused_parameters_true" for name in ("ddp", "ddp_spawn", "ddp_fork")}
 UNUSED_PARAMETERS["auto"] = UNUSED_PARAMETERS["ddp"]
@@ -86,6 +85,9 @@ def build(run: Run, score: bool) -> Job:
 
     datasets = getattr(data, "datasets", {})
     check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
+    for callback in callbacks if run.train else ():
+        if hasattr(callback, "prepare"):
+            callback.prepare(model, data, options)
     trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
     return Job(run, model, data, trainer, datasets)
 
@@ -96,7 +98,6 @@ def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:
     Raises:
         UserError: a folder that cannot be written to.
     """
-    check_writable(run.logdir, "-l/--logdir")
     lightning = config["lightning"]
     if not score:  # main.py trains the configurations of main_val.py too
         lightning["callbacks"].pop("disentanglement", None)
@@ -158,34 +159,15 @@ def intervals(lightning: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_writable(folder: Path, key: str) -> None:
-    """Refuse a folder that cannot be made or written to; `key` names it in the message."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to '{parent}' ({error.strerror}): give another folder", key) from error
-
-
 def trainer_options(trainer: dict[str, Any]) -> dict[str, Any]:
     """The arguments of Lightning's Trainer from `lightning.trainer`, where `gpus` stands for accelerator and devices.
 
     Raises:
         UserError: an unknown argument, or a value of another kind.
     """
+    check_trainer(trainer)
     options = dict(trainer)
     gpus = options.pop("gpus", None)
-    for name in ("callbacks", "plugins"):
-        if options.get(name) is not None:
-            raise UserError("give callbacks as lightning.callbacks, and leave plugins out", f"lightning.trainer.{name}")
-    check_params(pl.Trainer, options, "lightning.trainer")
-    for name in ABOVE_ZERO:
-        if isinstance(options.get(name), int | float) and options[name] <= 0:
-            raise UserError(f"expected a number above 0, got {options[name]!r}", f"lightning.trainer.{name}")
-    if options.get("gradient_clip_algorithm") not in (None, "norm", "value"):
-        found = options["gradient_clip_algorithm"]
-        raise UserError(f"expected norm or value, got {found!r}", "lightning.trainer.gradient_clip_algorithm")
     options |= devices(gpus) if gpus is not None else {"accelerator": "auto", "devices": 1} | options
     if not {"max_epochs", "max_steps", "max_time"} & set(options):
         options["max_epochs"] = 1000  # Lightning's own default, without its warning
@@ -198,17 +180,7 @@ def devices(gpus: str | int | list[int]) -> dict[str, Any]:
     Raises:
         UserError: a value of another form, or more devices than there are.
     """
-    text = ",".join(map(str, gpus)) + "," if isinstance(gpus, list) else str(gpus).strip()
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-        wanted: Any = numbers if "," in text else int(text)
-        if min(numbers, default=0) < (0 if wanted is numbers else -1) or len(set(numbers)) < len(numbers):
-            raise ValueError
-    except ValueError as error:
-        raise UserError(
-            f"expected device numbers such as 0, or 0,1 (with a comma), a count such as 2, or -1, got '{text}'",
-            "--gpus",
-        ) from error
+    wanted: Any = device_numbers(gpus)
     if wanted in (0, []):
         return {"accelerator": "cpu", "devices": 1}
     if not torch.cuda.is_available():
@@ -241,6 +213,9 @@ def build_trainer(
     excluded = tuple(kind for name, kind in switches.items() if options.get(name) is False)
     callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]
     options = {"default_root_dir": str(run.logdir), "use_distributed_sampler": False, **options}
+    if isinstance(model, FirstStage | LatentDiffusion):
+        # Two batches before the first step would show nothing that `dry_run` has not tried with an image.
+        options.setdefault("num_sanity_val_steps", 0)
     try:
         trainer = pl.Trainer(**options, callbacks=callbacks)
     except Exception as error:  # Lightning raises many kinds for invalid arguments

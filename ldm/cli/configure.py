@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.cli.arguments import Arguments
+from ldm.cli.early import check_names, check_writable
 from ldm.compat.translate import rename, translate
 from ldm.config import check_sections, drop_empty, find_config, from_dotlist, load_bases, load_yaml, merge
 from ldm.util import UserError
@@ -99,7 +100,7 @@ def configure(arguments: Arguments) -> Run:
     """Find log directory and checkpoint, and compose the configuration; nothing is written.
 
     Raises:
-        UserError: see `compose`; or a path that does not exist.
+        UserError: see `compose` and `check_names`; or a path that does not exist or cannot be written to.
     """
     options, now = arguments.options, datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     saved: list[DictConfig] = []
@@ -116,6 +117,9 @@ def configure(arguments: Arguments) -> Run:
         where = f"'{logdir / 'configs'}' holds none: " if options.resume else ""
         raise UserError(f"no configuration: {where}give YAML files with --base, or a log directory to resume with -r")
     config = compose(options.base, arguments.overrides, saved)
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_names(resolved, resumed=checkpoint is not None)
+    check_writable(logdir, "-l/--logdir")
     return Run(config, logdir, now, checkpoint, bool(options.resume), options.train, not options.no_test)
 
 

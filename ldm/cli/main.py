@@ -1,23 +1,28 @@
-"""The command line: parse -> configure -> build -> fit, each once."""
+"""The command line: parse -> configure -> build -> fit, each once.
+
+PyTorch and Lightning, whose import takes seconds, are imported where `build` begins: help, and most mistakes, come
+before it.
+"""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
-from ldm.callbacks.setup import hold
-from ldm.callbacks.stop import Interrupted
 from ldm.cli.arguments import Arguments, parse
-from ldm.cli.build import Job, build
-from ldm.cli.configure import configure
+from ldm.cli.configure import Run, configure
 from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from ldm.cli.build import Job
 
 log = logging.getLogger(__name__)
 
+# Environment variables that number the processes of a run, as Lightning reads them.
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 # Advice of the libraries that does not apply here.
 QUIET = (
     ".*does not have many workers.*",  # batches come whole from a memory map
@@ -44,10 +49,7 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     debug = "-d" in argv or "--debug" in argv
     try:
         arguments = parse(argv)
-        run = configure(arguments)
-        job = build(run, score)
-        fit(job)
-        return 0
+        return build_and_fit(configure(arguments), score)
     except UserError as error:
         if debug:
             raise
@@ -56,14 +58,9 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
         flags = [f for k, f in given.items() if k == error.key or (unknown and k.startswith(f"{error.key}."))]
         report(f"error: {flags[0]}: {error.message}" if flags else f"error: {error}")
         return 2
-    except (Interrupted, KeyboardInterrupt) as stop:
-        saved: Path | None = getattr(stop, "checkpoint", None)
-        if not is_follower():
-            report(
-                f"stopped; saved {saved}. Resume with -r {saved.parent.parent}" if saved else "stopped; nothing saved"
-            )
-        return 130
-    except (MisconfigurationException, OSError) as error:
+    except KeyboardInterrupt:
+        return stopped(None)
+    except OSError as error:
         if debug:
             raise
         report(f"error: {error}")
@@ -76,13 +73,45 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
         raise
 
 
-def fit(job: Job) -> None:
+def build_and_fit(run: Run, score: bool) -> int:
+    """Phases 3 and 4.
+
+    Returns:
+        The exit status: 0, or 130 after an interruption that was answered by a checkpoint.
+
+    Raises:
+        UserError: a mistake in the input.
+    """
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from ldm.callbacks.stop import Interrupted
+    from ldm.cli.build import build
+
+    try:
+        fit(build(run, score))
+    except Interrupted as stop:
+        return stopped(stop.checkpoint)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def stopped(saved: Path | None) -> int:
+    """Say on the first process what was saved; gives the exit status."""
+    if not is_follower():
+        report(f"stopped; saved {saved}. Resume with -r {saved.parent.parent}" if saved else "stopped; nothing saved")
+    return 130
+
+
+def fit(job: "Job") -> None:
     """Phase 4, fit: train, then test where there is a test set.
 
     Before the first step Lightning calls, in this order: `SetupCallback.on_fit_start` (makes the log directory),
-    `StopCallback.on_fit_start` (signals), a sanity check of validation, the model's `on_train_start` (cached latents),
-    `SeedEachBatch` (random numbers), the model's `on_train_batch_start` (scale factor), and its `training_step`.
+    `StopCallback.on_fit_start` (signals), the model's `on_train_start` (cached latents), `SeedEachBatch` (random
+    numbers), the model's `on_train_batch_start` (scale factor), and its `training_step`.
     """
+    from ldm.callbacks.setup import hold
+
     run, checkpoint = job.run, str(job.run.checkpoint) if job.run.checkpoint else None
     if run.train:
         log.info("logging to %s", run.logdir)
@@ -99,7 +128,11 @@ def fit(job: Job) -> None:
 
 def is_follower() -> bool:
     """Whether this is not the first process of a run on several devices."""
-    return (getattr(rank_zero_only, "rank", None) or 0) > 0
+    lightning = sys.modules.get("lightning_utilities.core.rank_zero")
+    rank = getattr(getattr(lightning, "rank_zero_only", None), "rank", None)
+    if rank is None:  # Lightning is not imported yet; these are where it looks
+        rank = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
+    return rank > 0
 
 
 def set_up_logging() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.data.images import to_unit_range_all
-from ldm.data.sampler import ResumableLoader, ResumableSampler, identity, quiet_generator
+from ldm.data.sampler import ResumableLoader, ResumableSampler, Rows, identity, quiet_generator
 from ldm.util import UserError, instantiate_from_config
 
 
@@ -29,6 +29,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
         val_batch_size: of validation, test and prediction; default `batch_size`.
         pin_memory: by default, True if there is a GPU.
         seed: of the training order; by default, that of `seed_everything`, else 0.
+
+    Attributes:
+        resident: a device that holds all training images as uint8, and draws batches there; None loads them from files.
+            For data sets of `ldm.data` with `images`.
 
     Raises:
         UserError: a number out of range, no node at all, or what a data set raises.
@@ -67,6 +71,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.datasets: dict[str, Dataset] = {}
+        self.resident: torch.device | None = None
+        self._images: torch.Tensor | None = None
         # Lightning decides by a method's presence whether to validate, test or predict.
         for split, loader in (("validation", "val"), ("test", "test"), ("predict", "predict")):
             if split in self.nodes:
@@ -111,6 +117,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             world=trainer.world_size if trainer else 1,
             shuffle=training or self.shuffle[split],
         )
+        if training and self.resident is not None:
+            self._images = torch.as_tensor(dataset.images).to(self.resident)
+            dataset = Rows(dataset)
         return (ResumableLoader if training else DataLoader)(
             dataset,
             batch_size=self.batch_size if training else self.val_batch_size,
@@ -161,5 +170,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader("predict")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Make uint8 images float32 in [-1, 1], on the device."""
+        """Make uint8 images float32 in [-1, 1], on the device; and draw them there, if they are there already."""
+        if self._images is not None and isinstance(batch, dict) and "image" not in batch:
+            images = self._images[batch["idx"]]
+            images = images.unsqueeze(-1) if images.ndim == 3 else images
+            batch = {**batch, "image": images.expand(*images.shape[:-1], self.datasets["train"].channels)}
         return to_unit_range_all(batch) if isinstance(batch, dict) else batch

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class ResumableSampler(Sampler[int]):
@@ -45,6 +45,24 @@ class ResumableSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.rows()[self.start :].tolist())
+
+
+class Rows(Dataset):
+    """A data set's rows without their images, which are on the device already: batches of `idx` (b,) int64."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        """The data set's own item."""
+        return self.dataset[row]
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """What DataLoader calls for a whole batch."""
+        return {"idx": torch.tensor(rows, dtype=torch.int64)}
 
 
 def identity(batch: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from tqdm import tqdm
 
+from ldm.evaluation.bars import bar
 from ldm.util import UserError
 
 
@@ -28,5 +28,8 @@ def image_batches(
     if not hasattr(dataset, "fetch"):
         kind = type(dataset).__name__
         raise UserError(f"{kind} has no method fetch(rows), by which images are read: derive it from ImageDataset")
-    for start in tqdm(range(0, len(rows), batch_size), desc=title, disable=not progress, leave=False):
-        yield rearrange(dataset.fetch(rows[start : start + batch_size])["image"], "b h w c -> b c h w")
+    with bar(total=len(rows), progress=progress, desc=title, unit=" images") as shown:
+        for start in range(0, len(rows), batch_size):
+            images = dataset.fetch(rows[start : start + batch_size])["image"]
+            yield rearrange(images, "b h w c -> b c h w")
+            shown.update(len(images))

@@ -28,13 +28,14 @@ def fid(
     model_or_images: Any,
     dataset: Any,
     images: int = 10_000,
-    steps: int = 200,
+    steps: int | None = None,
     eta: float = 1.0,
     seed: int = 0,
     weights: str | Path | None = None,
     batch_size: int = 100,
     real_images: int | None = None,
     progress: bool = True,
+    sampler: str = "ddim",
 ) -> dict[str, Any]:
     """Fréchet Inception distance (Heusel et al., 2017) by torch-fidelity, on images rounded to 0–255.
 
@@ -47,7 +48,7 @@ def fid(
             (n, c, h, w) uint8, all of which are used.
         dataset: of `ldm.data`, with `fetch`.
         images: number of samples; tokens of a smaller set are used again.
-        steps, eta: of DDIM. seed: of the shuffling and of the noise.
+        steps, eta, sampler: see `reconstruct`. seed: of the shuffling and of the noise.
         weights: file of Inception's weights; fetched into torch hub's folder if left out.
         batch_size: images at a time; none are kept.
         real_images: as many as samples if left out, as in the release's script; at most all.
@@ -70,7 +71,7 @@ def fid(
         batches, device, way = _given(model_or_images, batch_size)
     else:
         rows = np.sort(np.resize(order, images))
-        batches, device, way = _sampled(model_or_images, dataset, rows, steps, eta, seed, batch_size, progress)
+        batches, device, way = _sampled(model_or_images, dataset, rows, steps, eta, seed, batch_size, progress, sampler)
     reals = image_batches(dataset, np.sort(order[len(order) - real :]), batch_size, progress, "real images")
     distance, network = _inception(weights, device)
     protocol = (
@@ -89,15 +90,24 @@ def _given(images: Any, batch_size: int) -> tuple[Iterator[torch.Tensor], torch.
 
 
 def _sampled(
-    model: Any, dataset: Any, rows: np.ndarray, steps: int, eta: float, seed: int, batch_size: int, progress: bool
+    model: Any,
+    dataset: Any,
+    rows: np.ndarray,
+    steps: int | None,
+    eta: float,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+    sampler: str,
 ) -> tuple[Iterator[torch.Tensor], torch.device, str]:
     """Batches (b, c, h, w) uint8 of a model's reconstructions of rows, made one by one; its device; a description."""
-    check_sampling(model, steps, eta)
+    check_sampling(model, steps, eta, sampler)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     inputs = image_batches(dataset, rows, batch_size, progress, "sampling")
-    made = (reconstruct(model, to_unit_range(x.to(model.device)), steps, eta, generator) for x in inputs)
-    way = f"{describe_sampling(model, steps, eta, seed, batch_size)}, the first of the set shuffled by seed {seed}"
-    return (((x + 1) * 127.5).round().to(torch.uint8) for x in made), model.device, way
+    made = (reconstruct(model, to_unit_range(x.to(model.device)), steps, eta, generator, sampler) for x in inputs)
+    way = describe_sampling(model, steps, eta, seed, batch_size, sampler)
+    pixels = (((x + 1) * 127.5).round().to(torch.uint8) for x in made)
+    return pixels, model.device, f"{way}, the first of the set shuffled by seed {seed}"
 
 
 def _statistics(batches: Iterable[torch.Tensor], inception: nn.Module, device: torch.device) -> dict[str, np.ndarray]:

@@ -11,7 +11,14 @@ from ldm.evaluation.reconstruction import check_reconstruction, check_sampling, 
 
 
 def check_images(
-    model: Any, dataset: Any, reconstructions: int, samples: int, steps: int, eta: float, lpips: Any
+    model: Any,
+    dataset: Any,
+    reconstructions: int,
+    samples: int,
+    steps: int | None,
+    eta: float,
+    lpips: Any,
+    sampler: str = "ddim",
 ) -> None:
     """Refuse what `score_images` cannot compute; its arguments.
 
@@ -19,9 +26,9 @@ def check_images(
         UserError: names the argument.
     """
     if reconstructions:
-        check_reconstruction(model, dataset, reconstructions, steps, eta, lpips)
+        check_reconstruction(model, dataset, reconstructions, steps, eta, lpips, sampler)
     if samples:
-        check_sampling(model, steps, eta)
+        check_sampling(model, steps, eta, sampler)
         require_torch_fidelity()
 
 
@@ -45,7 +52,7 @@ def score_images(
         reconstructions, samples: how many; 0 for none.
         lpips, lpips_weights: see `reconstruction_scores`. inception_weights: see `fid`.
         about: what the record begins with.
-        sampling: batch_size, steps, eta and seed, see `fid`.
+        sampling: batch_size, steps, eta, sampler and seed, see `fid`.
 
     Returns:
         the scores and what was done, to read.

@@ -9,8 +9,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.data.images import evenly_spaced, to_unit_range
 from ldm.evaluation.batches import image_batches
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.schedule import ddim_timesteps
+from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.lpips import BACKBONES, LPIPS
 from ldm.modules.mode import evaluating
@@ -21,18 +20,25 @@ SMALLEST_FOR_SSIM = 6  # pixels: smaller images are narrower than the mirrored b
 
 @torch.no_grad()
 def reconstruct(
-    model: Any, images: torch.Tensor, steps: int = 200, eta: float = 1.0, generator: torch.Generator | None = None
+    model: Any,
+    images: torch.Tensor,
+    steps: int | None = None,
+    eta: float = 1.0,
+    generator: torch.Generator | None = None,
+    sampler: str = "ddim",
 ) -> torch.Tensor:
     """A model's reconstructions of images.
 
-    A first stage encodes and decodes them. EncDiff encodes each into its concept tokens, samples a latent from noise by
-    DDIM under these tokens, and decodes it: the tokens are all that comes from the image.
+    A first stage encodes and decodes them. EncDiff encodes each into its concept tokens, samples a latent from noise
+    under these tokens, and decodes it: the tokens are all that comes from the image.
 
     Args:
         model: `VQModel`, `AutoencoderKL` or `LatentDiffusion`; in evaluation mode meanwhile.
         images: (b, c, h, w) in [-1, 1].
-        steps, eta: of DDIM; without effect for a first stage.
+        steps, eta: of the sampler; without effect for a first stage. If left out, 200 steps of DDIM, as released, or 20
+            of DPM-Solver++.
         generator: source of the random numbers, on the model's device; the global one if left out.
+        sampler: `ddim`, or `dpm` for DPM-Solver++.
 
     Returns:
         (b, c, h, w), clamped to [-1, 1], on the model's device.
@@ -40,13 +46,13 @@ def reconstruct(
     Raises:
         UserError: see `check_sampling`; or images of another shape than the model's.
     """
-    check_sampling(model, steps, eta)
+    check_sampling(model, steps, eta, sampler)
     if images.ndim != 4 or not images.is_floating_point():
         raise UserError(f"expected floats of shape (b, c, h, w), got {images.dtype} {tuple(images.shape)}", "images")
     x = images.to(model.device)
     with evaluating(model):
         if isinstance(model, LatentDiffusion):
-            made = _sample(model, x, steps, eta, generator)
+            made = _sample(model, x, steps, eta, generator, sampler)
         else:
             # Not by `model.reconstruct`, which marks the codes that training uses, and takes no generator.
             encoded = model.encode(x)
@@ -59,7 +65,12 @@ def reconstruct(
 
 
 def _sample(
-    model: LatentDiffusion, x: torch.Tensor, steps: int, eta: float, generator: torch.Generator | None
+    model: LatentDiffusion,
+    x: torch.Tensor,
+    steps: int | None,
+    eta: float,
+    generator: torch.Generator | None,
+    sampler: str,
 ) -> torch.Tensor:
     """Samples (b, c, h, w) under the tokens of images (b, c, h, w)."""
     try:
@@ -68,12 +79,18 @@ def _sample(
         raise UserError(str(error), "images") from error
     shape = (model.channels, model.image_size, model.image_size)
     options: dict[str, Any] = {"log_every_t": model.num_timesteps, "verbose": False}
-    latents, _ = model.sampler().sample(steps, len(x), shape, tokens, eta, generator=generator, **options)
+    count = _count(sampler, steps)
+    latents, _ = model.sampler(sampler).sample(count, len(x), shape, tokens, eta, generator=generator, **options)
     return model.decode_first_stage(latents)
 
 
-def check_sampling(model: Any, steps: int, eta: float) -> None:
-    """Refuse a model without reconstructions, and numbers of DDIM that are out of range.
+def _count(sampler: str, steps: int | None) -> int:
+    """The number of steps, the sampler's usual one if it is left open."""
+    return SAMPLERS[sampler].usual_steps if steps is None else steps
+
+
+def check_sampling(model: Any, steps: int | None, eta: float, sampler: str = "ddim") -> None:
+    """Refuse a model without reconstructions, and arguments of its sampler that are out of range.
 
     Raises:
         UserError: names the argument.
@@ -84,30 +101,42 @@ def check_sampling(model: Any, steps: int, eta: float) -> None:
         return
     if not model.conditioned:
         raise UserError("it has no concept encoder, so its samples know nothing of an image", "model")
-    if not 1 <= steps <= model.num_timesteps:
-        raise UserError(f"expected 1 to {model.num_timesteps}, the model's timesteps, got {steps!r}", "steps")
+    if sampler not in SAMPLERS:
+        raise UserError(f"expected {' or '.join(SAMPLERS)}, got {sampler!r}", "sampler")
+    count = _count(sampler, steps)
+    if not 1 <= count <= model.num_timesteps:
+        raise UserError(f"expected 1 to {model.num_timesteps}, the model's timesteps, got {count!r}", "steps")
     if not 0 <= eta <= 1:
         raise UserError(f"expected a number from 0 to 1, got {eta!r}", "eta")
 
 
-def describe_sampling(model: Any, steps: int, eta: float, seed: int, batch_size: int) -> str:
+def describe_sampling(
+    model: Any, steps: int | None, eta: float, seed: int, batch_size: int, sampler: str = "ddim"
+) -> str:
     """How `reconstruct` makes images, for the record."""
     if not isinstance(model, LatentDiffusion):
         return "images of the set encoded and decoded by the first stage"
-    count = len(ddim_timesteps(steps, model.num_timesteps))
+    kind = SAMPLERS[sampler]
+    count = len(kind(model).plan(_count(sampler, steps), eta).timesteps)
     noise = f"noise of seed {seed} in batches of {batch_size}"
-    return f"DDIM, {count} steps, eta {eta:g}, {noise}, each under the tokens of an image of the set"
+    return f"{kind.title}, {count} steps, eta {eta:g}, {noise}, each under the tokens of an image of the set"
 
 
 def check_reconstruction(
-    model: Any, dataset: Any, images: int, steps: int = 200, eta: float = 1.0, lpips: str | None = "alex"
+    model: Any,
+    dataset: Any,
+    images: int,
+    steps: int | None = None,
+    eta: float = 1.0,
+    lpips: str | None = "alex",
+    sampler: str = "ddim",
 ) -> None:
     """Refuse what `reconstruction_scores` cannot compute; its arguments.
 
     Raises:
         UserError: names the argument.
     """
-    check_sampling(model, steps, eta)
+    check_sampling(model, steps, eta, sampler)
     if min(images, len(dataset)) < 2:
         raise UserError(f"expected at least 2, got {min(images, len(dataset))}", "images")
     if lpips is not None and lpips not in BACKBONES:
@@ -124,12 +153,13 @@ def reconstruction_scores(
     dataset: Any,
     images: int = 1000,
     batch_size: int = 100,
-    steps: int = 200,
+    steps: int | None = None,
     eta: float = 1.0,
     seed: int = 0,
     lpips: str | None = "alex",
     lpips_weights: str | Path | None = None,
     progress: bool = True,
+    sampler: str = "ddim",
 ) -> dict[str, Any]:
     """Mean squared error, SSIM and LPIPS of reconstructions, as in the paper's Table 10.
 
@@ -141,7 +171,7 @@ def reconstruction_scores(
         dataset: of `ldm.data`, with `fetch`.
         images: how many, at even distances over the set; at most all.
         batch_size: images at a time. Noise is drawn batch by batch: a seed means the same for the same size.
-        steps, eta: of DDIM. seed: of its noise.
+        steps, eta, sampler: see `reconstruct`. seed: of the sampler's noise.
         lpips: its backbone, `alex` as in the release's script, or `vgg`; None leaves LPIPS out.
         lpips_weights: file of the backbone's weights; fetched into torch hub's folder if left out.
         progress: show a bar.
@@ -153,24 +183,25 @@ def reconstruction_scores(
     Raises:
         UserError: an argument out of range, too few or too small images, or no weights for LPIPS.
     """
-    check_reconstruction(model, dataset, images, steps, eta, lpips)
+    check_reconstruction(model, dataset, images, steps, eta, lpips, sampler)
     network = LPIPS(lpips_weights, backbone=lpips).to(model.device).eval() if lpips else None
     generator = torch.Generator(device=model.device).manual_seed(seed)
     rows = evenly_spaced(len(dataset), images)
     parts = []
     for batch in image_batches(dataset, rows, batch_size, progress, "reconstructing"):
         x = to_unit_range(batch.to(model.device))
-        parts.append(_compare(x, reconstruct(model, x, steps, eta, generator), network))
+        parts.append(_compare(x, reconstruct(model, x, steps, eta, generator, sampler), network))
     result: dict[str, Any] = {}
     for name in parts[0]:
         values = torch.cat([part[name] for part in parts]).double()
         result |= {name: float(values.mean()), f"{name}_standard_error": float(values.std() / len(rows) ** 0.5)}
     weights = BACKBONES[lpips].weights if lpips else None
     used = f"{weights.network}, {Path(lpips_weights or weights.file).name}" if weights else "none"
+    way = describe_sampling(model, steps, eta, seed, batch_size, sampler)
     protocol = (
         f"{len(rows)} of {len(dataset)} images at even distances, {dataset.image_size}×{dataset.image_size} pixels;"
-        f" {describe_sampling(model, steps, eta, seed, batch_size)}; clamped, not rounded; MSE and SSIM (Gaussian"
-        f" window 11, sigma 1.5, mirrored border) of images in [0, 1]; LPIPS: {used}"
+        f" {way}; clamped, not rounded; MSE and SSIM (Gaussian window 11, sigma 1.5, mirrored border) of images in"
+        f" [0, 1]; LPIPS: {used}"
     )
     return {**result, "images": len(rows), "protocol": protocol}
 

@@ -1,15 +1,15 @@
 """Scores of codes, a model's or anybody's: metric after metric, written down and shown. Needs no torch."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from ldm.evaluation.bars import bar
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
 from ldm.factors import FactorGrid
@@ -85,6 +85,7 @@ def score_codes(
     folder: Path | None = None,
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
+    tell: Callable[[str, int, int], None] | None = None,
 ) -> CodeScores:
     """Score codes by one metric after another. One that cannot be computed costs its own scores only.
 
@@ -95,6 +96,7 @@ def score_codes(
             interruption loses only the metric it falls into.
         about: what the record begins with, such as the codes' source.
         progress: show a bar.
+        tell: called before each metric with its name, how many are done, and how many there are.
 
     Raises:
         ValueError: unusable codes, factors, names, settings or seed.
@@ -110,9 +112,11 @@ def score_codes(
             write_json(folder / "scores.json", {**(about or {}), **found.record()})
 
     save()  # a folder that cannot be written to is reported before anything is computed
-    bar = tqdm(resolved, desc="scoring", leave=False, disable=not progress)
-    for name in bar:
-        bar.set_postfix_str(name)
+    shown = bar(resolved, progress, desc="scoring")
+    for done, name in enumerate(shown):
+        shown.set_postfix_str(name)
+        if tell is not None:
+            tell(name, done, len(resolved))
         start = time.perf_counter()
         try:
             found.scores |= evaluate(scalars, factors, [name], resolved, seed)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.models.checkpoint import load_weights
+from ldm.models.validation import LossBudget
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
@@ -55,7 +56,11 @@ class FirstStage(pl.LightningModule):
         scheduler_config: node of the multiplier of both learning rates, from `ldm.lr_scheduler`.
         lr_g_factor: factor on the autoencoder's learning rate.
         use_ema: keep EMA weights, and validate with them too.
-        val_loss_every: compute the validation losses on every Nth batch only.
+        val_loss_images: compute the validation losses of at most as many images, in batches evenly spread over the set;
+            null for all.
+        val_loss_every: instead, compute them on every Nth batch.
+        reuse_reconstruction: show the discriminator the reconstructions of before the autoencoder's step, which saves
+            a forward pass; as released, they are computed anew by the updated weights.
 
     Attributes:
         learning_rate: set by the command line from `base_learning_rate`.
@@ -73,18 +78,19 @@ class FirstStage(pl.LightningModule):
         scheduler_config: Mapping[str, Any] | None = None,
         lr_g_factor: float = 1.0,
         use_ema: bool = False,
-        val_loss_every: int = 1,
+        val_loss_images: int | None = 10000,
+        val_loss_every: int | None = None,
+        reuse_reconstruction: bool = False,
     ) -> None:
         super().__init__()
+        self.reuse_reconstruction = reuse_reconstruction
         self.automatic_optimization = False
         self.accumulate_grad_batches = 1
         self.gradient_clip_val: float | None = None
         self.gradient_clip_algorithm = "norm"
         self.image_key, self.monitor = image_key, monitor
         self.schedule, self.lr_g_factor = build_schedule(scheduler_config), lr_g_factor
-        if val_loss_every < 1:
-            raise UserError(f"expected at least 1, got {val_loss_every}", "val_loss_every")
-        self.use_ema, self.val_loss_every = use_ema, val_loss_every
+        self.use_ema, self.loss_budget = use_ema, LossBudget(val_loss_images, val_loss_every)
         check_params(Encoder, ddconfig, "ddconfig")
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
@@ -136,8 +142,9 @@ class FirstStage(pl.LightningModule):
 
         if len(optimizers) > 1:
             self.toggle_optimizer(optimizers[1])
-            with torch.no_grad():
-                reconstruction, _ = self.reconstruct(x)
+            if not self.reuse_reconstruction:
+                with torch.no_grad():
+                    reconstruction, _ = self.reconstruct(x)
             loss, more = self.loss.discriminator_loss(x, reconstruction, step)
             losses |= more
             self.manual_backward(loss / self.accumulate_grad_batches)
@@ -154,6 +161,11 @@ class FirstStage(pl.LightningModule):
         named = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=x.shape[0])
         self.log("loss", losses["total_loss"], prog_bar=True, logger=False, batch_size=x.shape[0])
+
+    def trial_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A loss that runs encoder and decoder forwards and backwards; for timing."""
+        x = self.get_input(batch, self.image_key)
+        return F.l1_loss(self.reconstruct(x)[0], x)
 
     def on_train_epoch_end(self) -> None:
         """Log the number of the epoch, which can rank checkpoints."""
@@ -210,13 +222,13 @@ class FirstStage(pl.LightningModule):
 
     @torch.no_grad()
     def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
-        if batch_idx % self.val_loss_every:
+        size = batch[self.image_key].shape[0]
+        if not self.loss_budget.wants(self.trainer, batch_idx, size, split):
             return
         named = {f"{split}/{name}": value for name, value in self.shared_step(batch).items()}
         if self.use_ema:
             with self.ema_scope():
                 named |= {f"{split}_ema/{name}": value for name, value in self.shared_step(batch).items()}
-        size = batch[self.image_key].shape[0]
         self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
 
     def trained_parameters(self) -> list[list[nn.Parameter]]:
@@ -349,7 +361,7 @@ class VQModel(FirstStage):
         self.codes_used.zero_()
 
     def on_validation_epoch_end(self) -> None:
-        """Log how many codes the validation batches used whose losses were computed; see `val_loss_every`."""
+        """Log how many codes the validation batches used whose losses were computed; see `val_loss_images`."""
         self._log_codes("val/codes_in_use")
         self.codes_used.copy_(self._training_codes)
 

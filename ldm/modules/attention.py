@@ -1,15 +1,24 @@
 """Cross attention from feature maps to concept tokens: LDM's spatial transformer."""
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from ldm.modules import fused
 from ldm.modules.diffusionmodules.util import GroupNorm32, zero_module
 
 
 class GEGLU(nn.Module):
-    """Linear layer gated by the GELU of a second one (Shazeer, 2020)."""
+    """Linear layer gated by the GELU of a second one (Shazeer, 2020).
+
+    Attributes:
+        kernels: compute the gate by `ldm.modules.fused`; see `ldm.modules.speed`.
+    """
+
+    kernels = False
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -17,7 +26,10 @@ class GEGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim_in) -> (..., dim_out)."""
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        both = self.proj(x)
+        if self.kernels and fused.fits(both):
+            return fused.geglu(both)
+        x, gate = both.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
@@ -33,11 +45,35 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+# Keys and values (b, n, heads · d) each.
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(Q Kᵀ / √d) V: q (b, heads, l, d), k and v (b, heads, n, d) -> (b, heads, l, d).
+
+    PyTorch's CPU kernel takes two to thirty times as long to differentiate in bfloat16 as in float32 (2.9 to 2.14).
+    There, long sequences are computed in float32, and short ones by matrix products.
+    """
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+        return F.scaled_dot_product_attention(q, k, v)
+    if q.shape[-2] * k.shape[-2] > 64 * 64:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return weights.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of `x` over `context`, or over itself without one.
 
     softmax(Q Kᵀ / √d) V, with Q from `x` and K, V from the context (paper, section 3.2).
+
+    Attributes:
+        place: which of several keys and values are this layer's; set by the network that computes them together.
     """
+
+    place: int | None = None
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
@@ -51,15 +87,31 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x (b, l, query_dim), context (b, n, context_dim) -> (b, l, query_dim)."""
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(projected, "b l (h d) -> b h l d", h=self.heads)
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+    def forward(self, x: torch.Tensor, context: torch.Tensor | Sequence[KeysValues] | None = None) -> torch.Tensor:
+        """Attend from x to the context.
+
+        Args:
+            x: (b, l, query_dim).
+            context: (b, n, context_dim); or the keys and values of several layers, of which `place` is this one's.
+
+        Returns:
+            (b, l, query_dim).
+        """
+        if context is None or isinstance(context, torch.Tensor):
+            context = x if context is None else context
+            k, v = self.to_k(context), self.to_v(context)
+        else:
+            assert self.place is not None
+            k, v = context[self.place]
+        q, k, v = (rearrange(projected, "b l (h d) -> b h l d", h=self.heads) for projected in (self.to_q(x), k, v))
+        return self.to_out(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
+
+
+def keys_values(layers: Sequence[CrossAttention], context: torch.Tensor) -> list[KeysValues]:
+    """Keys and values of one context (b, n, context_dim) for several layers, by one matrix product."""
+    weights = [weight for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)]
+    parts = F.linear(context, torch.cat(weights)).split([weight.shape[0] for weight in weights], dim=-1)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -76,8 +128,8 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x (b, l, dim), context (b, n, context_dim) -> (b, l, dim)."""
+    def forward(self, x: torch.Tensor, context: torch.Tensor | Sequence[KeysValues] | None = None) -> torch.Tensor:
+        """x (b, l, dim) -> the same shape; for the context see `CrossAttention`."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -111,8 +163,8 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, kernel_size=1))
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x (b, c, h, w), context (b, n, context_dim) -> (b, c, h, w)."""
+    def forward(self, x: torch.Tensor, context: torch.Tensor | Sequence[KeysValues] | None = None) -> torch.Tensor:
+        """x (b, c, h, w) -> the same shape; for the context see `CrossAttention`."""
         height, width = x.shape[-2:]
         hidden = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:

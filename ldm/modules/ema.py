@@ -60,6 +60,9 @@ class LitEma(nn.Module):
         count = self.num_updates.float()
         decay = torch.minimum(self.decay, (1 + count) / (10 + count))
         shadows = self._shadows()
+        if decay.device.type == "cpu":  # one pass over the weights instead of three; there is no device to wait for
+            torch._foreach_lerp_(shadows, self._live(model), float((1.0 - decay).numpy()))
+            return
         step = torch._foreach_sub(shadows, self._live(model))
         torch._foreach_mul_(step, 1.0 - decay)
         torch._foreach_sub_(shadows, step)

@@ -38,6 +38,7 @@ class DecoderUNet(UNetModel):
         for block in blocks:
             # Without a timestep there is nothing to scale, shift or add by.
             block.emb_layers, block.use_scale_shift_norm = nn.Identity(), False
+        self.cross_attentions = []  # there are no steps to reuse keys and values in
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """Decode concept tokens.
@@ -115,6 +116,6 @@ class NoDiffusion(LatentDiffusion):
         loss = per_sample.mean()
         return loss, {"loss_simple": loss.detach(), "loss": loss.detach()}
 
-    def sampler(self) -> OnePass:
-        """The single pass in place of a sampler."""
+    def sampler(self, name: str = "ddim") -> OnePass:
+        """The single pass in place of any sampler."""
         return OnePass(self)

@@ -71,7 +71,7 @@ def callback(monkeypatch):
     made = DisentanglementCallback(metrics=["mig"], settings={"mig": {"num_train": 12}})
     made.seen, made.failing = [], ()
 
-    def keep(codes, factors, metrics, settings, seed):
+    def keep(codes, factors, metrics, settings, seed, tell):
         made.seen.append(codes)
         if codes.ndim in made.failing:
             raise ValueError("codes hold NaN")
@@ -117,6 +117,12 @@ def test_tokens_are_put_into_grid_order_too(callback, tmp_path, processes):
     assert model.logged == {"val/mig": 0.5, "val/tokens_mig": 0.5}
     record = json.loads((tmp_path / "metrics" / "000007.json").read_text())
     assert record["scores"] == record["scores_of_tokens"] == {"mig": {"discrete_mig": 0.5}}
+
+
+def test_bf16_is_written_down(callback, tmp_path):
+    callback.dtype = "bf16"
+    validate(callback, Model(), trainer(tmp_path), np.arange(12))
+    assert json.loads((tmp_path / "metrics" / "000007.json").read_text())["dtype"] == "bf16"
 
 
 def test_missing_rows_are_refused(callback, tmp_path):
@@ -170,6 +176,7 @@ def test_what_could_not_be_scored_is_refused():
         DisentanglementCallback(metrics=["tad"]).check(Model(), datasets, {})
     for options, message in (
         ({"metrics": ["dcy"]}, "unknown metric 'dcy'"),
+        ({"dtype": "fp16"}, "dtype: expected float32 or bf16, got 'fp16'"),
         ({"weights": "averaged"}, "weights: expected live or ema, got 'averaged'"),
         ({"every_n_validations": 0}, "every_n_validations: expected at least 1, got 0"),
         ({"seed": -1}, "seed must be"),

@@ -130,6 +130,8 @@ WRONG = [
     (LatentDiffusion, {"n_row": -1}, r"log_images_kwargs\.n_row: expected at least 1, got -1"),
     (LatentDiffusion, {"batch": 1}, r"log_images_kwargs\.batch: is set by the callback"),
     (LatentDiffusion, {"quantize_denoised": True}, r"quantize_denoised: Identity has no codebook"),
+    (LatentDiffusion, {"dpm_steps": 0}, r"log_images_kwargs\.dpm_steps: expected at least 1, got 0"),
+    (LatentDiffusion, {"sampler": "plms"}, r"log_images_kwargs\.sampler: expected ddim or dpm, got 'plms'"),
     (VQModel, {"ddim_steps": 2}, "ddim_steps"),
     (VQModel, {"N": 0}, r"log_images_kwargs\.N: expected at least 1, got 0"),
 ]

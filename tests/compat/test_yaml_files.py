@@ -277,7 +277,7 @@ def test_overlays_fit_over_the_releases_files():
     [
         ("vq", ["data.params.validation=null"]),
         ("vq", ["model.params.lossconfig.params.perceptual_dropout=true", "data.params.num_workers=1"]),
-        ("vq", ["model.params.val_loss_every=1", "--scale_lr", "false"]),
+        ("vq", ["model.params.val_loss_images=null", "--scale_lr", "false"]),
         ("enc", ["model.params.scale_factor_images=8", "model.params.ema_parameters=all"]),
     ],
 )

@@ -22,6 +22,7 @@ from ldm.evaluation.reconstruction import reconstruct, reconstruction_scores
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.util import UserError
 
 IDENTITY = {"target": "torch.nn.Identity"}
@@ -132,6 +133,17 @@ def test_encdiff_samples_from_noise_under_the_tokens_alone(encdiff, small, monke
     assert not torch.equal(made, reconstruct(encdiff, x.flip(0), 4, generator=seeded()))
 
 
+def test_encdiff_samples_by_dpm_solver(encdiff, small):
+    x = batch(small, range(3))
+    with torch.no_grad():
+        tokens = encdiff.cond_stage_model(x)
+        latents, _ = DPMSolverSampler(encdiff).sample(20, 3, (3, 8, 8), tokens, 1.0, generator=seeded(), verbose=False)
+        expected = encdiff.first_stage_model.decode(latents / 1.7).clamp(-1, 1)
+    assert torch.equal(reconstruct(encdiff, x, generator=seeded(), sampler="dpm"), expected)  # 20 steps by itself
+    found = reconstruction_scores(encdiff, small, 3, 3, lpips=None, sampler="dpm", **QUIET)
+    assert "DPM-Solver++, 20 steps, eta 1, noise of seed 0 in batches of 3" in found["protocol"]
+
+
 def test_every_module_returns_to_its_mode(encdiff, small):
     encdiff.train()
     encdiff.model.eval()
@@ -151,6 +163,8 @@ def test_wrong_values_are_named(encdiff, vq, small):
         (encdiff, x, {"steps": 0}, r"steps: expected 1 to 100.*got 0"),
         (encdiff, x, {"steps": 101}, r"steps: expected 1 to 100.*got 101"),
         (encdiff, x, {"eta": 1.5}, r"eta: .*1\.5"),
+        (encdiff, x, {"steps": None}, r"steps: expected 1 to 100.*got 200"),
+        (encdiff, x, {"sampler": "plms"}, "sampler: expected ddim or dpm, got 'plms'"),
         (encdiff, x[0], {}, r"images: .*\(3, 16, 16\)"),
         (encdiff, x.to(torch.uint8), {}, "images: .*uint8"),
         (torch.nn.Linear(1, 1), x, {}, "model: .*Linear"),
@@ -440,6 +454,8 @@ def test_fid_of_samples(inception, shallow, encdiff, small):
     data.asked.clear()
     assert fid(encdiff, data, 5, seed=1, **options)["fid"] != found["fid"]
     assert data.asked != asked, "the seed shuffles the set"
+    by_dpm = fid(encdiff, data, 5, sampler="dpm", **options)
+    assert "(DPM-Solver++, 2 steps, eta 1" in by_dpm["protocol"] and by_dpm["fid"] != found["fid"]
     assert fid(encdiff, Rows(small, 2), 3, real_images=9, **options)["real_images"] == 2
 
 

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel, VQModelInterface
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import UserError
 
@@ -420,6 +422,31 @@ def test_pictures():
     assert pictures["swap"].shape == (1, 3, 5 * 16, 3 * 16)  # the images, then a row per token
     torch.testing.assert_close(pictures["swap"][0, :, :16, :16], pictures["inputs"][0])
     assert pictures["denoise_row"].shape == (1, 3, 2 * 16, 3 * 16)
+
+
+def test_pictures_by_dpm_solver(monkeypatch):
+    torch.manual_seed(0)
+    model = encdiff(scale_by_std=False).eval()
+    batch = next(iter(loader(1)))
+    only = dict(N=2, plot_denoise_rows=False, sample_swap=False, plot_ema=False)
+    asked = []
+    for kind in (DDIMSampler, DPMSolverSampler):
+
+        def plan(self, S, eta, plan=kind.plan):
+            asked.append((self.title, S))
+            return plan(self, S, eta)
+
+        monkeypatch.setattr(kind, "plan", plan)
+    model.log_images(batch, ddim_steps=3, **only)
+    model.log_images(batch, ddim_steps=3, sampler="dpm", **only)
+    start, again = (torch.Generator().manual_seed(3) for _ in range(2))
+    pictures = model.log_images(batch, sampler="dpm", dpm_steps=2, ddim_eta=0.0, generator=start, **only)
+    assert asked == [("DDIM", 3), ("DPM-Solver++", 20), ("DPM-Solver++", 2)]
+    tokens = model.get_learned_conditioning(model.get_input(batch, "image")[:2])
+    latents, _ = DPMSolverSampler(model).sample(2, 2, (3, 8, 8), tokens, generator=again, verbose=False)
+    torch.testing.assert_close(pictures["samples"], model.decode_first_stage(latents))
+    with pytest.raises(UserError, match="sampler: expected ddim or dpm, got 'dmp'"):
+        model.log_images(batch, sampler="dmp", **only)
 
 
 def test_vq_interface_decodes_through_the_codebook():

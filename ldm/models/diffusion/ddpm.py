@@ -16,14 +16,18 @@ from ldm.compat.checkpoints import fit_to
 from ldm.models.autoencoder import IdentityFirstStage, build_schedule
 from ldm.models.checkpoint import load_weights
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.latents import encode_training_set
+from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
+from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "dpm": DPMSolverSampler}
 
 
 class DiffusionWrapper(nn.Module):
@@ -33,9 +37,11 @@ class DiffusionWrapper(nn.Module):
         super().__init__()
         self.diffusion_model = instantiate_from_config(unet_config, "unet_config")
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """x (b, c, h, w), t (b,), tokens (b, n, d) -> (b, c, h, w)."""
-        return self.diffusion_model(x, t, tokens)
+        return self.diffusion_model(x, t, tokens, **options)
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -63,7 +69,9 @@ class LatentDiffusion(pl.LightningModule):
         log_every_t: samplers keep an intermediate result every N steps.
         cache_latents: encode the training set once, before training, and keep its latents in memory. The numbers are
             the same, since the first stage is frozen and images are not augmented.
-        val_loss_every: compute the validation loss on every Nth batch only; scores are not affected.
+        val_loss_images: compute the validation loss of at most as many images, in batches evenly spread over the set;
+            null for all. Scores are not affected.
+        val_loss_every: instead, compute it on every Nth batch.
 
     Attributes:
         learning_rate: set by the command line from `base_learning_rate`.
@@ -115,7 +123,8 @@ class LatentDiffusion(pl.LightningModule):
         ignore_keys: Sequence[str] = (),
         log_every_t: int = 100,
         cache_latents: bool = False,
-        val_loss_every: int = 1,
+        val_loss_images: int | None = 10000,
+        val_loss_every: int | None = None,
     ) -> None:
         super().__init__()
         for key, value, choices in (
@@ -127,7 +136,6 @@ class LatentDiffusion(pl.LightningModule):
             if value not in choices:
                 raise UserError(f"{value!r} is not one of {', '.join(map(str, choices))}", key)
         for key, count in (
-            ("val_loss_every", val_loss_every),
             ("log_every_t", log_every_t),
             ("scale_factor_images", scale_factor_images),
         ):
@@ -148,10 +156,11 @@ class LatentDiffusion(pl.LightningModule):
             raise UserError(f"{scale_factor} would be replaced: set scale_by_std to false", "scale_factor")
         self.log_every_t = log_every_t
         self.schedule = build_schedule(scheduler_config)
-        self.monitor, self.val_loss_every = monitor, val_loss_every
+        self.monitor, self.loss_budget = monitor, LossBudget(val_loss_images, val_loss_every)
         self.num_timesteps = timesteps
         self.cache_latents = cache_latents
         self._latents: torch.Tensor | None = None
+        self._from_tokens: dict[str, Any] = {}
 
         betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         for name, values in schedule_buffers(betas, v_posterior).items():
@@ -275,7 +284,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """The U-Net's output (b, c, h, w) for x_t, t (b,) and tokens (b, n, d)."""
-        return self.model(x_noisy, t, cond if self.conditioned else None)
+        return self.model(x_noisy, t, cond if self.conditioned else None, **self._from_tokens)
 
     def predict_eps(self, x_t: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
         """The noise predicted by the U-Net's output: the output itself, or what turns the predicted x_0 into x_t."""
@@ -343,9 +352,34 @@ class LatentDiffusion(pl.LightningModule):
             raise ValueError(f"the first stage's latents are {found}, but channels and image_size say {expected}")
         return self(latent, image, generator)
 
-    def sampler(self) -> DDIMSampler:
-        """The sampler of latents from this model."""
-        return DDIMSampler(self)
+    @contextmanager
+    def conditioned_on(self, tokens: torch.Tensor) -> Iterator[None]:
+        """Inside the block, every call of `apply_model` is given these tokens (b, n, d), whose keys and values are
+        computed once."""
+        unet = self.model.diffusion_model
+        found = unet.keys_values(unet.tokens(tokens)) if hasattr(unet, "keys_values") else None
+        self._from_tokens = {} if found is None else {"computed": found}
+        try:
+            yield
+        finally:
+            self._from_tokens = {}
+
+    def trial_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A loss that runs what a training step runs, the frozen first stage excepted; for timing."""
+        shape = (self.channels, self.image_size, self.image_size)
+        latent = torch.zeros(len(batch[self.first_stage_key]), *shape, device=self.device)
+        image = self.get_input(batch, self.cond_stage_key) if self.conditioned else None
+        return self(latent, image)[0]
+
+    def sampler(self, name: str = "ddim") -> Sampler:
+        """A sampler of latents from this model: `ddim`, as released, or `dpm` for DPM-Solver++.
+
+        Raises:
+            UserError: another name.
+        """
+        if name not in SAMPLERS:
+            raise UserError(f"expected {' or '.join(SAMPLERS)}, got {name!r}", "sampler")
+        return SAMPLERS[name](self)
 
     # ---- training
 
@@ -427,9 +461,9 @@ class LatentDiffusion(pl.LightningModule):
     @torch.no_grad()
     def _evaluate(self, batch: Mapping[str, torch.Tensor], batch_idx: int, split: str) -> None:
         """Losses at timesteps and noise that depend only on the batch's number, so that epochs are comparable."""
-        if batch_idx % self.val_loss_every:
-            return
         size = batch[self.first_stage_key].shape[0]
+        if not self.loss_budget.wants(self.trainer, batch_idx, size, split):
+            return
 
         def compute(suffix: str) -> dict[str, torch.Tensor]:
             generator = torch.Generator(device=self.device).manual_seed(batch_idx)

@@ -1,9 +1,14 @@
 """The Gaussian diffusion process as pure functions: β schedules, their derived coefficients, q(x_t | x_0)."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
+# log(√ᾱ/√(1 − ᾱ)) of the noisiest timestep that DPM-Solver++ visits, as in diffusers. The cosine schedule's last ones
+# are lower, and the x_0 predicted there is the network's error, thousands of times enlarged.
+LAMBDA_MIN = -5.1
 
 
 def make_beta_schedule(
@@ -127,3 +132,74 @@ def ddim_coefficients(
     # At timestep 0 itself ᾱ = ᾱ_prev: there is no noise to add.
     sigmas = eta * np.sqrt((1 - prev) / (1 - alphas) * np.maximum(1 - alphas / prev, 0.0))
     return alphas, prev, sigmas
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The steps of a sampler: `timesteps` (S,) in ascending order, visited from the last to the first.
+
+    A step goes from `alphas`, ᾱ at its timestep, to `alphas_prev`, and adds noise of standard deviation `sigmas`.
+    `change`, of second-order samplers, weighs the change of the predicted x_0 since the step before. All (S,) float64.
+    """
+
+    timesteps: np.ndarray
+    alphas: np.ndarray
+    alphas_prev: np.ndarray
+    sigmas: np.ndarray
+    change: np.ndarray | None = None
+
+
+def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """λ = log(√ᾱ/√(1 − ᾱ)), the time of DPM-Solver (Lu et al., 2022); −∞ where ᾱ has become 0."""
+    with np.errstate(divide="ignore"):
+        return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+
+
+def dpm_timesteps(alphas_cumprod: np.ndarray, num_steps: int) -> np.ndarray:
+    """The timesteps that DPM-Solver++ visits, in ascending order: evenly spaced in λ, its time, and rounded.
+
+    They range from 0 to the last whose λ is at least `LAMBDA_MIN`. Where they would repeat, they are spread out to S
+    different ones, or to all in that range if S is more.
+
+    Args:
+        alphas_cumprod: ᾱ (T,).
+        num_steps: S.
+
+    Raises:
+        ValueError: S outside [1, T].
+    """
+    if not 1 <= num_steps <= len(alphas_cumprod):
+        raise ValueError(f"the number of steps must lie between 1 and {len(alphas_cumprod)}, got {num_steps}")
+    lambdas = half_log_snr(alphas_cumprod)
+    lambdas = lambdas[lambdas >= LAMBDA_MIN]
+    order = np.arange(min(num_steps, len(lambdas)))
+    wanted = np.linspace(lambdas[-1], lambdas[0], len(order))[::-1]
+    steps = np.interp(-wanted, -lambdas, np.arange(len(lambdas))).round().astype(np.int64)
+    steps = np.maximum.accumulate(steps - order) + order  # each at least one more than the one before,
+    return np.minimum(steps, len(lambdas) - len(order) + order)  # and with room for those after it
+
+
+def dpm_coefficients(
+    alphas_cumprod: np.ndarray, timesteps: np.ndarray, eta: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ᾱ at the timesteps and at the ones before them, σ, and the weight of the change of x_0; each (S,).
+
+    A step of (SDE-)DPM-Solver++(2M) (Lu et al., 2022, Algorithm 2 for the ODE) from ᾱ to ᾱ', over h in λ, is
+
+        x' = s / √(1 − ᾱ) x + A (m + h / (2 h_last) (m − m_last)) + σ ε,  s² = 1 − ᾱ' − σ²,  A = √ᾱ' − s √ᾱ / √(1 − ᾱ)
+
+    with the predicted x_0 m, and m_last and h_last of the step before. For the ODE σ is 0; for the SDE it is DDIM's
+    with η = 1. Without the change m − m_last this is DDIM's step, whose σ therefore serves for any η. The last step
+    lands on x_0, where ᾱ' = 1. It is infinitely long in λ, and the first step has none before it: for both the weight
+    A h / (2 h_last) is 0.
+    """
+    alphas = alphas_cumprod[timesteps]
+    prev = np.append(1.0, alphas[:-1])
+    sigmas = eta * np.sqrt((1 - prev) / (1 - alphas) * (1 - alphas / prev))
+    change = np.zeros(len(timesteps))
+    if len(timesteps) > 2:
+        length = -np.diff(half_log_snr(alphas))  # of the steps from the second timestep on
+        spread = np.sqrt((1 - prev - sigmas**2) / (1 - alphas))
+        weight = np.sqrt(prev) - spread * np.sqrt(alphas)
+        change[1:-1] = weight[1:-1] * length[:-1] / (2 * length[1:])
+    return alphas, prev, sigmas, change

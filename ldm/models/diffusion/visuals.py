@@ -41,6 +41,8 @@ def diffusion_images(
     sample: bool = True,
     ddim_steps: int | None = 200,
     ddim_eta: float = 1.0,
+    sampler: str = "ddim",
+    dpm_steps: int = 20,
     plot_denoise_rows: bool = True,
     plot_progressive_rows: bool = False,
     plot_diffusion_rows: bool = False,
@@ -55,8 +57,9 @@ def diffusion_images(
 
     Args:
         batch: images (b, h, w, c) in [-1, 1]; the first `N` are used.
-        sample: sample from each image's tokens. ddim_steps, ddim_eta: of the sampler; `ddim_steps` None, which in LDM
-            means sampling without DDIM, takes one step per timestep.
+        sample: sample from each image's tokens. ddim_steps: of DDIM; None, which in LDM means sampling without DDIM,
+            takes one step per timestep. ddim_eta: η, of either sampler.
+        sampler: `ddim`, or `dpm` for DPM-Solver++, which takes `dpm_steps`.
         n_row: number of images shown in rows over time.
         plot_denoise_rows: x_t on its way from noise to the sample. plot_progressive_rows: the predicted x_0 meanwhile.
         plot_diffusion_rows: the forward process.
@@ -68,6 +71,9 @@ def diffusion_images(
 
     Returns:
         Pictures (b, c, h, w) in [-1, 1] by name.
+
+    Raises:
+        UserError: another sampler.
     """
     x = model.get_input(batch, model.first_stage_key)[:N].to(model.device)
     source = model.get_input(batch, model.cond_stage_key)[:N].to(model.device)
@@ -75,15 +81,15 @@ def diffusion_images(
     shape = (model.channels, model.image_size, model.image_size)
     z = model.get_first_stage_encoding(model.encode_first_stage(x))
     pictures = {"inputs": x, "reconstruction": model.decode_first_stage(z)}
-    sampler = model.sampler()
-    steps = min(ddim_steps or model.num_timesteps, model.num_timesteps)
+    chosen = model.sampler(sampler)
+    steps = min((ddim_steps if sampler == "ddim" else dpm_steps) or model.num_timesteps, model.num_timesteps)
 
     def noise(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=model.device, dtype=z.dtype)
 
     def draw(tokens: torch.Tensor | None, size: int, **options):
         options = {"eta": ddim_eta, "generator": generator, "log_every_t": model.log_every_t} | options
-        return sampler.sample(steps, size, shape, tokens, **options)
+        return chosen.sample(steps, size, shape, tokens, **options)
 
     if plot_diffusion_rows:
         times = torch.linspace(0, model.num_timesteps - 1, 6).long().to(model.device)

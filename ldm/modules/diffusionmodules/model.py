@@ -54,8 +54,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, in, h, w) -> (b, out, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(self.norm1.then_silu(x))
+        h = self.conv2(self.dropout(self.norm2.then_silu(h)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
@@ -132,6 +132,8 @@ class Encoder(nn.Module):
         double_z: output means and log variances, for the KL-regularised model.
     """
 
+    compiles = True  # see `ldm.modules.speed`
+
     def __init__(
         self,
         *,
@@ -165,7 +167,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for stage in self.down:
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out.then_silu(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -173,6 +175,8 @@ class Decoder(nn.Module):
 
     Takes the arguments of `Encoder`; `in_channels` and `double_z` are used by the encoder only.
     """
+
+    compiles = True  # see `ldm.modules.speed`
 
     def __init__(
         self,
@@ -207,4 +211,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for stage in reversed(list(self.up)):
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out.then_silu(h))

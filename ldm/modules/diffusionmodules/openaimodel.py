@@ -1,13 +1,14 @@
 """LDM's denoising U-Net, steered by concept tokens through cross attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.util import GroupNorm32, timestep_embedding, zero_module
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention, KeysValues, SpatialTransformer, keys_values
+from ldm.modules.diffusionmodules.util import Conv3x3, GroupNorm32, timestep_embedding, zero_module
 from ldm.util import UserError
 
 
@@ -57,9 +58,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.resample: nn.Module | None = None
         if resample is not None:
             self.resample = Upsample(channels, False) if resample == "up" else Downsample(channels, False)
@@ -70,34 +69,33 @@ class ResBlock(nn.Module):
             GroupNorm32(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """x (b, channels, h, w), emb (b, emb_channels) -> (b, out_channels, h', w')."""
-        norm, activation, conv = self.in_layers
-        h = activation(norm(x))
+        norm, _, conv = self.in_layers
+        h = norm.then_silu(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
-        modulation = self.emb_layers(emb).type(h.dtype)[:, :, None, None]
+        norm, _, dropout, out_conv = self.out_layers
+        modulation = self.emb_layers(emb).type(h.dtype)
         if self.use_scale_shift_norm:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
+            h = norm.then_silu(h, *modulation.chunk(2, dim=1))
         else:
-            h = self.out_layers(h + modulation)
-        return self.skip_connection(x) + h
+            h = norm.then_silu(h + modulation[:, :, None, None])
+        return self.skip_connection(x) + out_conv(dropout(h))
 
 
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence in which residual blocks get the timestep and transformers get the tokens."""
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None = None
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | Sequence[KeysValues] | None = None
     ) -> torch.Tensor:
-        """x (b, c, h, w), emb (b, e), context (b, n, d) -> (b, c', h', w')."""
+        """x (b, c, h, w), emb (b, e) -> (b, c', h', w'); for the context see `CrossAttention`."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -131,6 +129,8 @@ class UNetModel(nn.Module):
     Raises:
         UserError: sizes that do not fit, or a value that is not supported.
     """
+
+    compiles = True  # see `ldm.modules.speed`
 
     def __init__(
         self,
@@ -219,6 +219,13 @@ class UNetModel(nn.Module):
             GroupNorm32(ch), nn.SiLU(), zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1))
         )
 
+        self.cross_attentions: list[CrossAttention] = []
+        if context_dim is not None:
+            blocks = (module for module in self.modules() if isinstance(module, BasicTransformerBlock))
+            self.cross_attentions = [block.attn2 for block in blocks]
+        for place, layer in enumerate(self.cross_attentions):
+            layer.place = place
+
     def tokens(self, context: torch.Tensor | None) -> torch.Tensor | None:
         """Check the concept tokens (b, n, d); flat ones (b, n·d) are reshaped.
 
@@ -248,23 +255,37 @@ class UNetModel(nn.Module):
         dtype = next(self.parameters()).dtype
         return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype)), self.tokens(context)
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def keys_values(self, context: torch.Tensor | None) -> list[KeysValues] | None:
+        """Keys and values of the concept tokens (b, n, d) for every cross attention, by one product; `forward` takes
+        them in the place of the tokens. None where no transformer sees the tokens."""
+        return keys_values(self.cross_attentions, context) if self.cross_attentions and context is not None else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        computed: Sequence[KeysValues] | None = None,
+    ) -> torch.Tensor:
         """Predict the noise in a noisy latent.
 
         Args:
             x: (b, in_channels, h, w).
             timesteps: (b,), in [0, T).
             context: concept tokens (b, n, d), or flat (b, n·d).
+            computed: `keys_values` of the same tokens, which are computed here otherwise.
 
         Returns:
             (b, out_channels, h, w).
         """
         emb, context = self.conditions(timesteps, context)
+        seen: Any = self.keys_values(context) if computed is None else computed
         h, skips = x, []
         for module in self.input_blocks:
-            h = module(h, emb, context)
+            h = module(h, emb, seen)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self.middle_block(h, emb, seen)
         for module in self.output_blocks:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h)
+            h = module(torch.cat([h, skips.pop()], dim=1), emb, seen)
+        norm, _, conv = self.out
+        return conv(norm.then_silu(h))

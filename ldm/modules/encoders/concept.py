@@ -95,6 +95,8 @@ class ConceptEncoder(nn.Module):
         UserError: sizes that do not fit.
     """
 
+    compiles = True  # see `ldm.modules.speed`
+
     def __init__(
         self,
         context_dim: int,

@@ -94,26 +94,53 @@ class AdversarialLoss(nn.Module):
             perceptual = self.perceptual_loss(x, y)
             return distance + self.perceptual_weight * perceptual, perceptual
 
-    def adaptive_weight(self, nll_loss: torch.Tensor, g_loss: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
-        """λ = ‖∇ nll‖ / (‖∇ g‖ + 1e-4) at the decoder's last layer, clipped to [0, 1e4] (Esser et al., Eq. 7)."""
-        (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
-        (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
-        weight = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
-        return weight.clamp(0.0, 1e4).detach() * self.discriminator_weight
+    def leaf(self, reconstructions: torch.Tensor) -> torch.Tensor:
+        """The reconstructions, as what `image_loss` differentiates the losses of images by: their graph ends here, so
+        that LPIPS and the discriminator are differentiated once for the adaptive weight and the gradient together."""
+        if self.discriminator is None or not (torch.is_grad_enabled() and reconstructions.requires_grad):
+            return reconstructions
+        return reconstructions.detach().requires_grad_()
 
-    def adversarial_term(
-        self, nll_loss: torch.Tensor, reconstructions: torch.Tensor, last_layer: torch.Tensor, step: int
+    def image_loss(
+        self,
+        nll_loss: torch.Tensor,
+        leaf: torch.Tensor,
+        reconstructions: torch.Tensor,
+        last_layer: torch.Tensor,
+        step: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The generator's adversarial loss (), and what to log. Without gradients the adaptive weight is 0."""
+        """The nll loss with the generator's adversarial loss.
+
+        The weight of the latter is λ = ‖∇ nll‖ / (‖∇ g‖ + 1e-4) at the decoder's last layer, clipped to [0, 1e4] (Esser
+        et al., Eq. 7); without gradients it is 0.
+
+        Args:
+            nll_loss: (), computed from `leaf`.
+            leaf: of `reconstructions` (b, c, h, w).
+            last_layer: weights of the decoder's last layer.
+            step: of training.
+
+        Returns:
+            The loss (), which is differentiated through `reconstructions`, and what to log.
+        """
         factor = nll_loss.new_full((), self.factor(step))  # filled on the device, not copied to it
         if self.discriminator is None:
-            return nll_loss.new_zeros(()), {"disc_factor": factor}
-        g_loss = -self.discriminator(reconstructions).float().mean()
-        weight = nll_loss.new_zeros(())
-        if torch.is_grad_enabled() and nll_loss.requires_grad:
-            weight = self.adaptive_weight(nll_loss, g_loss, last_layer)
+            return nll_loss, {"disc_factor": factor}
+        g_loss = -self.discriminator(leaf).float().mean()
+        if leaf is reconstructions:
+            return nll_loss, {"d_weight": nll_loss.new_zeros(()), "disc_factor": factor, "g_loss": g_loss.detach()}
+        (nll_grad,) = torch.autograd.grad(nll_loss, leaf)
+        (g_grad,) = torch.autograd.grad(g_loss, leaf)
+        norms = []
+        for gradient in (nll_grad, g_grad):
+            (at_last,) = torch.autograd.grad(reconstructions, last_layer, gradient, retain_graph=True)
+            norms.append(at_last.float().norm())
+        weight = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach() * self.discriminator_weight
         losses = {"d_weight": weight, "disc_factor": factor, "g_loss": g_loss.detach()}
-        return weight * self.factor(step) * g_loss, losses
+        value = (nll_loss + weight * self.factor(step) * g_loss).detach()
+        # The value of the loss, with the gradient that is known already.
+        through = (reconstructions.float() * (nll_grad + weight * self.factor(step) * g_grad).float()).sum()
+        return through + (value - through).detach(), losses
 
     def discriminator_loss(
         self, inputs: torch.Tensor, reconstructions: torch.Tensor, step: int

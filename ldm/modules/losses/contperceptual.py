@@ -31,11 +31,12 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         last_layer: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Posterior and images (b, c, h, w) twice -> the autoencoder's loss (), and what to log."""
-        distance, _ = self.reconstruction(inputs, reconstructions)
+        leaf = self.leaf(reconstructions)
+        distance, _ = self.reconstruction(inputs, leaf)
         nll_loss = (distance / self.logvar.exp() + self.logvar).sum() / inputs.shape[0]
         kl_loss = posterior.kl().mean()
-        adversarial, losses = self.adversarial_term(nll_loss, reconstructions, last_layer, step)
-        loss = nll_loss + self.kl_weight * kl_loss + adversarial
+        image_loss, losses = self.image_loss(nll_loss, leaf, reconstructions, last_layer, step)
+        loss = image_loss + self.kl_weight * kl_loss
         losses |= {
             "total_loss": loss.detach(),
             "logvar": self.logvar.detach(),

@@ -27,11 +27,12 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         last_layer: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Codebook loss () and images (b, c, h, w) twice -> the autoencoder's loss (), and what to log."""
-        distance, perceptual = self.reconstruction(inputs, reconstructions)
+        leaf = self.leaf(reconstructions)
+        distance, perceptual = self.reconstruction(inputs, leaf)
         nll_loss = distance.mean()
-        adversarial, losses = self.adversarial_term(nll_loss, reconstructions, last_layer, step)
+        image_loss, losses = self.image_loss(nll_loss, leaf, reconstructions, last_layer, step)
         quant_loss = codebook_loss.mean()
-        loss = nll_loss + adversarial + self.codebook_weight * quant_loss
+        loss = image_loss + self.codebook_weight * quant_loss
         losses |= {
             "total_loss": loss.detach(),
             "quant_loss": quant_loss.detach(),

@@ -1,0 +1,137 @@
+"""Ways of computing the same thing faster: chosen by timing them on the machine at hand, and switched on in place."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.modules import fused
+
+log = logging.getLogger(__name__)
+
+# Autocast has costs that a short trial does not show, such as casting the weights of a large network at every step.
+WORTH = 1.15
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to compute.
+
+    Attributes:
+        precision: of Lightning's Trainer: 32-true or bf16-mixed.
+        channels_last: memory layout of convolutions' weights and of feature maps.
+        kernels: the fused CPU kernels of `ldm.modules.fused` and `ldm.modules.kernels`.
+        compile: `torch.compile` of the networks. cuda_graphs: and replay their launches.
+        reasons: why, in one line.
+    """
+
+    precision: str = "32-true"
+    channels_last: bool = False
+    kernels: bool = False
+    compile: bool = False
+    cuda_graphs: bool = False
+    reasons: str = "the plain path"
+
+    def autocast(self, device: torch.device) -> Any:
+        """The context in which forward passes run, for loops without Lightning."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision.startswith("bf16"))
+
+
+def apply(model: nn.Module, choices: Choices) -> None:
+    """Switch a model to the chosen way, in place; names, shapes and values of its weights stay.
+
+    Args:
+        model: networks of this project. `precision` is the caller's, by autocast.
+        choices: from `choose`.
+    """
+    layout = torch.channels_last if choices.channels_last else torch.contiguous_format
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=layout)
+        if hasattr(module, "kernels"):
+            module.kernels = choices.kernels
+        if choices.compile and getattr(module, "compiles", False):
+            module.compile(mode="reduce-overhead" if choices.cuda_graphs else None)
+
+
+def choose(
+    model: nn.Module,
+    step: Callable[[], Any] | None,
+    device: torch.device,
+    precision: str | None = None,
+    allowed: Mapping[str, bool] | None = None,
+    repeats: int = 2,
+) -> Choices:
+    """Time a step of training each way, and choose the fastest.
+
+    Args:
+        model: on the device; its weights, statistics and gradients are as before afterwards, its layout is not.
+        step: runs the model forwards and backwards. Without it nothing is timed, as in several processes, which must
+            all choose the same: half precision on a GPU then, and float32 on a CPU.
+        device: of the model.
+        precision: if given, it is not chosen.
+        allowed: `bf16`, `channels_last`, `compile`, `cuda_graphs`: those that are False are left out.
+        repeats: timed steps per way; the shortest counts.
+
+    Returns:
+        What to give to `apply`. Compiling takes minutes, and is not timed: it is chosen on a GPU, where launches bound
+        small networks, and not on a CPU, where it gained a tenth.
+    """
+    allowed = {"bf16": True, "channels_last": True, "compile": True, "cuda_graphs": True, **(allowed or {})}
+    kernels = device.type == "cpu" and fused.available()
+    precisions = ["32-true" if precision is None else precision]
+    if precision is None and allowed["bf16"] and (device.type != "cuda" or torch.cuda.is_bf16_supported()):
+        precisions.append("bf16-mixed")
+    layouts = [False, True] if allowed["channels_last"] else [False]
+    # Half precision in the contiguous layout is never the fastest.
+    ways = [
+        Choices(p, last, kernels and last)
+        for p in precisions
+        for last in layouts
+        if last or p == precisions[0] or len(layouts) == 1
+    ]
+    if step is None:
+        chosen = (ways if device.type == "cuda" else [way for way in ways if way.precision == precisions[0]])[-1]
+        return _compiled(chosen, device, allowed, f"{_name(chosen)} (not timed: several processes must agree)")
+    times = [_time(model, way, step, device, repeats) for way in ways]
+    best = min(range(len(ways)), key=lambda i: times[i] * (WORTH if ways[i].precision != precisions[0] else 1.0))
+    told = ", ".join(f"{_name(way)} {1000 * t:.0f} ms" for way, t in zip(ways, times, strict=True))
+    return _compiled(ways[best], device, allowed, f"{_name(ways[best])} (a trial step: {told})")
+
+
+def _compiled(way: Choices, device: torch.device, allowed: Mapping[str, bool], reasons: str) -> Choices:
+    compiled = allowed["compile"] and device.type == "cuda" and find_spec("triton") is not None
+    graphs = compiled and allowed["cuda_graphs"]
+    return replace(way, compile=compiled, cuda_graphs=graphs, reasons=reasons + (", compiled" if compiled else ""))
+
+
+def _name(way: Choices) -> str:
+    precision = {"32-true": "float32", "bf16-mixed": "bf16"}.get(way.precision, way.precision)
+    return precision + (" channels-last" if way.channels_last else "") + (" with fused kernels" if way.kernels else "")
+
+
+def _time(model: nn.Module, way: Choices, step: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The shortest of several steps, in seconds, after one that is not counted."""
+    apply(model, way)
+    # Steps change batch norm's running statistics, among others.
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    cuda = device.type == "cuda"
+    found = []
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            with way.autocast(device):
+                step()
+            if cuda:
+                torch.cuda.synchronize(device)
+            found.append(time.perf_counter() - start)
+            model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in kept:
+            buffer.copy_(value)
+    return min(found[1:])
