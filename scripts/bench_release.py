@@ -17,6 +17,7 @@ from ldm.models.autoencoder import VQModel, VQModelInterface
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder, ResnetBlock
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.concept import TokenMLPs
 
@@ -24,7 +25,7 @@ from ldm.modules.encoders.concept import TokenMLPs
 class ReleasedAttention(CrossAttention):
     """Scores are a tensor of their own, (b·h, l, n), and heads are part of the batch."""
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Any = None) -> torch.Tensor:
         """x (b, l, query_dim), context (b, n, context_dim) -> (b, l, query_dim)."""
         q, context = self.to_q(x), x if context is None else context
         q, k, v = (
@@ -39,7 +40,7 @@ class ReleasedAttention(CrossAttention):
 class ReleasedBlock(BasicTransformerBlock):
     """Activations are computed again in the backward pass, as LDM's blocks do unless told otherwise."""
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Any = None) -> torch.Tensor:
         """x (b, l, dim), context (b, n, context_dim) -> (b, l, dim)."""
         if not torch.is_grad_enabled():
             return self._once(x, context)
@@ -49,6 +50,14 @@ class ReleasedBlock(BasicTransformerBlock):
         x = self.attn1(self.norm1(x)) + x
         x = self.attn2(self.norm2(x), context) + x
         return self.ff(self.norm3(x)) + x
+
+
+class ReleasedUNet(UNetModel):
+    """Every cross attention computes its own keys and values, in every call."""
+
+    def keys_values(self, context: torch.Tensor | None) -> Any:
+        """The tokens themselves (b, n, d)."""
+        return context
 
 
 class ReleasedTokens(TokenMLPs):
@@ -216,6 +225,7 @@ class ReleasedVQModel(VQModel):
 WAYS: dict[type, type] = {
     CrossAttention: ReleasedAttention,
     BasicTransformerBlock: ReleasedBlock,
+    UNetModel: ReleasedUNet,
     TokenMLPs: ReleasedTokens,
     LitEma: ReleasedEma,
     ResnetBlock: ReleasedResnetBlock,

@@ -1,8 +1,6 @@
 """Rows of `bench.py` that do not train: samples, codes, loading, and operations per second."""
 
-import contextlib
 import copy
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from ldm.cli.configure import compose
 from ldm.data.module import DataModuleFromConfig
 from ldm.evaluation.codes import encode
 from ldm.modules.attention import CrossAttention
+from ldm.modules.speed import apply, choose
 from ldm.util import instantiate_from_config
 
 RELEASED_STEPS, FAST_STEPS = 200, 20  # of DDIM; of DPM-Solver++
@@ -29,22 +28,6 @@ def encdiff(folder: Path, device: str, changes: Sequence[str] = ()) -> Any:
     config = compose([ENCDIFF], [*overrides("train", folder, device, 8, 64, 512), *changes])
     torch.manual_seed(0)
     return instantiate_from_config(config.model, "model").to(device).eval()
-
-
-def sped_up(model: Any, device: str, wanted: dict[str, Any] | None = None) -> tuple[Callable[[], Any], str]:
-    """Change a model as `configs/fast.yaml` does, in place.
-
-    Returns:
-        The context in which it computes, and what was chosen.
-    """
-    try:
-        from ldm.modules import speed  # type: ignore[attr-defined]
-    except ImportError:
-        return contextlib.nullcontext, "float32, contiguous"
-    choices = speed.choose(torch.device(device), wanted)
-    speed.apply(model, choices)
-    enabled = choices.precision == "bf16-mixed"
-    return lambda: torch.autocast(device, torch.bfloat16, enabled=enabled), choices.reasons
 
 
 @torch.no_grad()
@@ -61,57 +44,54 @@ def sample(
     fast = encdiff(folder, device)
     plain: Any = as_released(copy.deepcopy(fast))
     images = torch.rand(batch_size, 3, 64, 64, device=device) * 2 - 1
-    context, chosen = sped_up(fast, device)
-    takes_name = bool(inspect.signature(fast.sampler).parameters)
-    sampler = fast.sampler("dpm") if takes_name else fast.sampler()
-    shape = (fast.channels, fast.image_size, fast.image_size)
+    where, shape = torch.device(device), (fast.channels, fast.image_size, fast.image_size)
     settings: dict[str, Any] = {"batch_size": batch_size, "shape": shape, "verbose": False}
     tokens = plain.get_learned_conditioning(images)
+    noise, t = torch.randn(batch_size, *shape, device=device), torch.zeros(batch_size, device=device)
+    choices = choose(fast, lambda: fast.apply_model(noise, t, tokens), where)
+    apply(fast, choices)
     last: list[torch.Tensor] = []
 
     def released_steps() -> None:
         last[:] = [plain.sampler().sample(steps, conditioning=tokens, eta=1.0, **settings)[0]]
 
     def fast_samples() -> None:
-        with context():
-            fast.decode_first_stage(sampler.sample(FAST_STEPS, conditioning=tokens, **settings)[0])
+        with choices.autocast(where):
+            fast.decode_first_stage(fast.sampler("dpm").sample(FAST_STEPS, conditioning=tokens, **settings)[0])
 
-    where = torch.device(device)
     denoise = stopwatch(released_steps, where, batch_size * steps / RELEASED_STEPS)
     decode = stopwatch(lambda: plain.decode_first_stage(last[0]), where, batch_size)
     found = in_turns(lambda: denoise() + decode(), stopwatch(fast_samples, where, batch_size), pairs, budget)
     timed = "" if steps == RELEASED_STEPS else f" ({steps} timed)"
-    name = f"{'DPM-Solver++' if takes_name else 'DDIM'} {FAST_STEPS}"
-    return Timing(*found, "sample", f"batch {batch_size}; DDIM {RELEASED_STEPS}{timed} against {name}; {chosen}")
+    ways = f"DDIM {RELEASED_STEPS}{timed} against DPM-Solver++ {FAST_STEPS}"
+    return Timing(*found, "sample", f"batch {batch_size}; {ways}; {choices.reasons}")
 
 
 @torch.no_grad()
 def codes(device: str, folder: Path, pairs: int, budget: float, images: int, half: bool = False) -> Timing:
-    """Images encoded to scalars per second: contiguous float32 batches of 128, against `ldm.evaluation.codes.encode`."""
-    fast = encdiff(folder, device)
-    plain: Any = as_released(copy.deepcopy(fast))
+    """Images encoded to scalars per second: contiguous float32 batches of 128, against `encode` of `ldm.evaluation`."""
+    model = encdiff(folder, device)
+    plain: Any = as_released(copy.deepcopy(model))
     dataset = SyntheticImages(str(folder / f"codes-{images}.bin"), images)
     batches = [
         torch.stack([dataset[row]["image"] for row in range(start, min(start + 128, images))]).permute(0, 3, 1, 2)
         for start in range(0, images, 128)
     ]
-    context, chosen = sped_up(fast, device, {"precision": "bf16-mixed" if half else "32-true"})
 
     def released() -> None:
         for batch in batches:
             plain.cond_stage_model.encoding(batch.contiguous().to(device)).cpu()
 
     def ours() -> None:
-        with context():
-            encode(fast, dataset, progress=False)
+        encode(model, dataset, progress=False, dtype="bf16" if half else "float32")
 
     where = torch.device(device)
     found = in_turns(stopwatch(released, where, images), stopwatch(ours, where, images), pairs, budget)
-    return Timing(*found, note=chosen)
+    return Timing(*found)
 
 
 def loader(folder: Path, pairs: int, budget: float, batch_size: int, images: int) -> Timing:
-    """Images loaded per second by the process that trains: item by item as float32, against the data module's loader."""
+    """Images loaded per second by the training process: item by item as float32, against the data module's loader."""
     params = {"path": str(folder / f"loader-{images}.bin"), "count": images}
     dataset = SyntheticImages(**params)  # type: ignore[arg-type]
     node = {"target": f"{SyntheticImages.__module__}.SyntheticImages", "params": params}

@@ -91,12 +91,8 @@ def plain_training(files: Sequence[Path], changes: Sequence[str], folder: Path, 
 
 
 def fast_training(files: Sequence[Path], changes: Sequence[str], folder: Path, batch_size: int) -> Training:
-    """A training with `configs/fast.yaml`; while there is no such file, with cached latents alone."""
-    if FAST.is_file():
-        made = job([*files, FAST], changes, folder)
-    else:
-        cached = ["model.params.cache_latents=true"] if ENCDIFF in files else []
-        made = job(files, [*changes, *cached], folder)
+    """A training with `configs/fast.yaml`."""
+    made = job([*files, FAST], changes, folder)
     return Training(made.trainer, made.model, made.data, batch_size)
 
 
