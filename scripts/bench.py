@@ -1,0 +1,157 @@
+"""One table of speeds: the release's way of doing each thing against the fast path, timed in turns.
+
+python scripts/bench.py                         all rows, on the GPU if there is one
+python scripts/bench.py --quick --json FILE     in under five minutes on two cores
+python scripts/bench.py --only train sample     some rows
+python scripts/bench.py --growth                by batch size, image size, tokens and number of images
+
+The release's way is in bench_release.py: eager, float32, contiguous, with the operations of LDM in 2022. The fast path
+is what configs/fast.yaml turns on. Images and weights are random. A ratio is the median over pairs of turns, with the
+least and the largest of them.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from bench_growth import growth, growth_table
+from bench_machine import describe
+from bench_process import first_step_seconds, help_seconds, peak_memory
+from bench_rows import RELEASED_STEPS, codes, loader, operations, sample
+from bench_training import compare, lpips_parameters
+
+RATIOS = ("train", "first_stage", "sample", "encode", "encode_bf16")
+COMPARED = (*RATIOS, "loader")
+ROWS = (*COMPARED, "startup", "memory", "flops")
+
+
+def comparisons(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Any]]:
+    """What computes each row that has a ratio."""
+    device, size, quick = options.device, options.batch_size, options.quick
+    cuda = device == "cuda"
+    pairs, budget = (3, 20.0) if quick else (7, 120.0)
+    images, encoded = max(4 * size, 512 if quick else 4096), 2048 if quick else 8192
+    lpips = lpips_parameters(options.lpips, folder)
+    steps = 20 if quick and not cuda else RELEASED_STEPS
+    return {
+        "train": lambda: compare("train", device, size, pairs, budget, images=images),
+        "first_stage": lambda: compare("first_stage", device, size, pairs, budget, images=images, extra=lpips),
+        "sample": lambda: sample(device, folder, pairs, budget, 64 if cuda else 8, steps),
+        "encode": lambda: codes(device, folder, pairs, budget, encoded),
+        "encode_bf16": lambda: codes(device, folder, pairs, budget, encoded, half=True),
+        "loader": lambda: loader(folder, pairs, budget, size, 4096),
+    }
+
+
+def measure(options: argparse.Namespace, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """All rows that were asked for, by name; reports each when it is done."""
+    found: dict[str, Any] = {}
+    device, size = options.device, options.batch_size
+    rows: dict[str, Callable[[], Any]] = {
+        name: lambda compute=compute: compute().summary() for name, compute in comparisons(options, folder).items()
+    }
+    rows["startup"] = lambda: {
+        "help": help_seconds(1 if options.quick else 3),
+        "first_step_plain": first_step_seconds(device, size, folder, fast=False),
+        "first_step_fast": first_step_seconds(device, size, folder, fast=True),
+    }
+    rows["memory"] = lambda: {
+        f"{stage}_{way}": peak_memory(stage, way, device, size)
+        for stage in ("train", "first_stage")
+        for way in ("plain", "fast")
+    }
+    rows["flops"] = lambda: operations(device, folder, found.get("train"))
+    for name in options.only or ROWS:
+        start = time.perf_counter()
+        found[name] = rows[name]()
+        report(f"{name}: {time.perf_counter() - start:.0f} s")
+    return found
+
+
+def table(rows: dict[str, Any]) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| | release's way | fast | ratio (least to largest) | |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        if name in COMPARED:
+            cells = [f"{row['plain']:.4g} {row['unit']}", f"{row['fast']:.4g} {row['unit']}"]
+            cells += [f"{row['ratio']:.2f} ({row['least']:.2f} to {row['largest']:.2f})", row["note"]]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    if memory := rows.get("memory"):
+        for stage in ("train", "first_stage"):
+            plain, fast = memory[f"{stage}_plain"], memory[f"{stage}_fast"]
+            lines.append(f"| peak memory, {stage} | {plain:.0f} MiB | {fast:.0f} MiB | {plain / fast:.2f} | |")
+    if startup := rows.get("startup"):
+        lines.append(f"| main_val.py --help | | {startup['help']:.1f} s | | |")
+        without, fast = startup["first_step_plain"], startup["first_step_fast"]
+        lines.append(f"| first step of EncDiff, 512 images | | {fast:.1f} s | | without fast.yaml {without:.1f} s |")
+    if flops := rows.get("flops"):
+        products = [f"{kind} {flops[f'product_{kind}_gflops']:.0f}" for kind in ("float32", "bfloat16")]
+        done = [
+            f"{flops[key]:.0f} GFLOP/s" if (key := f"train_{way}_gflops") in flops else "" for way in ("plain", "fast")
+        ]
+        lines.append(f"| operations of train | {' | '.join(done)} | | matrix product: {', '.join(products)} GFLOP/s |")
+    return lines
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """The machine and the versions, in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    what = machine.get("gpu") or f"{machine['processor']} ({', '.join(machine['flags'])})"
+    return f"{what}, {machine['cores']} cores, {machine['threads']} threads; Python {machine['python']}, {versions}"
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default here: {default}")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"any of {', '.join(ROWS)}")
+    parser.add_argument("--batch-size", type=int, help="of training and loading: 32 on a CPU, 128 on a GPU")
+    parser.add_argument("--quick", action="store_true", help="fewer turns, and 20 of DDIM's 200 steps on a CPU")
+    parser.add_argument(
+        "--lpips", metavar="FILE", help="train the first stage with LPIPS: VGG16's weights, or 'random'"
+    )
+    parser.add_argument("--growth", action="store_true", help="the second table instead of the first")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything there too")
+    options = parser.parse_args(argv)
+    if options.batch_size is None:
+        options.batch_size = 128 if options.device == "cuda" else 32
+    if options.batch_size < 4:
+        parser.error("argument --batch-size: expected at least 4")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, measure, print, write."""
+    options = parse(argv)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    start, result = time.perf_counter(), {"machine": describe(options.device)}
+    print(machine_line(result["machine"]))
+    with tempfile.TemporaryDirectory() as name:
+        if options.growth:
+            result["growth"] = growth(options.device, Path(name), options.batch_size, 10.0 if options.quick else 60.0)
+            lines = growth_table(result["growth"])
+        else:
+            rows = measure(options, Path(name), lambda line: print(line, file=sys.stderr, flush=True))
+            result |= {"ratios": {row: rows[row]["ratio"] for row in RATIOS if row in rows}, "rows": rows}
+            lines = table(rows)
+    result["seconds"] = time.perf_counter() - start
+    print("\n".join(["", *lines, "", f"in {result['seconds']:.0f} s"]))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
