@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,10 +13,13 @@ from torch.utils.data import default_collate
 from ldm.data.images import ImageDataset, evenly_spaced, to_unit_range_all
 from ldm.models.autoencoder import FirstStage, VQModel
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.mode import evaluating
 from ldm.modules.speed import apply, choose
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
+# Seconds of a forward pass.
+MOMENT = 0.05
 
 
 class Fast(Callback):
@@ -29,7 +33,7 @@ class Fast(Callback):
         compile: `torch.compile` of the networks, with CUDA graphs: on a GPU.
         cache_latents: keep the latents of training images that do not change, in at most a quarter of the memory.
         images_on_device: keep training images on the GPU as uint8, in at most half of its free memory.
-        trial: images in the steps that are timed.
+        trial: images in the steps that are timed; a whole batch where that takes no longer than a moment.
     """
 
     def __init__(
@@ -58,13 +62,22 @@ class Fast(Callback):
         if not isinstance(model, FirstStage | LatentDiffusion) or dataset is None:
             return
         device = device_of(options)
-        rows = evenly_spaced(len(dataset), self.trial).tolist()
-        batch = to_unit_range_all(default_collate([dict(dataset[row]) for row in rows]))
-        batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
         model.to(device)
+        batch = images_of(dataset, self.trial, device)
+        if several_processes(options):
+            step = None
+        else:
+            start = time.perf_counter()
+            with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model.trial_loss(batch)
+            if time.perf_counter() - start < MOMENT:
+                batch = images_of(dataset, getattr(data, "batch_size", self.trial), device)
+
+            def step() -> None:
+                model.trial_loss(batch).backward()
+
         given = options.get("precision")
         allowed = {**self.allowed, "cuda_graphs": (options.get("accumulate_grad_batches") or 1) == 1}
-        step = None if several_processes(options) else lambda: model.trial_loss(batch).backward()
         choices = choose(model, step, device, None if given is None else str(given), allowed)
         apply(model, choices)
         options["precision"] = choices.precision if given is None else given
@@ -76,6 +89,13 @@ class Fast(Callback):
             data.resident = device
             told.append("keeping images on the GPU")
         log.info("fast: %s", "; ".join(told))
+
+
+def images_of(dataset: Any, count: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of images that are evenly spread over a data set, on a device."""
+    items = [dict(dataset[row]) for row in evenly_spaced(len(dataset), count).tolist()]
+    batch = to_unit_range_all(default_collate(items))
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 def device_of(options: dict[str, Any]) -> torch.device:
