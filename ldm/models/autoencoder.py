@@ -18,6 +18,7 @@ from ldm.models.validation import LossBudget
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
+from ldm.modules.speed import any_batch_size
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -317,11 +318,14 @@ class VQModel(FirstStage):
 
     def encode_to_prequant(self, x: torch.Tensor) -> torch.Tensor:
         """Image (b, c, h, w) -> latent (b, embed_dim, h', w') before quantisation."""
+        any_batch_size(x)
         return self.quant_conv(self.encoder(x))
 
     def decode(self, quant: torch.Tensor) -> torch.Tensor:
         """Quantised latent (b, embed_dim, h', w') -> image (b, c, h, w)."""
-        return self.decoder(self.post_quant_conv(quant))
+        h = self.post_quant_conv(quant)
+        any_batch_size(h)
+        return self.decoder(h)
 
     def decode_code(self, code: torch.Tensor) -> torch.Tensor:
         """Code indices (b, h', w') -> image (b, c, h, w)."""
@@ -418,11 +422,14 @@ class AutoencoderKL(FirstStage):
 
     def encode(self, x: torch.Tensor) -> DiagonalGaussianDistribution:
         """Image (b, c, h, w) -> posterior of the latent (b, embed_dim, h', w')."""
+        any_batch_size(x)
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (b, embed_dim, h', w') -> image (b, c, h, w)."""
-        return self.decoder(self.post_quant_conv(z))
+        h = self.post_quant_conv(z)
+        any_batch_size(h)
+        return self.decoder(h)
 
     def forward(
         self, x: torch.Tensor, sample_posterior: bool = True

@@ -1,6 +1,7 @@
 """Ways of computing the same thing faster: chosen by timing them on the machine at hand, and switched on in place."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,15 @@ class Choices:
     def autocast(self, device: torch.device) -> Any:
         """The context in which forward passes run, for loops without Lightning."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision.startswith("bf16"))
+
+
+def any_batch_size(*tensors: torch.Tensor | None) -> None:
+    """Tell `torch.compile`, where it is in use, that other batch sizes will come: a ragged last batch then compiles
+    nothing anew."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds
+    for tensor in tensors if dynamo is not None and not torch.compiler.is_compiling() else ():
+        if tensor is not None:
+            dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def apply(model: nn.Module, choices: Choices) -> None:

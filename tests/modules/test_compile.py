@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.concept import Encoder4, TokenMLPs
+from ldm.modules.speed import Choices, any_batch_size, apply
 
 pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(
@@ -39,20 +40,14 @@ def networks() -> tuple[UNetModel, Encoder4]:
     return unet, encoder
 
 
-def mark(*tensors: torch.Tensor) -> None:
-    """Tell the compiler that the batch may have another size; it refuses to compile for one size only."""
-    for tensor in tensors:
-        torch._dynamo.mark_dynamic(tensor, 0)
-
-
 def step(unet: nn.Module, encoder: nn.Module, batch: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """Loss and gradients of a batch, as in training."""
     generator = torch.Generator().manual_seed(batch)
     image, x = (torch.randn(batch, 3, size, size, generator=generator) for size in (16, 4))
     t = torch.randint(0, 1000, (batch,), generator=generator)
-    mark(image, x, t)
+    any_batch_size(image, x, t)
     tokens = encoder(image)
-    mark(tokens)
+    any_batch_size(tokens)
     loss = (unet(x, t, tokens) - x).abs().mean()
     parameters = {f"{i}.{name}": p for i, net in enumerate((unet, encoder)) for name, p in net.named_parameters()}
     gradients = torch.autograd.grad(loss, list(parameters.values()))
@@ -82,16 +77,15 @@ def test_an_unmarked_batch_would_recompile():
 
 
 @needs_compiler
-@pytest.mark.parametrize("which", ["unet", "encoder"])
-def test_compiled_equals_eager(which):
-    """Output and gradients, by Inductor; names in checkpoints stay."""
-    index = ["unet", "encoder"].index(which)
-    compiled, plain = networks()[index], networks()[index]
+def test_compiled_equals_eager():
+    """The encoder's output and gradients, by Inductor; names in checkpoints stay. (The U-Net takes two minutes.)"""
+    (_, compiled), (_, plain) = networks(), networks()
     names = list(plain.state_dict())
-    compiled.compile()
-    x, t, tokens = torch.randn(3, 3, 4, 4), torch.tensor([0, 5, 999]), torch.randn(3, 4, 8)
-    inputs = (x, t, tokens) if which == "unet" else (torch.randn(3, 3, 16, 16),)
-    mark(*inputs)
+    apply(compiled, Choices(compile=True))
+    inputs = (torch.randn(3, 3, 16, 16),)
+    any_batch_size(*inputs)
+    torch.testing.assert_close(compiled(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)
+    plain.load_state_dict(compiled.state_dict())
     for network in (compiled, plain):
         network(*inputs).square().mean().backward()
     for (name, found), expected in zip(compiled.named_parameters(), plain.parameters(), strict=True):

@@ -24,6 +24,7 @@ from ldm.models.diffusion.visuals import diffusion_images
 from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
+from ldm.modules.speed import any_batch_size
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class DiffusionWrapper(nn.Module):
         self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
         """x (b, c, h, w), t (b,), tokens (b, n, d) -> (b, c, h, w)."""
+        any_batch_size(x, t, tokens)
         return self.diffusion_model(x, t, tokens, **options)
 
 
@@ -273,6 +275,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def get_learned_conditioning(self, x: torch.Tensor) -> torch.Tensor:
         """Image (b, c, h, w) -> concept tokens (b, n, d)."""
+        any_batch_size(x)
         return self.cond_stage_model(x)
 
     # ---- diffusion
