@@ -76,6 +76,7 @@ def first_step_seconds(device: str, batch_size: int, folder: Path, fast: bool, t
     ]
     changes += ["lightning.trainer.max_steps=1", "lightning.callbacks.first.target=bench_process.FirstStep"]
     changes += [f"lightning.callbacks.first.params.path={stamp}"]
+    changes += ["lightning.callbacks.disentanglement.params.metrics=[]"]
     bases = [ENCDIFF, *([FAST] if fast else [])]
     command = [sys.executable, str(ROOT / "main_val.py"), "-b", *map(str, bases), "-t", "-l", str(folder / "logs")]
     start = time.time()

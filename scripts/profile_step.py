@@ -66,9 +66,8 @@ def main() -> None:
         made.trainer.callbacks.append(watch)
         made.trainer.fit(made.model, made.data)
     events = watch.profiler.key_averages()
-    print(
-        f"{options.steps} steps of {size} images: {watch.wall / options.steps * 1000:.1f} ms each, {options.steps * size / watch.wall:.0f} images/s"
-    )
+    each, rate = watch.wall / options.steps, options.steps * size / watch.wall
+    print(f"{options.steps} steps of {size} images: {1000 * each:.1f} ms each, {rate:.0f} images/s")
     if cuda:
         busy = sum(event.self_device_time_total for event in events) / 1e6
         print(f"the GPU computes {100 * busy / watch.wall:.0f} % of the time")
