@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,17 @@ def comparisons(options: argparse.Namespace, folder: Path) -> dict[str, Callable
     }
 
 
+def _summary(compute: Callable[[], Any]) -> Any:
+    return compute().summary()
+
+
 def measure(options: argparse.Namespace, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
     """All rows that were asked for, by name; reports each when it is done."""
     found: dict[str, Any] = {}
     device, size = options.device, options.batch_size
-    rows: dict[str, Callable[[], Any]] = {
-        name: lambda compute=compute: compute().summary() for name, compute in comparisons(options, folder).items()
-    }
+    rows: dict[str, Callable[[], Any]] = {}
+    for name, compute in comparisons(options, folder).items():
+        rows[name] = partial(_summary, compute)
     rows["startup"] = lambda: {
         "help": help_seconds(1 if options.quick else 3),
         "first_step_plain": first_step_seconds(device, size, folder, fast=False),
@@ -136,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    start, result = time.perf_counter(), {"machine": describe(options.device)}
+    result: dict[str, Any] = {"machine": describe(options.device)}
+    start = time.perf_counter()
     print(machine_line(result["machine"]))
     with tempfile.TemporaryDirectory() as name:
         if options.growth:

@@ -110,4 +110,5 @@ def measure(stage: str, way: str, device: str, batch_size: int, steps: int = 4) 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    print(json.dumps({"mib": measure(*sys.argv[1:4], int(sys.argv[4]))}))
+    stage, way, device, batch_size = sys.argv[1:]
+    print(json.dumps({"mib": measure(stage, way, device, int(batch_size))}))

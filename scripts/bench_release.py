@@ -149,7 +149,8 @@ class ReleasedDiffusion(LatentDiffusion):
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """One batch: the loss that Lightning differentiates."""
         x = self.get_input(batch, self.first_stage_key)
-        latent = self.scale_factor * self.encode_first_stage(x)
+        encoded: Any = self.encode_first_stage(x)
+        latent = self.scale_factor * encoded
         tokens = self.get_learned_conditioning(self.get_input(batch, self.cond_stage_key))
         loss, losses = self.losses_at_random_times(latent, tokens)
         named = {f"train/{name}": value for name, value in losses.items()}
@@ -177,7 +178,8 @@ class ReleasedVQModel(VQModel):
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Autoencoder, then discriminator: as Lightning 1 calls a step of two optimisers."""
-        generator, discriminator = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        generator, discriminator = optimizers
         full = (batch_idx + 1) % self.accumulate_grad_batches == 0
         factor = self.loss.factor(self.global_step)  # before the optimiser counts this batch
         for optimizer, compute in ((generator, self._generator_loss), (discriminator, self._discriminator_loss)):

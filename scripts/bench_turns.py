@@ -113,7 +113,8 @@ class Training:
     """
 
     def __init__(self, trainer: pl.Trainer, model: Any, data: Any, batch_size: int) -> None:
-        self.turns, self.batch_size, self.failure = Turns(), batch_size, None  # type: ignore[var-annotated]
+        self.turns, self.batch_size = Turns(), batch_size
+        self.failure: BaseException | None = None
         self.trainer, self.model, self.data = trainer, model, data
         trainer.callbacks.append(self.turns)  # type: ignore[attr-defined]
         self.thread: threading.Thread | None = None

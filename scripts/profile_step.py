@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -63,7 +64,8 @@ def main() -> None:
         changes = overrides(stage, where, "cuda" if cuda else "cpu", size, 64, max(1024, 4 * size))
         made = job([file] if options.plain else [file, FAST], changes, where)
         watch = Profile(options.warm_up, options.steps)
-        made.trainer.callbacks.append(watch)
+        trainer: Any = made.trainer
+        trainer.callbacks.append(watch)
         made.trainer.fit(made.model, made.data)
     events = watch.profiler.key_averages()
     each, rate = watch.wall / options.steps, options.steps * size / watch.wall

@@ -174,5 +174,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if self._images is not None and isinstance(batch, dict) and "image" not in batch:
             images = self._images[batch["idx"]]
             images = images.unsqueeze(-1) if images.ndim == 3 else images
-            batch = {**batch, "image": images.expand(*images.shape[:-1], self.datasets["train"].channels)}
+            dataset: Any = self.datasets["train"]
+            batch = {**batch, "image": images.expand(*images.shape[:-1], dataset.channels)}
         return to_unit_range_all(batch) if isinstance(batch, dict) else batch

@@ -46,7 +46,7 @@ class Choices:
 def any_batch_size(*tensors: torch.Tensor | None) -> None:
     """Tell `torch.compile`, where it is in use, that other batch sizes will come: a ragged last batch then compiles
     nothing anew."""
-    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds
+    dynamo: Any = sys.modules.get("torch._dynamo")  # importing it takes seconds
     for tensor in tensors if dynamo is not None and not torch.compiler.is_compiling() else ():
         if tensor is not None:
             dynamo.maybe_mark_dynamic(tensor, 0)
@@ -60,6 +60,7 @@ def apply(model: nn.Module, choices: Choices) -> None:
         choices: from `choose`.
     """
     layout = torch.channels_last if choices.channels_last else torch.contiguous_format
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=layout)

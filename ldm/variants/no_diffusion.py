@@ -40,7 +40,9 @@ class DecoderUNet(UNetModel):
             block.emb_layers, block.use_scale_shift_norm = nn.Identity(), False
         self.cross_attentions = []  # there are no steps to reuse keys and values in
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Decode concept tokens.
 
         Args:

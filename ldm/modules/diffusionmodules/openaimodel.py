@@ -75,6 +75,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """x (b, channels, h, w), emb (b, emb_channels) -> (b, out_channels, h', w')."""
+        norm: Any
         norm, _, conv = self.in_layers
         h = norm.then_silu(x)
         if self.resample is not None:
@@ -287,5 +288,6 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb, seen)
         for module in self.output_blocks:
             h = module(torch.cat([h, skips.pop()], dim=1), emb, seen)
+        norm: Any
         norm, _, conv = self.out
         return conv(norm.then_silu(h))
