@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from bench_growth import growth, growth_table
 from bench_machine import describe
-from bench_process import first_step_seconds, help_seconds, peak_memory
+from bench_process import first_step_seconds, help_seconds
 from bench_rows import RELEASED_STEPS, codes, loader, operations, sample
 from bench_training import compare, lpips_parameters
 
 RATIOS = ("train", "first_stage", "sample", "encode", "encode_bf16")
 COMPARED = (*RATIOS, "loader")
-ROWS = (*COMPARED, "startup", "memory", "flops")
+ROWS = (*COMPARED, "startup", "flops")
 
 
 def comparisons(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Any]]:
@@ -58,8 +58,8 @@ def _summary(compute: Callable[[], Any]) -> Any:
     return compute().summary()
 
 
-def measure(options: argparse.Namespace, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """All rows that were asked for, by name; reports each when it is done."""
+def measure(options: argparse.Namespace, folder: Path, report: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+    """All rows that were asked for, by name; reports after each. A row that fails holds its `error`."""
     found: dict[str, Any] = {}
     device, size = options.device, options.batch_size
     rows: dict[str, Callable[[], Any]] = {}
@@ -70,16 +70,14 @@ def measure(options: argparse.Namespace, folder: Path, report: Callable[[str], N
         "first_step_plain": first_step_seconds(device, size, folder, fast=False),
         "first_step_fast": first_step_seconds(device, size, folder, fast=True),
     }
-    rows["memory"] = lambda: {
-        f"{stage}_{way}": peak_memory(stage, way, device, size)
-        for stage in ("train", "first_stage")
-        for way in ("plain", "fast")
-    }
     rows["flops"] = lambda: operations(device, folder, found.get("train"))
     for name in options.only or ROWS:
         start = time.perf_counter()
-        found[name] = rows[name]()
-        report(f"{name}: {time.perf_counter() - start:.0f} s")
+        try:
+            found[name] = rows[name]()
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+        report(f"{name}: {found[name].get('error', 'done')}, {time.perf_counter() - start:.0f} s", found)
     return found
 
 
@@ -87,19 +85,22 @@ def table(rows: dict[str, Any]) -> list[str]:
     """Lines of Markdown."""
     lines = ["| | release's way | fast | ratio (least to largest) | |", "|---|---|---|---|---|"]
     for name, row in rows.items():
-        if name in COMPARED:
+        if "error" in row:
+            lines.append(f"| {name} | | failed | | {' '.join(row['error'].split())[-200:]} |")
+        elif name in COMPARED:
             cells = [f"{row['plain']:.4g} {row['unit']}", f"{row['fast']:.4g} {row['unit']}"]
             cells += [f"{row['ratio']:.2f} ({row['least']:.2f} to {row['largest']:.2f})", row["note"]]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    if memory := rows.get("memory"):
-        for stage in ("train", "first_stage"):
-            plain, fast = memory[f"{stage}_plain"], memory[f"{stage}_fast"]
+    for stage in ("train", "first_stage"):
+        if memory := rows.get(stage, {}).get("memory"):
+            plain, fast = memory["plain"], memory["fast"]
             lines.append(f"| peak memory, {stage} | {plain:.0f} MiB | {fast:.0f} MiB | {plain / fast:.2f} | |")
-    if startup := rows.get("startup"):
+    startup, flops = ({} if "error" in rows.get(name, {}) else rows.get(name, {}) for name in ("startup", "flops"))
+    if startup:
         lines.append(f"| main_val.py --help | | {startup['help']:.1f} s | | |")
         without, fast = startup["first_step_plain"], startup["first_step_fast"]
         lines.append(f"| first step of EncDiff, 512 images | | {fast:.1f} s | | without fast.yaml {without:.1f} s |")
-    if flops := rows.get("flops"):
+    if flops:
         products = [f"{kind} {flops[f'product_{kind}_gflops']:.0f}" for kind in ("float32", "bfloat16")]
         done = [
             f"{flops[key]:.0f} GFLOP/s" if (key := f"train_{way}_gflops") in flops else "" for way in ("plain", "fast")
@@ -144,19 +145,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {"machine": describe(options.device)}
     start = time.perf_counter()
     print(machine_line(result["machine"]))
+
+    def write() -> None:
+        result["seconds"] = time.perf_counter() - start
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+    def report(line: str, rows: dict[str, Any]) -> None:
+        print(line, file=sys.stderr, flush=True)
+        result["ratios"] = {row: rows[row]["ratio"] for row in RATIOS if "ratio" in rows.get(row, {})}
+        result["rows"] = rows
+        write()  # after each row, so that what was measured stays if the next one fails
+
     with tempfile.TemporaryDirectory() as name:
         if options.growth:
             result["growth"] = growth(options.device, Path(name), options.batch_size, 10.0 if options.quick else 60.0)
             lines = growth_table(result["growth"])
         else:
-            rows = measure(options, Path(name), lambda line: print(line, file=sys.stderr, flush=True))
-            result |= {"ratios": {row: rows[row]["ratio"] for row in RATIOS if row in rows}, "rows": rows}
-            lines = table(rows)
-    result["seconds"] = time.perf_counter() - start
+            lines = table(measure(options, Path(name), report))
+    write()
     print("\n".join(["", *lines, "", f"in {result['seconds']:.0f} s"]))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if any("error" in row for row in result.get("rows", {}).values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

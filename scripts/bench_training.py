@@ -83,17 +83,18 @@ def job(files: Sequence[Path], changes: Sequence[str], folder: Path) -> Job:
     return made
 
 
-def plain_training(files: Sequence[Path], changes: Sequence[str], folder: Path, batch_size: int) -> Training:
-    """A training in the release's way."""
+def plain_training(
+    files: Sequence[Path], changes: Sequence[str], folder: Path, batch_size: int
+) -> tuple[Any, Any, Any]:
+    """Trainer, model and data of a training in the release's way."""
     made = job(files, changes, folder)
-    batches = FloatBatches(made.datasets["train"], batch_size)
-    return Training(made.trainer, as_released(made.model), batches, batch_size)
+    return made.trainer, as_released(made.model), FloatBatches(made.datasets["train"], batch_size)
 
 
-def fast_training(files: Sequence[Path], changes: Sequence[str], folder: Path, batch_size: int) -> Training:
-    """A training with `configs/fast.yaml`."""
+def fast_training(files: Sequence[Path], changes: Sequence[str], folder: Path, batch_size: int) -> tuple[Any, ...]:
+    """Trainer, model and data of a training with `configs/fast.yaml`."""
     made = job([*files, FAST], changes, folder)
-    return Training(made.trainer, made.model, made.data, batch_size)
+    return made.trainer, made.model, made.data
 
 
 def compare(
@@ -122,7 +123,8 @@ def compare(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         changes = [*overrides(stage, folder, device, batch_size, image_size, images), *extra]
-        plain, fast = (make(files, changes, folder, batch_size) for make in (plain_training, fast_training))
+        arguments = (files, changes, folder, batch_size)
+        plain, fast = (Training(make, arguments, batch_size) for make in (plain_training, fast_training))
         try:
             start = time.perf_counter()
             fast.turn(1)
@@ -132,4 +134,5 @@ def compare(
         finally:
             plain.close()
             fast.close()
-    return Timing(*found, note=f"batch {batch_size}; fast: {first:.0f} s to its first step")
+    memory = {"plain": plain.memory, "fast": fast.memory}
+    return Timing(*found, note=f"batch {batch_size}; fast: {first:.0f} s to its first step", memory=memory)

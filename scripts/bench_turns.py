@@ -1,16 +1,22 @@
-"""Two ways of doing the same thing, timed in turns: one, the other, one, the other, in one process.
+"""Two ways of doing the same thing, timed in turns: one, the other, one, the other.
 
 What slows the machine down for a while then slows both, and the ratio of each pair stays.
 """
 
+import logging
+import math
+import multiprocessing
+import re
 import statistics
-import threading
+import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
@@ -29,12 +35,14 @@ class Timing:
         plain, fast: seconds per unit, in the order of the pairs.
         unit: of the table: `images` for images per second, `sample` for seconds per sample.
         note: what else to know.
+        memory: MiB at the peak of each way, where it was measured.
     """
 
     plain: list[float]
     fast: list[float]
     unit: str = "images"
     note: str = ""
+    memory: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratios(self) -> list[float]:
@@ -47,6 +55,7 @@ class Timing:
         ratios = self.ratios
         found: dict[str, Any] = {"ratio": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
         found |= {"plain": 1 / plain, "fast": 1 / fast} if self.unit == "images" else {"plain": plain, "fast": fast}
+        found |= {"memory": self.memory} if self.memory else {}
         return {**found, "unit": "images/s" if self.unit == "images" else f"s/{self.unit}", "note": self.note}
 
 
@@ -85,69 +94,103 @@ def stopwatch(work: Callable[[], Any], device: torch.device, units: float = 1.0)
 
 
 class Turns(Callback):
-    """Stops training after a number of batches, until the next turn."""
+    """Stops training after a number of batches, until the next turn.
 
-    def __init__(self) -> None:
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.left, self.stop = 0, False
+    Args:
+        connection: gives the number of batches of a turn, or None to end; takes the seconds that a turn took.
+        batches: of the first turn.
+    """
+
+    def __init__(self, connection: Any, batches: int) -> None:
+        self.connection, self.left, self.start = connection, batches, time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Count a batch; at the last one of a turn, wait."""
         self.left -= 1
-        if self.left > 0:
+        if self.left > 0 or trainer.should_stop:
             return
         synchronize(pl_module.device)
-        self.done.release()
-        self.go.acquire()
-        trainer.should_stop = self.stop
+        self.connection.send(("turn", time.perf_counter() - self.start))
+        batches = self.connection.recv()
+        if batches is None:
+            trainer.should_stop = True
+        else:
+            self.left, self.start = batches, time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB of this process: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike `getrusage`, it does not count what the parent process had
+        return float(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) / 2**10
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if sys.platform == "darwin" else used / 2**10
+
+
+def _serve(connection: Any, make: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> None:
+    """What the process of a training does."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        trainer, model, data = make(*arguments)
+        connection.send(("built", None))
+        batches = connection.recv()
+        if batches is not None:
+            trainer.callbacks.append(Turns(connection, batches))
+            trainer.fit(model, data)
+            connection.send(("ended", peak_memory(model.device)))
+    except BaseException:
+        connection.send(("failed", traceback.format_exc()))
 
 
 class Training:
-    """A training in a thread of its own, which runs only in its turns.
+    """A training in a process of its own, which runs only in its turns.
 
     A turn lasts from the end of a batch to the end of another: loading, step, averages and logging are all in it.
 
     Args:
-        trainer, model, data: as for `trainer.fit`.
+        make: a function of a module, gives trainer, model and data for `trainer.fit`.
+        arguments: of `make`.
         batch_size: images of a batch.
+
+    Attributes:
+        memory: MiB at its peak, after `close`.
     """
 
-    def __init__(self, trainer: pl.Trainer, model: Any, data: Any, batch_size: int) -> None:
-        self.turns, self.batch_size = Turns(), batch_size
-        self.failure: BaseException | None = None
-        self.trainer, self.model, self.data = trainer, model, data
-        trainer.callbacks.append(self.turns)  # type: ignore[attr-defined]
-        self.thread: threading.Thread | None = None
+    def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...], batch_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.batch_size, self.memory = batch_size, math.nan
+        given = (theirs, make, arguments, torch.get_num_threads())
+        self.process = context.Process(target=_serve, args=given, daemon=True)
+        self.process.start()
+        theirs.close()
+        self._receive("built")
 
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def _receive(self, expected: str) -> Any:
         try:
-            self.trainer.fit(self.model, self.data)
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self.turns.done.release()
+            kind, value = self.connection.recv()
+        except EOFError:
+            kind, value = "failed", "its process ended"
+        if kind != expected:
+            raise RuntimeError(f"training failed: {value}")
+        return value
 
     def turn(self, batches: int = 1) -> float:
         """Train on so many batches; returns seconds per image. The first turn also starts the training."""
-        self.turns.left = batches
-        start = time.perf_counter()
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), daemon=True)
-            self.thread.start()
-        else:
-            self.turns.go.release()
-        self.turns.done.acquire()
-        seconds = time.perf_counter() - start
-        if self.failure is not None:
-            raise RuntimeError("training failed") from self.failure
-        if not self.thread.is_alive():
-            raise RuntimeError("training ended before its turns did")
-        return seconds / batches / self.batch_size
+        self.connection.send(batches)
+        return self._receive("turn") / batches / self.batch_size
 
     def close(self) -> None:
         """End the training."""
-        if self.thread is not None and self.thread.is_alive():
-            self.turns.stop = True
-            self.turns.go.release()
-            self.thread.join()
+        try:
+            self.connection.send(None)
+            self.memory = self._receive("ended")
+        except (OSError, RuntimeError):  # it has failed, and this was told
+            self.process.kill()
+        self.process.join()

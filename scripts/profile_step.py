@@ -71,7 +71,9 @@ def main() -> None:
     each, rate = watch.wall / options.steps, options.steps * size / watch.wall
     print(f"{options.steps} steps of {size} images: {1000 * each:.1f} ms each, {rate:.0f} images/s")
     if cuda:
-        busy = sum(event.self_device_time_total for event in events) / 1e6
+        # A kernel is listed under the operation that launched it, and as itself.
+        kernels = [e for e in events if str(e.device_type).endswith("CUDA") and not getattr(e, "is_user_annotation", 0)]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e6
         print(f"the GPU computes {100 * busy / watch.wall:.0f} % of the time")
     print(
         events.table(

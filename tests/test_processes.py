@@ -15,6 +15,7 @@ from test_resume import assert_same_end, config_of, last
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.ema import LitEma
 
 
 class SaveEachRank(Callback):
@@ -117,6 +118,30 @@ def test_ddp_does_not_broadcast_ema_weights(tmp_path):
         torch.distributed.destroy_process_group()
     names = {name for name, buffer in model.named_buffers() if id(buffer) in broadcast}
     assert any("running_mean" in name for name in names) and not any("_ema." in name for name in names)
+
+
+def _keeps_averages(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    torch.nn.init.constant_(model.weight, 1.0)
+    torch.nn.init.zeros_(model.bias)
+    ema = LitEma(model).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.weight.mul_(3.0 + rank)  # as a statistic of each process's own would differ
+    ema(model)
+    expected = 1.0 if rank else 1.0 + 2.0 * 9 / 11  # the first decay is 2/11
+    torch.testing.assert_close(ema.weight, torch.full_like(ema.weight, expected))
+    assert int(ema.num_updates) == 1 - rank
+    ema.share()
+    torch.testing.assert_close(ema.weight, torch.full_like(ema.weight, 1.0 + 2.0 * 9 / 11))
+    assert int(ema.num_updates) == 1
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_first_process_keeps_the_averages(tmp_path):
+    """The others get them when they need them."""
+    torch.multiprocessing.spawn(_keeps_averages, args=(str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,13 +14,16 @@ from torch.utils.data import default_collate
 from ldm.data.images import ImageDataset, evenly_spaced, to_unit_range_all
 from ldm.models.autoencoder import FirstStage, VQModel
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules import fused
 from ldm.modules.mode import evaluating
-from ldm.modules.speed import apply, choose
+from ldm.modules.speed import Choices, apply, choose
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 # Seconds of a forward pass.
 MOMENT = 0.05
+# What of `Choices` a run keeps to.
+WAYS = ("precision", "channels_last", "kernels", "compile", "cuda_graphs")
 
 
 class Fast(Callback):
@@ -32,8 +36,10 @@ class Fast(Callback):
         channels_last: convolutions in this layout; on a CPU with fused kernels.
         compile: `torch.compile` of the networks, with CUDA graphs: on a GPU.
         cache_latents: keep the latents of training images that do not change, in at most a quarter of the memory.
-        images_on_device: keep training images on the GPU as uint8, in at most half of its free memory.
-        trial: images in the steps that are timed; a whole batch where that takes no longer than a moment.
+        images_on_device: keep training images on the GPU as uint8, in at most half of its memory.
+        trial: images in the steps that are timed; a whole batch on a GPU, or where that takes no longer than a moment.
+        chosen: how the run has computed so far, from its saved configuration: a resumed run then goes on in the same
+            way, as far as this machine can, and its losses are those of a run that was never stopped.
     """
 
     def __init__(
@@ -44,11 +50,15 @@ class Fast(Callback):
         cache_latents: bool = True,
         images_on_device: bool = True,
         trial: int = 8,
+        chosen: Mapping[str, Any] | None = None,
     ) -> None:
         if trial < 1:
             raise UserError(f"expected at least 1, got {trial}", "trial")
+        if chosen is not None and set(chosen) != {"device", *WAYS}:
+            raise UserError(f"expected {', '.join(('device', *WAYS))}, got {', '.join(chosen)}", "chosen")
         self.allowed = {"bf16": bf16, "channels_last": channels_last, "compile": compile}
         self.cache_latents, self.images_on_device, self.trial = cache_latents, images_on_device, trial
+        self.chosen = None if chosen is None else dict(chosen)
 
     def prepare(self, model: pl.LightningModule, data: Any, options: dict[str, Any]) -> None:
         """Choose, and switch on; called when everything is built but the Trainer.
@@ -61,24 +71,14 @@ class Fast(Callback):
         dataset = getattr(data, "datasets", {}).get("train")
         if not isinstance(model, FirstStage | LatentDiffusion) or dataset is None:
             return
-        device = device_of(options)
-        model.to(device)
-        batch = images_of(dataset, self.trial, device)
-        if several_processes(options):
-            step = None
-        else:
-            start = time.perf_counter()
-            with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                model.trial_loss(batch)
-            if time.perf_counter() - start < MOMENT:
-                batch = images_of(dataset, getattr(data, "batch_size", self.trial), device)
-
-            def step() -> None:
-                model.trial_loss(batch).backward()
-
-        given = options.get("precision")
+        device, given = device_of(options), options.get("precision")
+        precision = None if given is None else str(given)
         allowed = {**self.allowed, "cuda_graphs": (options.get("accumulate_grad_batches") or 1) == 1}
-        choices = choose(model, step, device, None if given is None else str(given), allowed)
+        choices = self._as_before(device, precision, allowed)
+        if choices is None:
+            step = None if several_processes(options) else self._trial_step(model, data, dataset, device)
+            choices = choose(model, step, device, precision, allowed)
+        self.chosen = {"device": device.type, **{name: getattr(choices, name) for name in WAYS}}
         apply(model, choices)
         options["precision"] = choices.precision if given is None else given
         told = [choices.reasons]
@@ -86,9 +86,44 @@ class Fast(Callback):
             model.cache_latents = True
             told.append("keeping latents")
         if self.images_on_device and images_fit(dataset, device) and hasattr(data, "resident"):
-            data.resident = device
+            data.resident = True
             told.append("keeping images on the GPU")
         log.info("fast: %s", "; ".join(told))
+
+    def _trial_step(self, model: Any, data: Any, dataset: Any, device: torch.device) -> Callable[[], None]:
+        """What `choose` times."""
+        model.to(device)
+        whole = getattr(data, "batch_size", self.trial)
+        batch = images_of(dataset, whole if device.type == "cuda" else self.trial, device)
+        start = time.perf_counter()
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.trial_loss(batch)
+        if device.type == "cpu" and time.perf_counter() - start < MOMENT:
+            batch = images_of(dataset, whole, device)
+
+        def step() -> None:
+            model.trial_loss(batch).backward()
+
+        return step
+
+    def _as_before(self, device: torch.device, precision: str | None, allowed: Mapping[str, bool]) -> Choices | None:
+        """The way in which the run has computed so far, or None where it has none or cannot go on in it."""
+        if self.chosen is None:
+            return None
+        before, device_before = Choices(**{n: self.chosen[n] for n in WAYS}, reasons="as before"), self.chosen["device"]
+        half_off = before.precision == "bf16-mixed" and precision is None and not allowed["bf16"]
+        if device_before != device.type:
+            why = f"it was on {device_before} and is now on {device.type}"
+        elif precision not in (None, before.precision):
+            why = f"it was in {before.precision}, and --precision says {precision}"
+        elif before.kernels and not fused.available():
+            why = "the fused kernels do not run here"
+        elif half_off or any(getattr(before, n) > allowed[n] for n in ("channels_last", "compile", "cuda_graphs")):
+            why = "a part of it is switched off"
+        else:
+            return before
+        log.warning("fast: this run cannot compute as before, so that losses may differ a little: %s", why)
+        return None
 
 
 def images_of(dataset: Any, count: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -99,10 +134,16 @@ def images_of(dataset: Any, count: int, device: torch.device) -> dict[str, torch
 
 
 def device_of(options: dict[str, Any]) -> torch.device:
-    """The first device that the Trainer's options mean."""
+    """The device on which this process trains, from the Trainer's options."""
     accelerator, devices = options.get("accelerator", "auto"), options.get("devices")
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", devices[0] if isinstance(devices, list) and devices else 0)
+        if isinstance(devices, str) and "," in devices:
+            devices = [int(part) for part in devices.split(",") if part.strip()]
+        numbers = devices if isinstance(devices, list) and devices else range(torch.cuda.device_count())
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", numbers[rank % len(numbers)])
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
     return torch.device("cpu")
 
 
@@ -113,19 +154,25 @@ def several_processes(options: dict[str, Any]) -> bool:
     return not one or options.get("num_nodes", 1) != 1
 
 
+def stays_the_same(dataset: Any) -> bool:
+    """Whether a data set is sure to give the images of its memory map, and always the same ones."""
+    kind, names = type(dataset), ("fetch", "__getitems__", "__getitem__")
+    return isinstance(dataset, ImageDataset) and all(getattr(kind, n) is getattr(ImageDataset, n) for n in names)
+
+
 def latents_fit(model: LatentDiffusion, dataset: Any, device: torch.device) -> bool:
     """Whether latents can be kept: they are always the same, and take at most a quarter of the memory."""
-    size = 4 * len(dataset) * model.channels * model.image_size**2
-    same = isinstance(model.first_stage_model, VQModel) and isinstance(dataset, ImageDataset)
+    if not isinstance(model.first_stage_model, VQModel) or not stays_the_same(dataset):
+        return False
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return same and size < memory / 4
+    return 4 * len(dataset) * model.channels * model.image_size**2 < memory / 4
 
 
 def images_fit(dataset: Any, device: torch.device) -> bool:
-    """Whether a GPU can hold a data set's images in half of its free memory."""
-    if device.type != "cuda" or not isinstance(dataset, ImageDataset):
+    """Whether a GPU can hold a data set's images in half of its memory."""
+    if device.type != "cuda" or not stays_the_same(dataset):
         return False
-    return dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return dataset.images.nbytes < torch.cuda.get_device_properties(device).total_memory / 2

@@ -86,9 +86,11 @@ def build(run: Run, score: bool) -> Job:
 
     datasets = getattr(data, "datasets", {})
     check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
-    for callback in callbacks if run.train else ():
+    for name, callback in zip(lightning["callbacks"], callbacks, strict=True) if run.train else ():
         if hasattr(callback, "prepare"):
             callback.prepare(model, data, options)
+        if getattr(callback, "chosen", None) is not None:  # saved with the configuration: a resumed run keeps to it
+            OmegaConf.update(run.config, f"lightning.callbacks.{name}.params.chosen", callback.chosen, force_add=True)
     trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
     return Job(run, model, data, trainer, datasets)
 

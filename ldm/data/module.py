@@ -4,6 +4,7 @@ import os
 import warnings
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -31,8 +32,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         seed: of the training order; by default, that of `seed_everything`, else 0.
 
     Attributes:
-        resident: a device that holds all training images as uint8, and draws batches there; None loads them from files.
-            For data sets of `ldm.data` with `images`.
+        resident: the device holds all training images as uint8, and batches are drawn there, not loaded from files. For
+            data sets of `ldm.data` with `images`.
 
     Raises:
         UserError: a number out of range, no node at all, or what a data set raises.
@@ -71,7 +72,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.datasets: dict[str, Dataset] = {}
-        self.resident: torch.device | None = None
+        self.resident = False
         self._images: torch.Tensor | None = None
         # Lightning decides by a method's presence whether to validate, test or predict.
         for split, loader in (("validation", "val"), ("test", "test"), ("predict", "predict")):
@@ -117,8 +118,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             world=trainer.world_size if trainer else 1,
             shuffle=training or self.shuffle[split],
         )
-        if training and self.resident is not None:
-            self._images = torch.as_tensor(dataset.images).to(self.resident)
+        if training and self.resident:
+            if self._images is None:
+                self._images = copied(dataset.images, trainer.strategy.root_device if trainer else torch.device("cpu"))
             dataset = Rows(dataset)
         return (ResumableLoader if training else DataLoader)(
             dataset,
@@ -177,3 +179,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
             dataset: Any = self.datasets["train"]
             batch = {**batch, "image": images.expand(*images.shape[:-1], dataset.channels)}
         return to_unit_range_all(batch) if isinstance(batch, dict) else batch
+
+
+def copied(images: np.ndarray, device: torch.device, part: int = 4096) -> torch.Tensor:
+    """Images of a memory map, read-only, on a device; copied in parts, so that the host needs little memory."""
+    found = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), part):
+        found[start : start + part] = torch.from_numpy(np.array(images[start : start + part]))
+    return found

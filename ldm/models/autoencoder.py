@@ -18,7 +18,7 @@ from ldm.models.validation import LossBudget
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
-from ldm.modules.speed import any_batch_size
+from ldm.modules.speed import any_batch_size, match_layouts
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,10 @@ class FirstStage(pl.LightningModule):
         self.log_dict(named, on_step=True, on_epoch=True, batch_size=x.shape[0])
         self.log("loss", losses["total_loss"], logger=False, batch_size=x.shape[0])  # for `ProgressBar`
 
+    def on_train_start(self) -> None:
+        """Restored moments get the weights' memory layout."""
+        match_layouts(self.trainer.optimizers)
+
     def trial_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A loss that runs encoder and decoder forwards and backwards; for timing."""
         x = self.get_input(batch, self.image_key)
@@ -201,6 +205,16 @@ class FirstStage(pl.LightningModule):
         finally:
             if self.use_ema:
                 self.model_ema.restore(self)
+
+    def on_validation_start(self) -> None:
+        """Give all processes the averages, which the first one keeps."""
+        if self.use_ema:
+            self.model_ema.share()
+
+    def on_test_start(self) -> None:
+        """As validation."""
+        if self.use_ema:
+            self.model_ema.share()
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Losses of both parts, and the mean squared error of images in [0, 1]."""
@@ -361,6 +375,7 @@ class VQModel(FirstStage):
 
     def on_validation_start(self) -> None:
         """Set training's marks aside while validation counts its own."""
+        super().on_validation_start()
         self._training_codes = self.codes_used.clone()
         self.codes_used.zero_()
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ldm.util import UserError
@@ -55,7 +56,10 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Update the EMA weights from `model`, without waiting for the device."""
+        """Update the EMA weights from `model`, without waiting for the device; of several processes, on the first one
+        alone, which also saves them. The others get them by `share`."""
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return
         self.num_updates += 1
         count = self.num_updates.float()
         decay = torch.minimum(self.decay, (1 + count) / (10 + count))
@@ -66,6 +70,16 @@ class LitEma(nn.Module):
         step = torch._foreach_sub(shadows, self._live(model))
         torch._foreach_mul_(step, 1.0 - decay)
         torch._foreach_sub_(shadows, step)
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Give all processes the first one's EMA weights; every process must call it."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        for buffer in self.buffers():
+            sent = buffer.contiguous()
+            dist.broadcast(sent, src=0)
+            buffer.copy_(sent)
 
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
@@ -93,6 +107,6 @@ class LitEma(nn.Module):
 
 def ema_buffers(model: nn.Module) -> list[str]:
     """Names of the EMA weights in a model. DDP ignores these: it would broadcast every buffer before each forward pass,
-    and these are equal everywhere."""
+    and these are needed at validation alone."""
     prefixes = [f"{name}." for name, module in model.named_modules() if isinstance(module, LitEma)]
     return [name for name, _ in model.named_buffers() if name.startswith(tuple(prefixes))]

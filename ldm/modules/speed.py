@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ldm.modules import fused
+from ldm.modules.ema import LitEma
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,25 @@ def apply(model: nn.Module, choices: Choices) -> None:
     layout = torch.channels_last if choices.channels_last else torch.contiguous_format
     module: Any
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | LitEma):  # averages too: multi-tensor operations want equal strides
             module.to(memory_format=layout)
         if hasattr(module, "kernels"):
             module.kernels = choices.kernels
         if choices.compile and getattr(module, "compiles", False):
             module.compile(mode="reduce-overhead" if choices.cuda_graphs else None)
+
+
+def match_layouts(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Give optimisers' moments the memory layout of their parameters, in place.
+
+    A checkpoint keeps the layout that it was saved in, and loading keeps the checkpoint's. PyTorch's fused AdamW walks
+    through raw memory on a CPU: it would combine each weight with the moments of another one.
+    """
+    for parameter, state in (pair for optimizer in optimizers for pair in optimizer.state.items()):
+        for name, value in state.items():
+            same = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if same and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
 def choose(
@@ -83,20 +97,24 @@ def choose(
     Args:
         model: on the device; its weights, statistics and gradients are as before afterwards, its layout is not.
         step: runs the model forwards and backwards. Without it nothing is timed, as in several processes, which must
-            all choose the same: half precision on a GPU then, and float32 on a CPU.
+            all choose the same.
         device: of the model.
         precision: if given, it is not chosen.
         allowed: `bf16`, `channels_last`, `compile`, `cuda_graphs`: those that are False are left out.
         repeats: timed steps per way; the shortest counts.
 
     Returns:
-        What to give to `apply`. Compiling takes minutes, and is not timed: it is chosen on a GPU, where launches bound
-        small networks, and not on a CPU, where it gained a tenth.
+        What to give to `apply`. Compiling takes minutes, and is not timed: it is chosen on a GPU, and not on a CPU,
+        where it gained a tenth. A GPU that compiles is not timed at all: before it compiles, launches bound a step of
+        these small networks whatever they compute. It takes bf16 if it computes in it, and channels-last. On other
+        devices than these two, the plain path is taken.
     """
     allowed = {"bf16": True, "channels_last": True, "compile": True, "cuda_graphs": True, **(allowed or {})}
+    if device.type not in ("cpu", "cuda"):
+        return Choices(precision or "32-true", reasons=f"the plain path: not tried on {device.type}")
     kernels = device.type == "cpu" and fused.available()
     precisions = ["32-true" if precision is None else precision]
-    if precision is None and allowed["bf16"] and (device.type != "cuda" or torch.cuda.is_bf16_supported()):
+    if precision is None and allowed["bf16"] and (device.type == "cpu" or _computes_in_bf16()):
         precisions.append("bf16-mixed")
     layouts = [False, True] if allowed["channels_last"] else [False]
     # Half precision in the contiguous layout is never the fastest.
@@ -106,19 +124,21 @@ def choose(
         for last in layouts
         if last or p == precisions[0] or len(layouts) == 1
     ]
-    if step is None:
-        chosen = (ways if device.type == "cuda" else [way for way in ways if way.precision == precisions[0]])[-1]
-        return _compiled(chosen, device, allowed, f"{_name(chosen)} (not timed: several processes must agree)")
+    compiled = allowed["compile"] and device.type == "cuda" and find_spec("triton") is not None
+    if compiled or step is None:
+        way = ways[-1] if device.type == "cuda" else [way for way in ways if way.precision == precisions[0]][-1]
+        why = "several processes must agree" if step is None else "a step that is not compiled yet would mislead"
+        told = f"{_name(way)}{', compiled' if compiled else ''} (not timed: {why})"
+        return replace(way, compile=compiled, cuda_graphs=compiled and allowed["cuda_graphs"], reasons=told)
     times = [_time(model, way, step, device, repeats) for way in ways]
     best = min(range(len(ways)), key=lambda i: times[i] * (WORTH if ways[i].precision != precisions[0] else 1.0))
     told = ", ".join(f"{_name(way)} {1000 * t:.0f} ms" for way, t in zip(ways, times, strict=True))
-    return _compiled(ways[best], device, allowed, f"{_name(ways[best])} (a trial step: {told})")
+    return replace(ways[best], reasons=f"{_name(ways[best])} (a trial step: {told})")
 
 
-def _compiled(way: Choices, device: torch.device, allowed: Mapping[str, bool], reasons: str) -> Choices:
-    compiled = allowed["compile"] and device.type == "cuda" and find_spec("triton") is not None
-    graphs = compiled and allowed["cuda_graphs"]
-    return replace(way, compile=compiled, cuda_graphs=graphs, reasons=reasons + (", compiled" if compiled else ""))
+def _computes_in_bf16() -> bool:
+    """Whether the GPU has bf16 itself, and does not emulate it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _name(way: Choices) -> str:

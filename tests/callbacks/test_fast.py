@@ -1,17 +1,31 @@
 """The overlay `configs/fast.yaml`: what it turns on, and that the numbers stay."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from command_line import CHECKPOINT, ROOT, Result
+from command_line import CHECKPOINT, ROOT, Result, encdiff_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import assert_same_end
 
-from ldm.callbacks.fast import Fast, device_of, latents_fit, several_processes
+from ldm.callbacks.fast import WAYS, Fast, device_of, images_fit, latents_fit, several_processes
+from ldm.config import load_yaml
 from ldm.data.dis import Shapes3DTrain
 from ldm.data.module import DataModuleFromConfig
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.speed import Choices
+from ldm.util import instantiate_from_config
 
 FAST = ROOT / "configs" / "fast.yaml"
 PARAMS = "lightning.callbacks.fast.params"
+
+
+def encdiff(**params: Any) -> LatentDiffusion:
+    node = encdiff_config(Path())["model"]
+    del node["params"]["first_stage_config"]["params"]["ckpt_path"]
+    node["params"] |= params
+    return instantiate_from_config(node)
 
 
 def losses(result: Result, name: str) -> list[float]:
@@ -74,10 +88,82 @@ def test_devices():
     assert several_processes({"devices": 1, "num_nodes": 2})
 
 
+@pytest.mark.parametrize(("options", "rank", "number"), [
+    ({"accelerator": "gpu", "devices": [1, 3]}, 0, 1), ({"accelerator": "gpu", "devices": [1, 3]}, 1, 3),
+    ({"accelerator": "gpu", "devices": "2,"}, 0, 2), ({"accelerator": "auto", "devices": 2}, 1, 1),
+])  # fmt: skip
+def test_each_process_has_its_own_gpu(monkeypatch, options, rank, number):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert device_of(options) == torch.device("cuda", number)
+
+
+FLOAT = {"device": "cpu", "precision": "32-true", "channels_last": True, "kernels": False, "compile": False,
+         "cuda_graphs": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "allowed", "options", "why"), [
+    ({}, {}, {}, ""),
+    ({"device": "cuda"}, {}, {}, "on cuda and is now on cpu"),
+    ({}, {"channels_last": False}, {}, "switched off"),
+    ({"precision": "bf16-mixed"}, {"bf16": False}, {}, "switched off"),
+    ({}, {}, {"precision": "bf16-mixed"}, "--precision says bf16-mixed"),
+])  # fmt: skip
+def test_a_run_goes_on_as_before_where_it_can(monkeypatch, caplog, changes, allowed, options, why):
+    monkeypatch.setattr("ldm.callbacks.fast.choose", lambda *_, **__: Choices(reasons="timed anew"))
+
+    class Data:
+        datasets = {"train": [{"image": torch.zeros(16, 16, 3), "idx": 0}] * 4}
+
+    caplog.set_level("INFO")
+    callback = Fast(chosen=FLOAT | changes, **allowed)
+    callback.prepare(encdiff(), Data(), {"accelerator": "cpu", "devices": 1, **options})
+    assert ("fast: as before" in caplog.text) == (not why) and ("fast: timed anew" in caplog.text) == bool(why)
+    assert why in caplog.text and set(callback.chosen) == {"device", *WAYS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vq", "enc"])
+def test_two_fast_pieces_are_one(cli, first_stage, monkeypatch, stage):
+    """A resumed run computes as before whatever timing would say now, and ends where a run in one piece ends."""
+    given = ["--base", getattr(cli, stage), FAST, "-t", "--gpus", 0, "data.params.batch_size=24"]
+    given += [f"{CHECKPOINT}={first_stage}"] if stage == "enc" else []
+    way = Choices("bf16-mixed", channels_last=True, kernels=True, reasons="as told")
+    choose_always(monkeypatch, way)
+    whole = cli.run(*given, "--max_steps", 5, "-n", "whole")
+    assert whole.status == 0, whole.err
+    pieces = cli.run(*given, "--max_steps", 2, "-n", "pieces")
+    saved = load_yaml(next((pieces.logdir / "configs").glob("*-lightning.yaml")))
+    assert saved.lightning.callbacks.fast.params.chosen == {"device": "cpu", **{n: getattr(way, n) for n in WAYS}}
+    choose_always(monkeypatch, Choices(reasons="timed anew"))
+    resumed = cli.run("-r", pieces.logdir, "-t", "--max_steps", 5)
+    assert resumed.status == 0, resumed.err
+    assert "fast: as before" in resumed.log
+    assert_same_end(whole.logdir, pieces.logdir, steps=5)
+
+
+@pytest.mark.slow
+def test_a_plain_run_goes_on_fast(cli, first_stage, monkeypatch):
+    """Another memory layout of the weights does not mix up the optimiser's moments."""
+    given = ["--base", cli.enc, "-t", "--gpus", 0, f"{CHECKPOINT}={first_stage}", "model.base_learning_rate=1e-5"]
+    plain = cli.run(*given, "--max_steps", 12, "-n", "plain")
+    pieces = cli.run(*given, "--max_steps", 6, "-n", "pieces")
+    choose_always(monkeypatch, Choices(channels_last=True, kernels=True, reasons="as told"))
+    resumed = cli.run("-r", pieces.logdir, "--base", FAST, "-t", "--max_steps", 12)
+    assert resumed.status == 0, resumed.err
+    assert "fast: as told" in resumed.log
+    expected = losses(plain, "train/loss_step")
+    assert losses(resumed, "train/loss_step")[-6:] == pytest.approx(expected[-6:], rel=1e-5)
+    a, b = (torch.load(run.logdir / "checkpoints" / "last.ckpt", weights_only=True) for run in (plain, pieces))
+    for name, value in a["state_dict"].items():
+        torch.testing.assert_close(b["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
 def test_images_on_the_device_are_those_of_the_loader(rooms):
     node = {"target": "ldm.data.dis.Shapes3DTrain", "params": {"path": str(rooms)}}
     batches = []
-    for resident in (None, torch.device("cpu")):
+    for resident in (False, True):
         data = DataModuleFromConfig(batch_size=24, train=node, seed=1)
         data.resident = resident
         loader = data.train_dataloader()
@@ -89,20 +175,24 @@ def test_images_on_the_device_are_those_of_the_loader(rooms):
 
 
 def test_latents_of_a_set_are_kept_only_where_they_are_always_the_same(rooms):
-    from test_training import encdiff
-
     cpu, dataset = torch.device("cpu"), Shapes3DTrain(path=str(rooms))
     model = encdiff()
     assert latents_fit(model, dataset, cpu)
     assert not latents_fit(model, [{"image": torch.zeros(3)}], cpu), "it may draw other images every time"
+
+    class Flipped(Shapes3DTrain):
+        def fetch(self, indices):
+            return super().fetch(indices)
+
+    flipped = Flipped(path=str(rooms))
+    assert not latents_fit(model, flipped, cpu) and not images_fit(flipped, torch.device("cuda")), "so may this"
     identity = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
-    assert not latents_fit(encdiff(first_stage=identity), dataset, cpu), "there is nothing to keep"
+    assert not latents_fit(encdiff(first_stage_config=identity), dataset, cpu), "there is nothing to keep"
 
 
 def test_switches_restrict_the_choice(monkeypatch):
     seen = {}
     monkeypatch.setattr("ldm.callbacks.fast.choose", lambda *given, **_: seen.update(allowed=given[4]) or Choices())
-    from test_training import encdiff
 
     class Data:
         datasets = {"train": [{"image": torch.zeros(16, 16, 3), "idx": 0}] * 4}

@@ -42,15 +42,8 @@ def loader(batches: int, size: int = 4) -> DataLoader:
 
 
 def fit(model: pl.LightningModule, data: DataLoader, **options: Any) -> pl.Trainer:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, **options})
     trainer.fit(model, data)
     return trainer
 
@@ -354,6 +347,42 @@ def test_kept_latents_change_nothing():
     for (name, found), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}")
     assert models[1]._latents is None
+
+
+def test_latents_are_kept_when_they_are_met(monkeypatch):
+    """Nothing is encoded before the first step; each batch once, as large as the others; then none."""
+    sizes: list[int] = []
+    model = encdiff(cache_latents=True, scale_by_std=False)
+    encode = model.encode_first_stage
+    monkeypatch.setattr(model, "encode_first_stage", lambda x: (sizes.append(len(x)), encode(x))[1])
+    images = [{"image": torch.rand(16, 16, 3) * 2 - 1, "idx": torch.tensor(row)} for row in range(10)]
+
+    class Seen(pl.Callback):
+        known: list[int] = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.known.append(int(pl_module._latents.known.sum()))
+
+    seen = Seen()
+    fit(model, DataLoader(images, batch_size=4), callbacks=[seen], max_epochs=2)
+    assert sizes == [4, 4, 4] and seen.known == [0, 4, 8, 10, 10, 10]
+
+
+def test_known_tokens_are_used_for_themselves_alone():
+    model = encdiff().eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 50])
+    tokens, others = torch.randn(2, 2, 4, 8).unbind()
+    expected = [model.apply_model(x, t, given) for given in (tokens, others)]
+    with model.conditioned_on(tokens):
+        assert torch.equal(model.apply_model(x, t, tokens), expected[0])
+        assert torch.equal(model.apply_model(x, t, others), expected[1])
+        with model.conditioned_on(others):
+            assert torch.equal(model.apply_model(x, t, others), expected[1])
+        assert torch.equal(model.apply_model(x, t, tokens), expected[0])
+    assert not torch.equal(*expected)
 
 
 def test_kept_latents_refuse_a_random_first_stage():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.modules.diffusionmodules.model import Decoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.concept import Encoder4, TokenMLPs
 from ldm.modules.speed import Choices, any_batch_size, apply
@@ -93,3 +94,24 @@ def test_compiled_equals_eager():
     assert list(compiled.state_dict()) == names
     for name, value in compiled.state_dict().items():  # batch norm's statistics among them
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_last_layer_of_a_compiled_decoder_is_differentiated_alone():
+    """As the adaptive weight of the first stage needs it, before the gradients of all: twice, by the last layer."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        decoder = Decoder(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=1, attn_resolutions=[], in_channels=3,
+                          resolution=8, z_channels=3)  # fmt: skip
+        if compiled:
+            decoder.compile(backend="aot_eager")
+        z = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+        any_batch_size(z)
+        images, last = decoder(z), decoder.conv_out.weight
+        parts = [
+            torch.autograd.grad(images, last, gradient, retain_graph=True)[0]
+            for gradient in (images.detach().sign(), torch.ones_like(images))
+        ]
+        images.square().mean().backward()
+        found.append((parts, {name: parameter.grad for name, parameter in decoder.named_parameters()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from ldm.modules.attention import CrossAttention, attend, keys_values
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import Conv3x3
+from ldm.modules.ema import LitEma
 from ldm.modules.kernels.convolution import conv3x3, pays
-from ldm.modules.speed import Choices, apply, choose
+from ldm.modules.speed import Choices, apply, choose, match_layouts
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,51 @@ def test_the_fastest_way_is_chosen(monkeypatch):
     assert choose(model, lambda: None, CPU).precision == "32-true"
     several = choose(model, None, CPU)
     assert several.precision == "32-true" and "several" in several.reasons
+
+
+def test_averages_lie_in_memory_as_the_weights_do():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+    both = torch.nn.ModuleList([model, LitEma(model)])
+    apply(both, Choices(channels_last=True))
+    strides = [[tensor.stride() for tensor in tensors] for tensors in (both[1]._shadows(), both[1]._live(model))]
+    assert strides[0] == strides[1] and any(stride[1] == 1 for stride in strides[0] if len(stride) == 4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_restored_moments_get_the_layout_of_their_weights(fused):
+    """Without it, the fused kernel combines weights with the moments of others."""
+    gradients = [torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(step)) for step in range(2)]
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.nn.Parameter(torch.ones(4, 3, 3, 3))
+        first = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        weight.grad = gradients[0]
+        first.step()
+        weight = torch.nn.Parameter(weight.detach().to(memory_format=layout))
+        second = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        second.load_state_dict(first.state_dict())
+        match_layouts([second])
+        assert all(moment.stride() == weight.stride() for moment in second.state[weight].values() if moment.ndim)
+        weight.grad = gradients[1].to(memory_format=layout)
+        second.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_gpu_that_compiles_is_not_timed(monkeypatch):
+    monkeypatch.setattr("ldm.modules.speed.find_spec", lambda name: True)
+    cuda, model = torch.device("cuda"), torch.nn.Linear(1, 1)
+    for native, precision in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        found = choose(model, lambda: pytest.fail("timed"), cuda)
+        assert (found.precision, found.compile, found.cuda_graphs) == (precision, True, True)
+        assert found.channels_last and not found.kernels and "compiled" in found.reasons
+    assert not choose(model, None, cuda, allowed={"cuda_graphs": False}).cuda_graphs
+
+
+def test_another_device_takes_the_plain_path():
+    found = choose(torch.nn.Linear(1, 1), lambda: pytest.fail("timed"), torch.device("mps"))
+    assert found == Choices(reasons=found.reasons) and "mps" in found.reasons
 
 
 @pytest.mark.parametrize("length", [16, 256])

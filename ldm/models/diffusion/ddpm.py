@@ -17,14 +17,14 @@ from ldm.models.autoencoder import IdentityFirstStage, build_schedule
 from ldm.models.checkpoint import load_weights
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.latents import encode_training_set
+from ldm.models.diffusion.latents import LatentCache
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
-from ldm.modules.speed import any_batch_size
+from ldm.modules.speed import any_batch_size, match_layouts
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class DiffusionWrapper(nn.Module):
         self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
         """x (b, c, h, w), t (b,), tokens (b, n, d) -> (b, c, h, w)."""
-        any_batch_size(x, t, tokens)
+        any_batch_size(x, t, tokens, *(part for pair in options.get("computed") or () for part in pair))
         return self.diffusion_model(x, t, tokens, **options)
 
 
@@ -69,8 +69,8 @@ class LatentDiffusion(pl.LightningModule):
         monitor: the value by which the best checkpoints are kept.
         ckpt_path, ignore_keys: weights to start from, and prefixes of names to leave out.
         log_every_t: samplers keep an intermediate result every N steps.
-        cache_latents: encode the training set once, before training, and keep its latents in memory. The numbers are
-            the same, since the first stage is frozen and images are not augmented.
+        cache_latents: keep the latent of each training image, in memory, from when it is first met. The numbers are the
+            same, since the first stage is frozen and images are not augmented.
         val_loss_images: compute the validation loss of at most as many images, in batches evenly spread over the set;
             null for all. Scores are not affected.
         val_loss_every: instead, compute it on every Nth batch.
@@ -161,8 +161,8 @@ class LatentDiffusion(pl.LightningModule):
         self.monitor, self.loss_budget = monitor, LossBudget(val_loss_images, val_loss_every)
         self.num_timesteps = timesteps
         self.cache_latents = cache_latents
-        self._latents: torch.Tensor | None = None
-        self._from_tokens: dict[str, Any] = {}
+        self._latents: LatentCache | None = None
+        self._known_tokens: tuple[torch.Tensor, Any] | None = None
 
         betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         for name, values in schedule_buffers(betas, v_posterior).items():
@@ -287,7 +287,10 @@ class LatentDiffusion(pl.LightningModule):
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """The U-Net's output (b, c, h, w) for x_t, t (b,) and tokens (b, n, d)."""
-        return self.model(x_noisy, t, cond if self.conditioned else None, **self._from_tokens)
+        cond = cond if self.conditioned else None
+        if self._known_tokens is not None and cond is self._known_tokens[0]:
+            return self.model(x_noisy, t, cond, computed=self._known_tokens[1])
+        return self.model(x_noisy, t, cond)
 
     def predict_eps(self, x_t: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
         """The noise predicted by the U-Net's output: the output itself, or what turns the predicted x_0 into x_t."""
@@ -345,8 +348,10 @@ class LatentDiffusion(pl.LightningModule):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Batch of images -> the loss, and losses for the log."""
         x = self.get_input(batch, self.first_stage_key)
-        known = self._latents is not None and self.training
-        encoded = self._latents[batch["idx"]] if known else self.encode_first_stage(x)  # type: ignore[index]
+        if self._latents is not None and self.training:
+            encoded: Any = self._latents.encode(batch["idx"], x)
+        else:
+            encoded = self.encode_first_stage(x)
         latent = self.get_first_stage_encoding(encoded, generator)
         image = x if self.cond_stage_key == self.first_stage_key else self.get_input(batch, self.cond_stage_key)
         expected = (self.channels, self.image_size, self.image_size)
@@ -357,15 +362,15 @@ class LatentDiffusion(pl.LightningModule):
 
     @contextmanager
     def conditioned_on(self, tokens: torch.Tensor) -> Iterator[None]:
-        """Inside the block, every call of `apply_model` is given these tokens (b, n, d), whose keys and values are
-        computed once."""
+        """Inside the block, keys and values of these tokens (b, n, d) are computed once for all calls of `apply_model`
+        with the same tensor; calls with another one compute their own."""
         unet = self.model.diffusion_model
-        found = unet.keys_values(unet.tokens(tokens)) if hasattr(unet, "keys_values") else None
-        self._from_tokens = {} if found is None else {"computed": found}
+        found = unet.keys_values(unet.tokens(tokens)) if self.conditioned and hasattr(unet, "keys_values") else None
+        before, self._known_tokens = self._known_tokens, None if found is None else (tokens, found)
         try:
             yield
         finally:
-            self._from_tokens = {}
+            self._known_tokens = before
 
     def trial_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A loss that runs what a training step runs, the frozen first stage excepted; for timing."""
@@ -387,13 +392,19 @@ class LatentDiffusion(pl.LightningModule):
     # ---- training
 
     def on_train_start(self) -> None:
-        """Encode the training set, if its latents are cached."""
-        if self.cache_latents:
-            self._latents = encode_training_set(self)
+        """Restored moments get the weights' memory layout; make room for latents, if they are kept."""
+        match_layouts(self.trainer.optimizers)
+        self._latents = LatentCache(self) if self.cache_latents else None
 
     def on_train_end(self) -> None:
-        """Free the cached latents."""
+        """Free the kept latents."""
         self._latents = None
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Remember the batch's rows while they are on the host, by which latents are kept."""
+        if self._latents is not None and self.training:
+            self._latents.announce(batch)
+        return batch
 
     def on_train_batch_start(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Set the scale factor from the first training batch, once in the model's life."""
@@ -452,6 +463,15 @@ class LatentDiffusion(pl.LightningModule):
         if not self._ema_updated:
             self._update_ema()
         self._ema_updated = False
+
+    def on_validation_start(self) -> None:
+        """Give all processes the averages, which the first one keeps."""
+        for _, ema in self.emas():
+            ema.share()
+
+    def on_test_start(self) -> None:
+        """As validation."""
+        self.on_validation_start()
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Losses with live and with EMA weights, as `val/loss_simple` and `val/loss_simple_ema`."""

@@ -1,12 +1,11 @@
-"""Latents of a whole training set, encoded once: the first stage is frozen, so they never change."""
+"""Latents of a training set, each encoded once: the first stage is frozen, so they never change."""
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError
@@ -18,34 +17,61 @@ log = logging.getLogger(__name__)
 KEY = "model.params.cache_latents"
 
 
-@torch.no_grad()
-def encode_training_set(model: "LatentDiffusion", batch_size: int = 256) -> torch.Tensor:
-    """Unscaled latents (images, c, h, w) of the training set, in its order, on the model's device.
+class LatentCache:
+    """Unscaled latents (images, c, h, w) of a training set, on the model's device, kept from when they are first met.
+
+    So the first step waits for nothing, and the first epoch costs what it would cost without. Which rows are known is
+    a question to the host's memory: no step waits for the device.
+
+    Batches are encoded whole, and a ragged one is filled up to the size of the others, so that a latent does not depend
+    on the batch in which it was met, and a resumed run is exact.
 
     Args:
         model: attached to a trainer whose training loader is set up; its first stage encodes.
-        batch_size: images at a time.
-
-    Raises:
-        UserError: a first stage whose latents are random, or a data set whose batches have no `idx` to find them by.
     """
-    loader = model.trainer.train_dataloader
-    assert loader is not None
-    # A loader draws a seed for its workers; its own generator leaves training's random numbers alone.
-    own = torch.Generator().manual_seed(0)
-    plain = DataLoader(loader.dataset, batch_size=batch_size, collate_fn=loader.collate_fn, generator=own)
-    latents: torch.Tensor | None = None
-    for batch in tqdm(plain, desc="encoding the training set", leave=False, disable=not model.trainer.is_global_zero):
-        batch = model.trainer.strategy.batch_to_device(batch, model.device)
+
+    def __init__(self, model: "LatentDiffusion") -> None:
+        loader: Any = model.trainer.train_dataloader
+        self.model, self.batch_size = model, int(getattr(loader, "batch_size", None) or 1)
+        self.known = np.zeros(len(loader.dataset), dtype=bool)
+        self.latents: torch.Tensor | None = None
+        self.rows: np.ndarray | None = None
+
+    def announce(self, batch: Any) -> None:
+        """Note the rows of the batch that comes next, which is still on the host.
+
+        Raises:
+            UserError: a data set whose batches have no `idx` to find latents by.
+        """
         if not isinstance(batch, Mapping) or "idx" not in batch:
             raise UserError(f"{KEY}: the training set's batches have no 'idx', by which latents are found: turn it off")
-        with model.trainer.precision_plugin.forward_context():
-            encoded = model.encode_first_stage(model.get_input(batch, model.first_stage_key))
+        self.rows = np.from_dlpack(batch["idx"])  # host memory: anything else is refused
+
+    def encode(self, index: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """The latents of the batch that was announced.
+
+        Args:
+            index: its rows (b,), on the device.
+            images: (b, c, h, w) in [-1, 1].
+
+        Returns:
+            (b, c', h', w'), unscaled.
+
+        Raises:
+            UserError: a first stage whose latents are random.
+        """
+        assert self.rows is not None
+        if self.latents is not None and self.known[self.rows].all():
+            return self.latents[index]
+        count, missing = len(images), max(0, self.batch_size - len(images))
+        whole = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
+        encoded = self.model.encode_first_stage(whole)
         if isinstance(encoded, DiagonalGaussianDistribution):
             raise UserError(f"{KEY}: this first stage draws a new latent every time: turn it off")
-        if latents is None:
-            latents = encoded.new_empty((len(loader.dataset), *encoded.shape[1:]))
-        latents[batch["idx"]] = encoded
-    assert latents is not None
-    log.info("keeping the latents of %d images, %.0f MB", len(latents), latents.nbytes / 1e6)
-    return latents
+        if self.latents is None:
+            self.latents = encoded.new_empty((len(self.known), *encoded.shape[1:]))
+            log.info("keeping the latents of %d images, %.0f MB", len(self.known), self.latents.nbytes / 1e6)
+        encoded = encoded[:count]
+        self.latents[index] = encoded
+        self.known[self.rows] = True
+        return encoded

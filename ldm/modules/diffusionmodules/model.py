@@ -211,4 +211,11 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for stage in reversed(list(self.up)):
             h = stage(h)
-        return self.conv_out(self.norm_out.then_silu(h))
+        return _uncompiled(self.conv_out, self.norm_out.then_silu(h))
+
+
+@torch.compiler.disable
+def _uncompiled(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The layer's output, computed outside of what `torch.compile` makes of the network: the adaptive weight of the
+    first stage's loss differentiates the last layer alone, twice, which a compiled network would do as a whole."""
+    return layer(x)
