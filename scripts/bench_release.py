@@ -5,6 +5,7 @@ stated about LDM was read in its code; the release is a fork of it.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -145,6 +146,10 @@ class ReleasedDiffusion(LatentDiffusion):
     def get_input(self, batch: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
         """See `contiguous_input`."""
         return contiguous_input(batch, key)
+
+    def conditioned_on(self, tokens: torch.Tensor) -> Any:
+        """Nothing is computed once for all steps."""
+        return nullcontext()
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """One batch: the loss that Lightning differentiates."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_release import ReleasedAttention, as_released
+from bench_release import WAYS, as_released
 from bench_training import ENCDIFF, SyntheticImages, overrides
 from bench_turns import Timing, in_turns, stopwatch, synchronize
 from torch.utils.data import DataLoader
@@ -17,6 +17,7 @@ from ldm.cli.configure import compose
 from ldm.data.module import DataModuleFromConfig
 from ldm.evaluation.codes import encode
 from ldm.modules.attention import CrossAttention
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.speed import apply, choose
 from ldm.util import instantiate_from_config
 
@@ -133,8 +134,8 @@ def step_flops(device: str, folder: Path) -> float:
     """Floating-point operations of training EncDiff on one image: concept encoder and U-Net, forward and backward."""
     model = encdiff(folder, device).train()
     for module in model.modules():
-        if type(module) is CrossAttention:
-            module.__class__ = ReleasedAttention  # products that the counter sees on every device
+        if type(module) in (CrossAttention, UNetModel):
+            module.__class__ = WAYS[type(module)]  # products that the counter sees on every device
     latent = torch.randn(2, model.channels, model.image_size, model.image_size, device=device)
     images, t = torch.rand(2, 3, 64, 64, device=device), torch.zeros(2, dtype=torch.long, device=device)
     with FlopCounterMode(display=False) as counter:

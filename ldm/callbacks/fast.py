@@ -49,7 +49,7 @@ class Fast(Callback):
         compile: bool = True,
         cache_latents: bool = True,
         images_on_device: bool = True,
-        trial: int = 8,
+        trial: int = 6,
         chosen: Mapping[str, Any] | None = None,
     ) -> None:
         if trial < 1:

@@ -79,7 +79,7 @@ def test_choosing_leaves_the_model_and_the_random_numbers_alone():
 
 def test_the_fastest_way_is_chosen(monkeypatch):
     times = {("32-true", False): 3.0, ("32-true", True): 2.0, ("bf16-mixed", True): 1.0}
-    monkeypatch.setattr("ldm.modules.speed._time", lambda model, way, *_: times[way.precision, way.channels_last])
+    monkeypatch.setattr("ldm.modules.speed._time", lambda model, way, *_, **__: times[way.precision, way.channels_last])
     model = torch.nn.Linear(1, 1)
     assert choose(model, lambda: None, CPU).precision == "bf16-mixed"
     assert choose(model, lambda: None, CPU, allowed={"bf16": False}).channels_last
