@@ -3,6 +3,8 @@
 python scripts/table.py logs/study                 # of scripts/sweep.py
 python scripts/table.py logs/*shapes3d* --latex    # log directories: runs of the same name are one row
 
+python scripts/table.py logs/study --against EncDiff   # and a paired test of that row with every other one
+
 The paper's numbers are shown where a run has the paper's values, as scripts/paper_numbers.yaml lists them.
 """
 
@@ -211,6 +213,30 @@ def cells(row: Row, metrics: Sequence[str], paper: Sequence[str], kind: str) -> 
     return line + [number(found[metric]) if metric in found else "" for metric in paper]
 
 
+def paired(first: Row, other: Row, metric: str) -> list[str]:
+    """A line of the table of tests: the two rows' differences with the same seeds, and a two-sided paired t-test.
+
+    Returns:
+        Titles, metric, number of seeds, mean difference ± its standard deviation, seeds in which the first is higher,
+        and p; without p where there are fewer than two seeds.
+    """
+    from scipy.stats import ttest_rel
+
+    entry = HEADLINES[metric]
+    seeds = [s for s in first.scores if metric in first.scores[s] and metric in other.scores.get(s, {})]
+    a, b = (np.array([row.scores[seed][metric][entry] for seed in seeds], dtype=float) for row in (first, other))
+    line = [f"{first.title} - {other.title}", TITLES.get(metric, metric), str(len(seeds))]
+    if not seeds:
+        return [*line, "", "", ""]
+    p = float(ttest_rel(a, b).pvalue) if len(seeds) > 1 and np.ptp(a - b) > 0 else nan
+    return [
+        *line,
+        number(spread(list(a - b))),
+        f"{int((a > b).sum())} of {len(seeds)}",
+        "" if np.isnan(p) else f"{p:.2g}",
+    ]
+
+
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     head = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -235,6 +261,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("paths", type=Path, nargs="+", help="log directories, or folders of them")
     parser.add_argument("--metrics", nargs="+", default=None, help="default: FactorVAE and DCI, or TAD where it is")
     parser.add_argument("--tokens", action="store_true", help="add lines for the scores of the tokens (Table 11)")
+    parser.add_argument(
+        "--against", metavar="ROW", help="a second table: paired tests, by seed, of this row with others"
+    )
     parser.add_argument("--latex", action="store_true", help="LaTeX instead of Markdown")
     return parser.parse_args(argv)
 
@@ -256,7 +285,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     header = ["", "seeds", *titles, *(f"paper: {TITLES.get(metric, metric)}" for metric in paper)]
     kinds = ("scores", "scores_of_tokens") if opt.tokens else ("scores",)
     lines = [cells(row, metrics, paper, kind) for row in rows for kind in kinds if getattr(row, kind)]
-    print(latex(header, lines) if opt.latex else markdown(header, lines))
+    write = latex if opt.latex else markdown
+    print(write(header, lines))
+    if opt.against is not None:
+        titles_of_rows = [row.title for row in rows]
+        if opt.against not in titles_of_rows:
+            raise UserError(f"no row '{opt.against}'{nearest(opt.against, titles_of_rows)}", "--against")
+        first = rows[titles_of_rows.index(opt.against)]
+        tests = [paired(first, row, metric) for row in rows if row is not first for metric in metrics]
+        print("\n" + write(["difference", "score", "seeds", "mean ± std", "higher in", "p"], tests))
     differ = {row.title: found for row in rows if (found := paper_numbers(row.values)[1])}
     if differ:
         title, first = next(iter(differ.items()))

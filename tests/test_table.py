@@ -220,3 +220,14 @@ def test_mistakes(tmp_path):
     run(tmp_path, "2026-01-02T00-00-00_a", 0, {"dci": 0.25})
     with pytest.raises(UserError, match="two runs of 'a' with seed 0"):
         table.main([str(tmp_path)])
+
+
+def test_rows_are_compared_seed_by_seed(tmp_path, capsys):
+    for seed, (first, second) in enumerate([(0.9, 0.5), (0.8, 0.55), (0.7, 0.75)]):
+        run(tmp_path, f"2026-01-01T00-00-0{seed}_ours", seed, {"dci": first})
+        run(tmp_path, f"2026-01-01T00-00-0{seed}_theirs", seed, {"dci": second}, overlays=["adagn"])
+    lines = shown(capsys, tmp_path, "--against", "ours")
+    # The differences .4, .25, -.05: t = mean / (std / sqrt 3) = 1.512, 2 degrees of freedom.
+    assert lines[-1] == "| ours - theirs | DCI | 3 | .200 ± .229 | 2 of 3 | 0.27 |"
+    with pytest.raises(UserError, match="did you mean 'ours'"):
+        table.main([str(tmp_path), "--against", "our"])

@@ -36,6 +36,8 @@ class DisentanglementCallback(Callback):
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
         every_n_validations: score every N validations.
         weights: `live`, as released, or `ema`.
+        score_ema: with live weights, score the scalars of the EMA weights too, which needs `ema_parameters=all`: logged
+            as `val/ema_<metric>`, and `scores_of_ema` in the file.
         score_tokens: score the concept tokens too, each by its first principal component (paper, Table 11): logged as
             `val/tokens_<metric>`, and `scores_of_tokens` in the file.
         seed: of the metrics' random states.
@@ -50,6 +52,7 @@ class DisentanglementCallback(Callback):
         every_n_validations: int = 1,
         weights: str = "live",
         score_tokens: bool = False,
+        score_ema: bool = False,
         seed: int = 0,
         dtype: str = "float32",
         logdir: str | None = None,
@@ -62,10 +65,12 @@ class DisentanglementCallback(Callback):
         self.metrics, self.settings = tuple(metrics), settings or {}
         self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
         self.score_tokens, self.dtype, self.logdir = score_tokens, dtype, logdir
+        self.score_ema = score_ema and weights == "live"
         self.factors: Factors | None = None
         self._validations = 0
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self._encoder: CodeEncoder | None = None
+        self._ema_encoder: CodeEncoder | None = None
         self.encoding = False  # whether the validation that runs is one that is scored
         check_seed(seed)
         if self.metrics:
@@ -74,7 +79,8 @@ class DisentanglementCallback(Callback):
     @property
     def logged(self) -> list[str]:
         """Names of the metrics that are logged as `val/…`, any of which may be the monitor."""
-        return [*self.metrics, *(f"tokens_{metric}" for metric in self.metrics if self.score_tokens)]
+        kinds = [kind for kind, scored in (("tokens", self.score_tokens), ("ema", self.score_ema)) if scored]
+        return [*self.metrics, *(f"{kind}_{metric}" for kind in kinds for metric in self.metrics)]
 
     def state_dict(self) -> dict[str, Any]:
         """The number of validations so far, so that a resumed run scores at the same ones."""
@@ -101,11 +107,11 @@ class DisentanglementCallback(Callback):
         off = f"set {PARAMS}.metrics=[] to train without scores"
         if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
             raise UserError(f"{type(model).__name__} has no concept encoder to score: train it with main.py, or {off}")
-        if self.weights == "ema" and not (model.use_ema and model.ema_parameters == "all"):
+        if (self.weights == "ema" or self.score_ema) and not (model.use_ema and model.ema_parameters == "all"):
             raise UserError(
                 "ema needs EMA weights of the encoder, whose scalars are scored: set model.params.ema_parameters=all"
                 " (and use_ema=true), or take the live weights",
-                f"{PARAMS}.weights",
+                f"{PARAMS}.{'score_ema' if self.score_ema else 'weights'}",
             )
         dataset = datasets.get("validation")
         if dataset is None:
@@ -133,7 +139,7 @@ class DisentanglementCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what an interrupted validation left behind."""
-        self._parts, self._encoder, self.encoding = [], None, self._scoring(trainer)
+        self._parts, self._encoder, self._ema_encoder, self.encoding = [], None, None, self._scoring(trainer)
 
     def on_validation_batch_end(
         self,
@@ -152,8 +158,12 @@ class DisentanglementCallback(Callback):
             # Not before the first batch, in whose step DDP gives all processes the first one's BatchNorm statistics.
             with model.ema_scope() if self.weights == "ema" else nullcontext():
                 self._encoder = CodeEncoder(model.cond_stage_model, self.dtype)
+            if self.score_ema:
+                with model.ema_scope():
+                    self._ema_encoder = CodeEncoder(model.cond_stage_model, self.dtype)
         images = model.get_input(batch, model.cond_stage_key)
-        self._parts.append((batch["idx"], *self._encoder(images, self.score_tokens)))
+        of_ema = [] if self._ema_encoder is None else self._ema_encoder(images)
+        self._parts.append((batch["idx"], *self._encoder(images, self.score_tokens), *of_ema))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score on the first process, and log the scores on all.
@@ -167,7 +177,7 @@ class DisentanglementCallback(Callback):
         if not self.encoding:
             return
         assert self.factors is not None
-        self._encoder, self.encoding = None, False
+        self._encoder, self._ema_encoder, self.encoding = None, None, False
         codes = self._gather(pl_module, len(self.factors))
         scores: dict[str, dict[str, Scores]] = {}
         problem = ""
@@ -185,8 +195,8 @@ class DisentanglementCallback(Callback):
             raise UserError(problem)
 
     def _gather(self, pl_module: pl.LightningModule, rows: int) -> dict[str, np.ndarray]:
-        """Scalars (rows, n), or (rows, n, w) where a variant has vectors in their place, and tokens (rows, n, d) if
-        asked for: float32 in grid order, from all processes.
+        """Scalars (rows, n), or (rows, n, w) where a variant has vectors in their place, and, if asked for, tokens
+        (rows, n, d) and the scalars of the EMA weights: float32 in grid order, from all processes.
 
         Raises:
             UserError: some rows were not validated.
@@ -196,7 +206,8 @@ class DisentanglementCallback(Callback):
         self._parts = []
         index = gathered[0].reshape(-1).cpu().numpy()
         codes = {}
-        for kind, mine, parts in zip(("scalars", "tokens"), own[1:], gathered[1:], strict=False):
+        kinds = ["scalars", *(["tokens"] if self.score_tokens else []), *(["ema"] if self.score_ema else [])]
+        for kind, mine, parts in zip(kinds, own[1:], gathered[1:], strict=True):
             # From several processes, `gathered` has one dimension more.
             values = parts.reshape(len(index), *mine.shape[1:]).cpu().numpy()
             codes[kind] = np.full((rows, *values.shape[1:]), np.nan, dtype=np.float32)
@@ -212,7 +223,7 @@ class DisentanglementCallback(Callback):
     def _score(self, trainer: pl.Trainer, codes: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, Scores]], str]:
         """Score the scalars, and the tokens if given; write the scores, and put their table into the log.
 
-        Tokens that cannot be scored are a warning only.
+        Tokens, or EMA weights' scalars, that cannot be scored are a warning only.
 
         Returns:
             The scores by kind, and why some of the scalars' are missing.
@@ -225,7 +236,8 @@ class DisentanglementCallback(Callback):
         scores: dict[str, dict[str, Scores]] = {}
         problems: dict[str, str] = {}
         for kind, values in codes.items():
-            log.info("scoring the %s of %d images: %s", kind, len(values), ", ".join(self.metrics))
+            what = "scalars by EMA weights" if kind == "ema" else kind
+            log.info("scoring the %s of %d images: %s", what, len(values), ", ".join(self.metrics))
             try:
                 found = score_codes(values, self.factors, self.metrics, self.settings, self.seed, tell=told)
             except ValueError as error:
@@ -233,13 +245,16 @@ class DisentanglementCallback(Callback):
                 continue
             scores[kind] = found.scores
             problems[kind] = "; ".join(f"{metric}: {reason}" for metric, reason in found.not_computed.items())
-            log.info("scores of the %s at step %d\n%s", kind, step, found.table())
-            record |= found.summary() if kind == "scalars" else {"scores_of_tokens": found.scores}
+            log.info("scores of the %s at step %d\n%s", what, step, found.table())
+            record |= found.summary() if kind == "scalars" else {f"scores_of_{kind}": found.scores}
+            matrices = {name: entries.arrays for name, entries in found.scores.items() if entries.arrays}
+            record |= {"matrices" if kind == "scalars" else f"matrices_of_{kind}": matrices}
             prefix = f"{step:06}_" if kind == "scalars" else f"{step:06}_{kind}_"
             write_heatmaps(folder, found.scores, self.factors.names, prefix)
         if "scalars" in scores:
             write_json(folder / f"{step:06}.json", record)
         told = {kind: f"the {kind} of step {step} cannot be scored: {why}" for kind, why in problems.items() if why}
-        if "tokens" in told:
-            log.warning(told["tokens"])
+        for kind in ("tokens", "ema"):
+            if kind in told:
+                log.warning(told[kind])
         return scores, told.get("scalars", "")

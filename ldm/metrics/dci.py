@@ -20,6 +20,7 @@ def dci(
     batch_size: int = 16,
     backend: str = "fast",
     num_jobs: int = 0,
+    disjoint: bool = False,
 ) -> Scores:
     """Scores of the matrix of importances of each code dimension for predicting each factor.
 
@@ -39,10 +40,13 @@ def dci(
         backend: `fast`, or `sklearn` for scikit-learn's own trees, which take about forty times as long and break ties
             between features by other random numbers.
         num_jobs: threads; 0 for one per core of this process. Does not affect the scores.
+        disjoint: draw different rows, so that no image is both fitted and tested on. The original draws both from the
+            whole grid, which matters where the grid is small: of 4,096 rows, 2,000 points to fit hold 39 %.
 
     Returns:
         `informativeness_train`, `informativeness_test`, `disentanglement`, `completeness`;
-        `arrays["importance"]` (n, k), whose columns sum to 1, or are 0 if no dimension is of use.
+        `arrays["importance"]` (n, k), whose columns sum to 1, or are 0 if no dimension is of use, and
+        `arrays["accuracy"]` (k,), of the predictions of each factor on the test points.
 
     Raises:
         ValueError: unusable codes or grid, or so few points that a factor takes only one value.
@@ -50,34 +54,36 @@ def dci(
     if backend not in ("fast", "sklearn"):
         raise ValueError(f"dci: backend '{backend}' is neither fast nor sklearn")
     codes = scalar_codes(codes, grid)
-    train, test = sample_points(codes, grid, [num_train, num_test], batch_size, random_state)
+    train, test = sample_points(codes, grid, [num_train, num_test], batch_size, random_state, disjoint)
     check_classes("dci", grid, train[1])
     seeds = random_state.randint(np.iinfo(np.int32).max, size=grid.num_factors)
     fit = _by_scikit_learn if backend == "sklearn" else _by_boosting
     importance, train_accuracy, test_accuracy = fit(train, test, seeds, num_jobs or available_cores())
     return Scores(
-        informativeness_train=train_accuracy,
-        informativeness_test=test_accuracy,
+        informativeness_train=float(np.mean(train_accuracy)),
+        informativeness_test=float(np.mean(test_accuracy)),
         disentanglement=disentanglement(importance),
         completeness=completeness(importance),
-        arrays={"importance": importance},
+        arrays={"importance": importance, "accuracy": np.array(test_accuracy)},
     )
 
 
 Points = tuple[np.ndarray, np.ndarray]
+# Importances (n, k), and each factor's accuracy on the training and on the test points.
+Fits = tuple[np.ndarray, list[float], list[float]]
 
 
-def _by_boosting(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> tuple[np.ndarray, float, float]:
-    """Importances (n, k), and the mean accuracies on the training and the test points."""
+def _by_boosting(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> Fits:
+    """See `Fits`."""
     from ldm.metrics.boosting import fit_factors
 
     fits = fit_factors(train[0], train[1], test[0], seeds, num_jobs)
-    train_accuracy = np.mean([np.mean(fit.train == train[1][:, k]) for k, fit in enumerate(fits)])
-    test_accuracy = np.mean([np.mean(fit.test == test[1][:, k]) for k, fit in enumerate(fits)])
-    return np.stack([fit.importances for fit in fits], axis=1), float(train_accuracy), float(test_accuracy)
+    train_accuracy = [float(np.mean(fit.train == train[1][:, k])) for k, fit in enumerate(fits)]
+    test_accuracy = [float(np.mean(fit.test == test[1][:, k])) for k, fit in enumerate(fits)]
+    return np.stack([fit.importances for fit in fits], axis=1), train_accuracy, test_accuracy
 
 
-def _by_scikit_learn(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> tuple[np.ndarray, float, float]:
+def _by_scikit_learn(train: Points, test: Points, seeds: np.ndarray, num_jobs: int) -> Fits:
     """The same by scikit-learn, one thread per factor: its tree builder releases the global interpreter lock."""
     from sklearn.ensemble import GradientBoostingClassifier
 
@@ -97,7 +103,7 @@ def _by_scikit_learn(train: Points, test: Points, seeds: np.ndarray, num_jobs: i
     finally:
         # After an interrupt, factors that have not started are dropped.
         pool.shutdown(cancel_futures=True)
-    return np.stack(importances, axis=1), float(np.mean(train_accuracies)), float(np.mean(test_accuracies))
+    return np.stack(importances, axis=1), list(train_accuracies), list(test_accuracies)
 
 
 def disentanglement(importance: np.ndarray) -> float:

@@ -146,23 +146,30 @@ def varying(codes: np.ndarray) -> np.ndarray:
 
 
 def sample_points(
-    codes: np.ndarray, grid: Factors, counts: Sequence[int], batch_size: int, random_state: np.random.RandomState
+    codes: np.ndarray,
+    grid: Factors,
+    counts: Sequence[int],
+    batch_size: int,
+    random_state: np.random.RandomState,
+    disjoint: bool = False,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Codes (count, n) and factors (count, k) of random points, for each of the counts (training, then testing).
 
     From a grid, points are drawn in batches, the last of which may be shorter: within a batch, each factor is drawn for
-    all points before the next factor, so the batch size changes the points. From a table, all points are different
-    rows, so that no row is both trained and tested on.
+    all points before the next factor, so the batch size changes the points. From a table, or where they are to be
+    `disjoint`, all points are different rows, so that no row is both trained and tested on.
 
     Raises:
-        ValueError: the table has fewer rows than the counts add up to.
+        ValueError: there are fewer rows than the counts add up to.
     """
-    if isinstance(grid, FactorTable):
+    if isinstance(grid, FactorTable) or disjoint:
         if sum(counts) > len(grid):
             asked = " + ".join(str(count) for count in counts)
-            raise ValueError(f"{asked} different rows are needed, but the labelled sample has {len(grid)}")
+            what = "labelled sample" if isinstance(grid, FactorTable) else "grid"
+            raise ValueError(f"{asked} different rows are needed, but the {what} has {len(grid)}")
         rows = np.split(random_state.permutation(len(grid))[: sum(counts)], np.cumsum(counts)[:-1])
-        return [(codes[part], grid.values[part]) for part in rows]
+        factors = grid.values.__getitem__ if isinstance(grid, FactorTable) else grid.factors
+        return [(codes[part], factors(part)) for part in rows]
     points = []
     for count in counts:
         sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]

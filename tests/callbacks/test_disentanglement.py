@@ -1,6 +1,7 @@
 """Scalars are put into grid order and scored, and what cannot be scored is refused."""
 
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,6 +118,31 @@ def test_tokens_are_put_into_grid_order_too(callback, tmp_path, processes):
     assert model.logged == {"val/mig": 0.5, "val/tokens_mig": 0.5}
     record = json.loads((tmp_path / "metrics" / "000007.json").read_text())
     assert record["scores"] == record["scores_of_tokens"] == {"mig": {"discrete_mig": 0.5}}
+
+
+def test_scalars_of_the_averages_are_scored_too(callback, tmp_path):
+    """EMA weights that double the scalars."""
+    callback.score_ema = True
+    model = Model()
+    model.use_ema, model.ema_parameters = True, "all"
+
+    @contextmanager
+    def ema_scope():
+        encoder, live = model.cond_stage_model, model.cond_stage_model.encoding
+        encoder.encoding = lambda image: 2 * Encoder.encoding(encoder, image)
+        yield
+        encoder.encoding = live
+
+    model.ema_scope = ema_scope
+    validate(callback, model, trainer(tmp_path), np.random.RandomState(0).permutation(12))
+    live, averaged = callback.seen
+    assert np.array_equal(averaged, 2 * live) and live[3, 0] == 3
+    assert model.logged == {"val/mig": 0.5, "val/ema_mig": 0.5} and callback.logged == ["mig", "ema_mig"]
+    record = json.loads((tmp_path / "metrics" / "000007.json").read_text())
+    assert record["scores"] == record["scores_of_ema"] == {"mig": {"discrete_mig": 0.5}}
+    model.ema_parameters = "unet"
+    with pytest.raises(UserError, match=r"params\.score_ema: ema needs EMA weights"):
+        callback.check(model, {"validation": dataset()}, {})
 
 
 def test_bf16_is_written_down(callback, tmp_path):

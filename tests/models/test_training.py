@@ -368,6 +368,18 @@ def test_latents_are_kept_when_they_are_met(monkeypatch):
     assert sizes == [4, 4, 4] and seen.known == [0, 4, 8, 10, 10, 10]
 
 
+def test_training_can_be_of_some_timesteps_alone(monkeypatch):
+    model, seen = encdiff(timestep_range=[30, 60]), []
+    monkeypatch.setattr(model, "p_losses", lambda x, cond, t: seen.append(t))
+    latent = torch.zeros(2000, 3, 8, 8)
+    model.train().losses_at_random_times(latent, None)
+    model.eval().losses_at_random_times(latent, None)
+    assert (seen[0].min(), seen[0].max()) == (30, 59) and (seen[1].min(), seen[1].max()) == (0, 99)
+    for wrong in ([60, 30], [0, 101], [-1, 5]):
+        with pytest.raises(UserError, match=r"timestep_range"):
+            encdiff(timestep_range=wrong)
+
+
 def test_known_tokens_are_used_for_themselves_alone():
     model = encdiff().eval()
     torch.manual_seed(0)

@@ -53,6 +53,7 @@ class LatentDiffusion(pl.LightningModule):
         unet_config, first_stage_config, cond_stage_config: nodes with `target` and `params`; the first stage is
             frozen.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, v_posterior: see `schedule.py`.
+        timestep_range: [first, end): train on these timesteps alone, to ask what they teach; validation takes all.
         loss_type: l1 or l2. parameterization: eps (predict the noise) or x0.
         original_elbo_weight, l_simple_weight: weights of the variational bound and of the simple loss.
         learn_logvar, logvar_init: log variance per timestep, which weighs the loss; learned or constant.
@@ -101,6 +102,7 @@ class LatentDiffusion(pl.LightningModule):
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
         v_posterior: float = 0.0,
+        timestep_range: Sequence[int] | None = None,
         loss_type: str = "l2",
         parameterization: str = "eps",
         original_elbo_weight: float = 0.0,
@@ -143,6 +145,10 @@ class LatentDiffusion(pl.LightningModule):
         ):
             if count is not None and count < 1:
                 raise UserError(f"expected at least 1, got {count}", key)
+        first, end = (0, timesteps) if timestep_range is None else timestep_range
+        if not 0 <= first < end <= timesteps:
+            raise UserError(f"expected [first, end) within [0, {timesteps}), got [{first}, {end})", "timestep_range")
+        self.timestep_range = (int(first), int(end))
         self.conditioned = conditioning_key == "crossattn" or (
             conditioning_key is None and cond_stage_config is not None
         )
@@ -339,7 +345,8 @@ class LatentDiffusion(pl.LightningModule):
         self, x: torch.Tensor, cond: torch.Tensor | None, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a scaled latent (b, c, h, w), given its tokens (b, n, d), at random timesteps with random noise."""
-        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device, generator=generator)
+        low, high = self.timestep_range if self.training else (0, self.num_timesteps)
+        t = torch.randint(low, high, (x.shape[0],), device=x.device, generator=generator)
         noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
         return self.p_losses(x, cond, t, noise)
 

@@ -1,0 +1,218 @@
+"""Curves of a study: scores against the images seen, and which factor is learned when.
+
+python scripts/curves.py logs/study --out curves    # of scripts/sweep.py, or any log directories
+
+Writes `scores.{png,pdf}` (a line per row: the mean over seeds, and a band of one standard deviation),
+`factors.{png,pdf}` (how well each factor is predicted from the scalars, by DCI's trees), and `curves.csv`, all numbers
+behind them.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from table import TITLES, logdirs, name_of, newest, read_json
+
+from ldm.config import load_yaml
+from ldm.data.files import atomic_output
+from ldm.metrics.dci import disentanglement
+from ldm.metrics.evaluate import HEADLINES
+from ldm.util import UserError
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+KNOWN = 0.9  # a factor counts as learned when so many of its values are predicted rightly
+WEIGHTS = {"live": "", "ema": "_of_ema"}
+
+
+@dataclass
+class Point:
+    """Scores of one run at one moment.
+
+    Attributes:
+        images: seen until then. weights: live or ema.
+        scores: by metric, those that papers report, and `dci_known`: DCI over the factors that are predicted above .9.
+        accuracy: of each factor's prediction, by name.
+    """
+
+    row: str
+    seed: str
+    images: int
+    weights: str
+    scores: dict[str, float]
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+def known_dci(matrices: dict[str, Any]) -> float:
+    """DCI disentanglement over the factors that are predicted above .9; NaN if there are fewer than two."""
+    importance, accuracy = (np.array(matrices[name], dtype=float) for name in ("importance", "accuracy"))
+    known = accuracy > KNOWN
+    return disentanglement(importance[:, known]) if known.sum() > 1 else float("nan")
+
+
+def points_of(logdir: Path) -> list[Point]:
+    """What a log directory holds."""
+    config = newest(logdir / "configs", "*-project.yaml")
+    assert config is not None
+    options = newest(logdir / "configs", "*-lightning.yaml")
+    run = read_json(logdir.parent / "run.json")
+    project, lightning = load_yaml(config, "PATHS"), load_yaml(options, "PATHS") if options else OmegaConf.create()
+    batch = int(OmegaConf.select(project, "data.params.batch_size") or 1)
+    batch *= int(OmegaConf.select(lightning, "lightning.trainer.accumulate_grad_batches") or 1)
+    row, seed = run.get("row", name_of(logdir)), run.get("seed", OmegaConf.select(lightning, "lightning.seed"))
+    found = []
+    for path in sorted((logdir / "metrics").glob("*.json")):
+        record = read_json(path)
+        for weights, suffix in WEIGHTS.items():
+            scored = record.get(f"scores{suffix}")
+            if scored is None or "step" not in record:
+                continue
+            scores = {metric: entries[HEADLINES[metric]] for metric, entries in scored.items() if metric in HEADLINES}
+            point = Point(row, str(seed), record["step"] * batch, weights, scores)
+            matrices = record.get(f"matrices{suffix}", {}).get("dci", {})
+            if "accuracy" in matrices:
+                point.accuracy = dict(zip(record["factors"], matrices["accuracy"], strict=True))
+                point.scores["dci_known"] = known_dci(matrices)
+            found.append(point)
+    return found
+
+
+def band(points: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images seen (t,), mean and standard deviation (t,) over seeds, where all seeds were scored."""
+    seeds = {point.seed for point in points}
+    at: dict[int, list[float]] = {}
+    for point in points:
+        value = point.scores.get(metric) if metric in point.scores else point.accuracy.get(metric)
+        if value is not None:
+            at.setdefault(point.images, []).append(value)
+    images = [count for count in sorted(at) if len(at[count]) == len(seeds)]
+    values = np.array([at[count] for count in images], dtype=float)
+    if not len(images):
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else np.zeros(len(images))
+    return np.array(images), values.mean(axis=1), spread
+
+
+def figure(columns: int, rows: int = 1) -> Any:
+    """An empty figure and its axes (rows, columns), as wide as a page."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(max(3.4, 3.2 * columns), 0.5 + 2.6 * rows), layout="constrained")
+    return made, made.subplots(rows, columns, squeeze=False, sharex=True)
+
+
+def save(made: Any, folder: Path, name: str) -> list[Path]:
+    """The figure as PNG and PDF."""
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
+    for path in paths:
+        with atomic_output(path) as part:
+            made.savefig(part, format=path.suffix[1:], dpi=200)
+    return paths
+
+
+def draw_scores(points: Sequence[Point], rows: Sequence[str], metrics: Sequence[str], folder: Path) -> list[Path]:
+    """A panel per metric, a line per row; dashed lines are of EMA weights."""
+    titles = {**TITLES, "dci_known": f"DCI over factors predicted above {KNOWN}"}
+    made, axes = figure(len(metrics))
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for colour, row in zip(COLOURS * 9, rows, strict=False):
+            for weights, style in (("live", "-"), ("ema", "--")):
+                images, mean, spread = band([p for p in points if (p.row, p.weights) == (row, weights)], metric)
+                if not len(images):
+                    continue
+                label = row if weights == "live" else None
+                axis.plot(images, mean, style, color=colour, label=label, marker=".", linewidth=1.2, markersize=4)
+                if weights == "live":
+                    axis.fill_between(images, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel="images seen", title=titles.get(metric, metric), ylim=(0, 1.02))
+        axis.grid(alpha=0.3, linewidth=0.5)
+    axes[0][-1].legend(fontsize=7, frameon=False)
+    return save(made, folder, "scores")
+
+
+def draw_factors(points: Sequence[Point], rows: Sequence[str], folder: Path) -> list[Path]:
+    """A panel per row, a line per factor: how many of its values are predicted rightly."""
+    live = [point for point in points if point.weights == "live" and point.accuracy]
+    shown = [row for row in rows if any(point.row == row for point in live)]
+    if not shown:
+        return []
+    columns = min(4, len(shown))
+    made, axes = figure(columns, -(-len(shown) // columns))
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, row in zip(axes.flat, shown, strict=False):
+        own = [point for point in live if point.row == row]
+        for colour, factor in zip(COLOURS * 9, own[0].accuracy, strict=False):
+            images, mean, spread = band(own, factor)
+            axis.plot(images, mean, color=colour, label=factor, marker=".", linewidth=1.2, markersize=4)
+            axis.fill_between(images, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+        axis.axhline(KNOWN, color="grey", linewidth=0.6, linestyle=":")
+        axis.set(title=row, xlabel="images seen", ylim=(0, 1.02))
+        axis.grid(alpha=0.3, linewidth=0.5)
+    axes.flat[0].set_ylabel("accuracy of the factor's prediction")
+    axes.flat[0].legend(fontsize=7, frameon=False)
+    return save(made, folder, "factors")
+
+
+def write_csv(points: Sequence[Point], path: Path) -> None:
+    """One line per run, moment and kind of weights."""
+    metrics, factors = (list(dict.fromkeys(k for p in points for k in getattr(p, n))) for n in ("scores", "accuracy"))
+    with atomic_output(path) as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "seed", "images", "weights", *metrics, *(f"accuracy {factor}" for factor in factors)])
+        for p in points:
+            values = [*(p.scores.get(metric) for metric in metrics), *(p.accuracy.get(factor) for factor in factors)]
+            writer.writerow([p.row, p.seed, p.images, p.weights, *("" if v is None else f"{v:.5f}" for v in values)])
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", type=Path, nargs="+", help="log directories, or folders of them")
+    parser.add_argument("--out", type=Path, default=Path("curves"), help="folder for the files")
+    parser.add_argument(
+        "--metrics", nargs="+", help="default: FactorVAE, DCI, and DCI over the factors that are learned"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, draw, write, and say where."""
+    opt = arguments(argv)
+    points = [point for logdir in logdirs(opt.paths) for point in points_of(logdir)]
+    if not points:
+        raise UserError(f"no scored runs under {', '.join(map(str, opt.paths))}")
+    studies = [read_json(folder / "study.json") for path in opt.paths for folder in (path, path.parent)]
+    order = [row for study in studies for row in study.get("rows", [])]
+    rows = sorted(
+        dict.fromkeys(point.row for point in points), key=lambda row: order.index(row) if row in order else len(order)
+    )
+    scored = {metric for point in points for metric in point.scores}
+    metrics = opt.metrics or [metric for metric in ("factor_vae", "dci", "dci_known") if metric in scored]
+    for metric in metrics:
+        if metric not in scored:
+            raise UserError(f"no run was scored by {metric}; there are {', '.join(sorted(scored))}", "--metrics")
+    opt.out.mkdir(parents=True, exist_ok=True)
+    write_csv(points, opt.out / "curves.csv")
+    written = [
+        opt.out / "curves.csv",
+        *draw_scores(points, rows, metrics, opt.out),
+        *draw_factors(points, rows, opt.out),
+    ]
+    print("\n".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
