@@ -370,7 +370,7 @@ def test_latents_are_kept_when_they_are_met(monkeypatch):
 
 def test_training_can_be_of_some_timesteps_alone(monkeypatch):
     model, seen = encdiff(timestep_range=[30, 60]), []
-    monkeypatch.setattr(model, "p_losses", lambda x, cond, t: seen.append(t))
+    monkeypatch.setattr(model, "p_losses", lambda x, cond, t, noise: seen.append(t))
     latent = torch.zeros(2000, 3, 8, 8)
     model.train().losses_at_random_times(latent, None)
     model.eval().losses_at_random_times(latent, None)
