@@ -102,9 +102,9 @@ def test_the_first_stage_must_be_given(path):
 
 
 def test_every_file_is_built():
-    """What is not whole is an overlay, in one of two folders or `fast.yaml`, or a study (tests/test_sweep.py)."""
+    """What is not whole is an overlay, in one of three folders or `fast.yaml`, or a study (tests/test_sweep.py)."""
     others = {path for path in SHIPPED if path not in WHOLE} - {ROOT / "configs" / "fast.yaml"}
-    assert {path.parent.name for path in others} <= {"ablations", "longer", "studies"}
+    assert {path.parent.name for path in others} <= {"ablations", "longer", "studies", "timesteps"}
     assert {"quickstart/first_stage.yaml", "quickstart/encdiff.yaml"} <= {name(path) for path in WHOLE}
 
 
