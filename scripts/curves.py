@@ -77,7 +77,7 @@ def points_of(logdir: Path) -> list[Point]:
             if scored is None or "step" not in record:
                 continue
             scores = {metric: entries[HEADLINES[metric]] for metric, entries in scored.items() if metric in HEADLINES}
-            point = Point(row, str(seed), record["step"] * batch, weights, scores)
+            point = Point(row, str(seed), record["step"] * batch * record.get("processes", 1), weights, scores)
             matrices = record.get(f"matrices{suffix}", {}).get("dci", {})
             if "accuracy" in matrices:
                 point.accuracy = dict(zip(record["factors"], matrices["accuracy"], strict=True))
@@ -94,7 +94,7 @@ def band(points: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray, 
         value = point.scores.get(metric) if metric in point.scores else point.accuracy.get(metric)
         if value is not None:
             at.setdefault(point.images, []).append(value)
-    images = [count for count in sorted(at) if len(at[count]) == len(seeds)]
+    images = [count for count in sorted(at) if len(at[count]) == len(seeds)]  # a seed is there once: see `main`
     values = np.array([at[count] for count in images], dtype=float)
     if not len(images):
         return np.zeros(0), np.zeros(0), np.zeros(0)
@@ -191,6 +191,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = [point for logdir in logdirs(opt.paths) for point in points_of(logdir)]
     if not points:
         raise UserError(f"no scored runs under {', '.join(map(str, opt.paths))}")
+    seen = [(point.row, point.seed, point.images, point.weights) for point in points]
+    for row, seed, images, _ in seen:
+        if seen.count((row, seed, images, _)) > 1:
+            raise UserError(f"two runs of '{row}' with seed {seed} were scored after {images} images: name one of them")
     studies = [read_json(folder / "study.json") for path in opt.paths for folder in (path, path.parent)]
     order = [row for study in studies for row in study.get("rows", [])]
     rows = sorted(
@@ -198,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     scored = {metric for point in points for metric in point.scores}
     metrics = opt.metrics or [metric for metric in ("factor_vae", "dci", "dci_known") if metric in scored]
+    metrics = metrics or sorted(scored)
     for metric in metrics:
         if metric not in scored:
             raise UserError(f"no run was scored by {metric}; there are {', '.join(sorted(scored))}", "--metrics")

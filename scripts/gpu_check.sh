@@ -49,7 +49,7 @@ part profile "${limits[2]}" "$python" scripts/profile_step.py ${small:+--batch-s
 part render "${limits[3]}" "$python" scripts/render_shapes3d.py --out "$out/data" --sizes "$sizes"
 data=(data.params.train.params.path="$out/data" data.params.validation.params.path="$out/data")
 [ -n "$small" ] && data+=("data.params.train.params.factor_sizes=[$sizes]" "data.params.validation.params.factor_sizes=[$sizes]")
-common=(-t --gpus 0, -l "$out/logs" lightning.callbacks.image_logger.params.batch_frequency=1000000)
+common=(-t --gpus 0, -l "$out/logs" lightning.callbacks.image_logger.params.disabled=true)
 # LPIPS needs the weights of VGG16, which need a network.
 part first_stage "${limits[4]}" "$python" main.py --base configs/autoencoder/shapes3d_vq_4_16.yaml configs/fast.yaml \
     "${common[@]}" "${data[@]}" "${batch[@]}" model.params.lossconfig.params.perceptual_weight=0 \

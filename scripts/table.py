@@ -291,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         titles_of_rows = [row.title for row in rows]
         if opt.against not in titles_of_rows:
             raise UserError(f"no row '{opt.against}'{nearest(opt.against, titles_of_rows)}", "--against")
-        first = rows[titles_of_rows.index(opt.against)]
-        tests = [paired(first, row, metric) for row in rows if row is not first for metric in metrics]
+        chosen = rows[titles_of_rows.index(opt.against)]
+        tests = [paired(chosen, row, metric) for row in rows if row is not chosen for metric in metrics]
         print("\n" + write(["difference", "score", "seeds", "mean ± std", "higher in", "p"], tests))
     differ = {row.title: found for row in rows if (found := paper_numbers(row.values)[1])}
     if differ:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -73,5 +74,9 @@ def test_nothing_to_draw(tmp_path):
     with pytest.raises(UserError, match="no scored runs"):
         curves.main([str(tmp_path)])
     run(tmp_path, "ours", 1, {10: 0.5})
+    run(tmp_path / "again", "ours", 1, {10: 0.4})
+    with pytest.raises(UserError, match="two runs of 'ours' with seed 1"):
+        curves.main([str(tmp_path)])
+    shutil.rmtree(tmp_path / "again")
     with pytest.raises(UserError, match="no run was scored by mig"):
         curves.main([str(tmp_path), "--metrics", "mig", "--out", str(tmp_path / "out")])

@@ -232,6 +232,7 @@ class DisentanglementCallback(Callback):
         step, folder = trainer.global_step, Path(self.logdir or trainer.default_root_dir) / "metrics"
         record: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "weights": self.weights}
         record |= {"dtype": self.dtype} if self.dtype != "float32" else {}
+        record |= {"processes": trainer.world_size} if trainer.world_size > 1 else {}
         told = getattr(getattr(trainer, "progress_bar_callback", None), "scoring", None)
         scores: dict[str, dict[str, Scores]] = {}
         problems: dict[str, str] = {}

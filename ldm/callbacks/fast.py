@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,12 +17,13 @@ from ldm.models.autoencoder import FirstStage, VQModel
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules import fused
 from ldm.modules.mode import evaluating
-from ldm.modules.speed import Choices, apply, choose
+from ldm.modules.speed import Choices, apply, choose, has_bf16
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 # Seconds of a forward pass.
 MOMENT = 0.05
+FULL_NAMES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # of Lightning's precisions
 # What of `Choices` a run keeps to.
 WAYS = ("precision", "channels_last", "kernels", "compile", "cuda_graphs")
 
@@ -72,7 +74,7 @@ class Fast(Callback):
         if not isinstance(model, FirstStage | LatentDiffusion) or dataset is None:
             return
         device, given = device_of(options), options.get("precision")
-        precision = None if given is None else str(given)
+        precision = None if given is None else FULL_NAMES.get(str(given), str(given))
         allowed = {**self.allowed, "cuda_graphs": (options.get("accumulate_grad_batches") or 1) == 1}
         choices = self._as_before(device, precision, allowed)
         if choices is None:
@@ -82,7 +84,9 @@ class Fast(Callback):
         apply(model, choices)
         options["precision"] = choices.precision if given is None else given
         told = [choices.reasons]
-        if self.cache_latents and isinstance(model, LatentDiffusion) and latents_fit(model, dataset, device):
+        # Of several processes, each meets other images in every epoch: batches without a new one would be rare.
+        keep = self.cache_latents and not several_processes(options)
+        if keep and isinstance(model, LatentDiffusion) and latents_fit(model, dataset, device):
             model.cache_latents = True
             told.append("keeping latents")
         if self.images_on_device and images_fit(dataset, device) and hasattr(data, "resident"):
@@ -118,6 +122,10 @@ class Fast(Callback):
             why = f"it was in {before.precision}, and --precision says {precision}"
         elif before.kernels and not fused.available():
             why = "the fused kernels do not run here"
+        elif before.compile and find_spec("triton") is None:
+            why = "PyTorch cannot compile here, without triton"
+        elif device.type == "cuda" and before.precision == "bf16-mixed" and precision is None and not has_bf16():
+            why = "this GPU does not compute in bf16"
         elif half_off or any(getattr(before, n) > allowed[n] for n in ("channels_last", "compile", "cuda_graphs")):
             why = "a part of it is switched off"
         else:

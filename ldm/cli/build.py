@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
 from ldm.cli.checks import check
-from ldm.cli.configure import Run, without_checkpoints
+from ldm.cli.configure import Run, saved_run, without_checkpoints
 from ldm.cli.early import check_trainer, check_writable, device_numbers
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -60,6 +60,8 @@ def build(run: Run, score: bool) -> Job:
 
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
     last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
+    for name, node in lightning["callbacks"].items():
+        keep_chosen(run, name, node)
     callbacks = [
         instantiate_from_config(node, f"lightning.callbacks.{name}") for name, node in lightning["callbacks"].items()
     ]
@@ -93,6 +95,20 @@ def build(run: Run, score: bool) -> Job:
             OmegaConf.update(run.config, f"lightning.callbacks.{name}.params.chosen", callback.chosen, force_add=True)
     trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
     return Job(run, model, data, trainer, datasets)
+
+
+def keep_chosen(run: Run, name: str, node: dict[str, Any]) -> None:
+    """What `Fast` chose for a run belongs to its checkpoints: a new run that takes its configuration chooses anew, and
+    one that resumes a checkpoint in another log directory takes what is saved beside that."""
+    params = node.get("params") or {}
+    if run.checkpoint is None:
+        params.pop("chosen", None)
+    elif not run.resumed and "chosen" not in params:
+        saved = saved_run(run.checkpoint)[2]
+        found = [OmegaConf.select(config, f"lightning.callbacks.{name}.params.chosen") for config in saved]
+        chosen = next((value for value in found if value is not None), None)
+        if chosen is not None:
+            node["params"] = {**params, "chosen": OmegaConf.to_container(chosen)}
 
 
 def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:

@@ -33,7 +33,7 @@ QUIET = (
     ".*It is recommended to use .*sync_dist=True.*",  # training losses are the first process's
     r".*torch\.distributed\.nn\.functional\.all_gather is deprecated.*",  # Lightning's own call
     ".*Please add the following callbacks.*RandomState.*",  # of an earlier version's checkpoints
-    ".*You have overridden `on_before_batch_transfer`.*",  # the model's, while the data module has none
+    ".*You have overridden `on_before_batch_transfer` in `LightningModule` but.*",  # the data module has none
     ".*The dirpath has changed from.*",  # --resume_from_checkpoint continues in a new directory
 )
 

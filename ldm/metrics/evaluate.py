@@ -163,9 +163,12 @@ def check_settings(
         undefined = [name for name in resolved if name not in defined_metrics(grid)]
         if undefined:
             raise ValueError(f"{undefined[0]} needs a table of binary attributes; these factors are {grid.describe()}")
-        if isinstance(grid, FactorTable):
-            for name, values in resolved.items():
-                values |= _fitting(values, set(settings.get(name) or {}), len(grid))
+        for name, values in resolved.items() if isinstance(grid, FactorTable) else ():
+            values |= _fitting(values, set(settings.get(name) or {}), len(grid))
+        for name, values in resolved.items():
+            if values.get("disjoint") and values["num_train"] + values["num_test"] > len(grid):
+                counts = f"{values['num_train']} + {values['num_test']}"
+                raise ValueError(f"{name}: {counts} different rows are needed (disjoint), but there are {len(grid)}")
     return resolved
 
 

@@ -168,8 +168,9 @@ def sample_points(
             what = "labelled sample" if isinstance(grid, FactorTable) else "grid"
             raise ValueError(f"{asked} different rows are needed, but the {what} has {len(grid)}")
         rows = np.split(random_state.permutation(len(grid))[: sum(counts)], np.cumsum(counts)[:-1])
-        factors = grid.values.__getitem__ if isinstance(grid, FactorTable) else grid.factors
-        return [(codes[part], factors(part)) for part in rows]
+        if isinstance(grid, FactorTable):
+            return [(codes[part], grid.values[part]) for part in rows]
+        return [(codes[part], grid.factors(part)) for part in rows]
     points = []
     for count in counts:
         sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]

@@ -114,7 +114,7 @@ def choose(
         return Choices(precision or "32-true", reasons=f"the plain path: not tried on {device.type}")
     kernels = device.type == "cpu" and fused.available()
     precisions = ["32-true" if precision is None else precision]
-    if precision is None and allowed["bf16"] and (device.type == "cpu" or _computes_in_bf16()):
+    if precision is None and allowed["bf16"] and (device.type == "cpu" or has_bf16()):
         precisions.append("bf16-mixed")
     layouts = [False, True] if allowed["channels_last"] else [False]
     # Half precision in the contiguous layout is never the fastest.
@@ -139,7 +139,7 @@ def choose(
     return replace(ways[best], reasons=f"{_name(ways[best])} (a trial step: {told})")
 
 
-def _computes_in_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether the GPU has bf16 itself, and does not emulate it."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 

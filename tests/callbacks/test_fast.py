@@ -113,9 +113,12 @@ FLOAT = {"device": "cpu", "precision": "32-true", "channels_last": True, "kernel
     ({}, {"channels_last": False}, {}, "switched off"),
     ({"precision": "bf16-mixed"}, {"bf16": False}, {}, "switched off"),
     ({}, {}, {"precision": "bf16-mixed"}, "--precision says bf16-mixed"),
+    ({}, {}, {"precision": "32"}, ""),
+    ({"compile": True}, {}, {}, "without triton"),
 ])  # fmt: skip
 def test_a_run_goes_on_as_before_where_it_can(monkeypatch, caplog, changes, allowed, options, why):
     monkeypatch.setattr("ldm.callbacks.fast.choose", lambda *_, **__: Choices(reasons="timed anew"))
+    monkeypatch.setattr("ldm.callbacks.fast.find_spec", lambda name: None)
 
     class Data:
         datasets = {"train": [{"image": torch.zeros(16, 16, 3), "idx": 0}] * 4}
@@ -145,6 +148,11 @@ def test_two_fast_pieces_are_one(cli, first_stage, monkeypatch, stage):
     assert resumed.status == 0, resumed.err
     assert "fast: as before" in resumed.log
     assert_same_end(whole.logdir, pieces.logdir, steps=5)
+    elsewhere = cli.run(*given, "--max_steps", 6, "-n", "elsewhere", "--resume_from_checkpoint",
+                        pieces.logdir / "checkpoints" / "last.ckpt")  # fmt: skip
+    assert elsewhere.status == 0 and "fast: as before" in elsewhere.log, elsewhere.err
+    new = cli.run("--base", *sorted((pieces.logdir / "configs").glob("*.yaml"))[-2:], "--gpus", 0, "-t", "-n", "new")
+    assert new.status == 0 and "fast: timed anew" in new.log, new.err
 
 
 @pytest.mark.slow

@@ -165,5 +165,5 @@ def test_rows_of_a_grid_can_be_disjoint_too():
     disjoint = evaluate(codes, grid, ["dci"], {"dci": {"num_train": 40, "num_test": 24, "disjoint": True}})["dci"]
     assert drawn["informativeness_test"] > 0.7 and disjoint["informativeness_test"] < 0.5
     assert disjoint.arrays["accuracy"].mean() == pytest.approx(disjoint["informativeness_test"])
-    with pytest.raises(ValueError, match=r"41 \+ 24 different rows are needed, but the grid has 64"):
-        evaluate(codes, grid, ["dci"], {"dci": {"num_train": 41, "num_test": 24, "disjoint": True}})
+    with pytest.raises(ValueError, match=r"dci: 41 \+ 24 different rows are needed \(disjoint\), but there are 64"):
+        check_settings(["dci"], {"dci": {"num_train": 41, "num_test": 24, "disjoint": True}}, grid)

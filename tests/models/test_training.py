@@ -375,7 +375,7 @@ def test_training_can_be_of_some_timesteps_alone(monkeypatch):
     model.train().losses_at_random_times(latent, None)
     model.eval().losses_at_random_times(latent, None)
     assert (seen[0].min(), seen[0].max()) == (30, 59) and (seen[1].min(), seen[1].max()) == (0, 99)
-    for wrong in ([60, 30], [0, 101], [-1, 5]):
+    for wrong in ([60, 30], [0, 101], [-1, 5], [0, 0.5], [0, 30, 60]):
         with pytest.raises(UserError, match=r"timestep_range"):
             encdiff(timestep_range=wrong)
 

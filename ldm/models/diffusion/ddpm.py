@@ -145,10 +145,13 @@ class LatentDiffusion(pl.LightningModule):
         ):
             if count is not None and count < 1:
                 raise UserError(f"expected at least 1, got {count}", key)
-        first, end = (0, timesteps) if timestep_range is None else timestep_range
-        if not 0 <= first < end <= timesteps:
-            raise UserError(f"expected [first, end) within [0, {timesteps}), got [{first}, {end})", "timestep_range")
-        self.timestep_range = (int(first), int(end))
+        limits = [0, timesteps] if timestep_range is None else list(timestep_range)
+        whole = len(limits) == 2 and all(isinstance(limit, int) for limit in limits)
+        if not whole or not 0 <= limits[0] < limits[1] <= timesteps:
+            raise UserError(
+                f"expected [first, end] with 0 <= first < end <= {timesteps}, got {limits}", "timestep_range"
+            )
+        self.timestep_range = (limits[0], limits[1])
         self.conditioned = conditioning_key == "crossattn" or (
             conditioning_key is None and cond_stage_config is not None
         )

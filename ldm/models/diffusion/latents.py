@@ -58,9 +58,10 @@ class LatentCache:
             (b, c', h', w'), unscaled.
 
         Raises:
-            UserError: a first stage whose latents are random.
+            UserError: a first stage whose latents are random, or no announcement.
         """
-        assert self.rows is not None
+        if self.rows is None:
+            raise UserError(f"{KEY}: a data module of your own overrides on_before_batch_transfer: turn it off")
         if self.latents is not None and self.known[self.rows].all():
             return self.latents[index]
         count, missing = len(images), max(0, self.batch_size - len(images))
