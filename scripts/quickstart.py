@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=23)
     parser.add_argument("--first-stage", type=Path, default=CONFIGS / "first_stage.yaml", help="its configuration")
     parser.add_argument("--encdiff", type=Path, default=CONFIGS / "encdiff.yaml", help="its configuration")
-    parser.add_argument("--longer", action="store_true", help="more steps: about 40 minutes on two cores instead of 10")
+    parser.add_argument("--longer", action="store_true", help="more steps, five times as long")
     parser.add_argument("--plain", action="store_true", help="without configs/fast.yaml, in float32")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the configuration of EncDiff")
     return parser.parse_args()

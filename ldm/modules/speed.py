@@ -101,7 +101,7 @@ def choose(
         device: of the model.
         precision: if given, it is not chosen.
         allowed: `bf16`, `channels_last`, `compile`, `cuda_graphs`: those that are False are left out.
-        repeats: timed steps per way; the shortest counts. A way that is clearly slower than another gets one.
+        repeats: timed steps per way; the shortest counts. A way that takes twice as long as another gets one.
 
     Returns:
         What to give to `apply`. Compiling takes minutes, and is not timed: it is chosen on a GPU, and not on a CPU,
@@ -133,7 +133,7 @@ def choose(
     times: list[float] = [0.0] * len(ways)
     for index in reversed(range(len(ways))):  # the fastest is likely to be the last: the others need fewer steps
         fastest = min((t for t in times[index + 1 :]), default=float("inf"))
-        times[index] = _time(model, ways[index], step, device, repeats, enough=1.3 * fastest)
+        times[index] = _time(model, ways[index], step, device, repeats, enough=2 * fastest)
     best = min(range(len(ways)), key=lambda i: times[i] * (WORTH if ways[i].precision != precisions[0] else 1.0))
     told = ", ".join(f"{_name(way)} {1000 * t:.0f} ms" for way, t in zip(ways, times, strict=True))
     return replace(ways[best], reasons=f"{_name(ways[best])} (a trial step: {told})")
