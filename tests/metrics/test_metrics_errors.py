@@ -103,7 +103,14 @@ def test_settings_are_completed_with_the_releases():
     settings = check_settings(["mig", "dci"], {"dci": {"num_train": 2000}, "mig": None, "beta_vae": {"num_eval": 7}})
     assert settings == {
         "mig": {"num_train": 10000, "num_bins": 20, "batch_size": 16},
-        "dci": {"num_train": 2000, "num_test": 5000, "batch_size": 16, "backend": "fast", "num_jobs": 0},
+        "dci": {
+            "num_train": 2000,
+            "num_test": 5000,
+            "batch_size": 16,
+            "backend": "fast",
+            "num_jobs": 0,
+            "disjoint": False,
+        },
     }
     # A threshold may be written as an integer, and more points than the grid has rows are drawn with replacement.
     check_settings(["factor_vae"], {"factor_vae": {"prune_threshold": 0, "num_train": 10**7}})

@@ -320,7 +320,7 @@ def test_examples_in_the_docs(tmp_path, monkeypatch):
         bases = without_checkpoint(tmp_path, ROOT / "configs" / "quickstart" / "encdiff.yaml")
         config = composed([*bases, tmp_path / f"{module}.yaml"])
         encoder = instantiate_from_config(config.model.params.cond_stage_config, "cond_stage_config")
-        assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 10, 16)
+        assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 20, 16)
         assert name in {type(part).__name__ for part in encoder.modules()}
 
 
