@@ -83,9 +83,7 @@ def job(files: Sequence[Path], changes: Sequence[str], folder: Path) -> Job:
     return made
 
 
-def plain_training(
-    files: Sequence[Path], changes: Sequence[str], folder: Path, batch_size: int
-) -> tuple[Any, Any, Any]:
+def plain_training(files: Sequence[Path], changes: Sequence[str], folder: Path, batch_size: int) -> tuple[Any, ...]:
     """Trainer, model and data of a training in the release's way."""
     made = job(files, changes, folder)
     return made.trainer, as_released(made.model), FloatBatches(made.datasets["train"], batch_size)

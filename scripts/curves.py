@@ -10,6 +10,7 @@ behind them.
 import argparse
 import csv
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,7 @@ def band(points: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray, 
     seeds = {point.seed for point in points}
     at: dict[int, list[float]] = {}
     for point in points:
-        value = point.scores.get(metric) if metric in point.scores else point.accuracy.get(metric)
+        value = point.scores.get(metric, point.accuracy.get(metric))
         if value is not None:
             at.setdefault(point.images, []).append(value)
     images = [count for count in sorted(at) if len(at[count]) == len(seeds)]  # a seed is there once: see `main`
@@ -191,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = [point for logdir in logdirs(opt.paths) for point in points_of(logdir)]
     if not points:
         raise UserError(f"no scored runs under {', '.join(map(str, opt.paths))}")
-    seen = [(point.row, point.seed, point.images, point.weights) for point in points]
-    for row, seed, images, _ in seen:
-        if seen.count((row, seed, images, _)) > 1:
+    seen = Counter((point.row, point.seed, point.images, point.weights) for point in points)
+    for (row, seed, images, _), count in seen.items():
+        if count > 1:
             raise UserError(f"two runs of '{row}' with seed {seed} were scored after {images} images: name one of them")
     studies = [read_json(folder / "study.json") for path in opt.paths for folder in (path, path.parent)]
     order = [row for study in studies for row in study.get("rows", [])]

@@ -22,6 +22,8 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 PARAMS = "lightning.callbacks.disentanglement.params"
+# What is scored, in words.
+KINDS = {"scalars": "scalars", "tokens": "tokens", "ema": "EMA weights' scalars"}
 
 
 class DisentanglementCallback(Callback):
@@ -237,8 +239,7 @@ class DisentanglementCallback(Callback):
         scores: dict[str, dict[str, Scores]] = {}
         problems: dict[str, str] = {}
         for kind, values in codes.items():
-            what = "scalars by EMA weights" if kind == "ema" else kind
-            log.info("scoring the %s of %d images: %s", what, len(values), ", ".join(self.metrics))
+            log.info("scoring the %s of %d images: %s", KINDS[kind], len(values), ", ".join(self.metrics))
             try:
                 found = score_codes(values, self.factors, self.metrics, self.settings, self.seed, tell=told)
             except ValueError as error:
@@ -246,7 +247,7 @@ class DisentanglementCallback(Callback):
                 continue
             scores[kind] = found.scores
             problems[kind] = "; ".join(f"{metric}: {reason}" for metric, reason in found.not_computed.items())
-            log.info("scores of the %s at step %d\n%s", what, step, found.table())
+            log.info("scores of the %s at step %d\n%s", KINDS[kind], step, found.table())
             record |= found.summary() if kind == "scalars" else {f"scores_of_{kind}": found.scores}
             matrices = {name: entries.arrays for name, entries in found.scores.items() if entries.arrays}
             record |= {"matrices" if kind == "scalars" else f"matrices_of_{kind}": matrices}
@@ -254,7 +255,9 @@ class DisentanglementCallback(Callback):
             write_heatmaps(folder, found.scores, self.factors.names, prefix)
         if "scalars" in scores:
             write_json(folder / f"{step:06}.json", record)
-        told = {kind: f"the {kind} of step {step} cannot be scored: {why}" for kind, why in problems.items() if why}
+        told = {
+            kind: f"the {KINDS[kind]} of step {step} cannot be scored: {why}" for kind, why in problems.items() if why
+        }
         for kind in ("tokens", "ema"):
             if kind in told:
                 log.warning(told[kind])

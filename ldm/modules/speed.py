@@ -132,7 +132,7 @@ def choose(
         return replace(way, compile=compiled, cuda_graphs=compiled and allowed["cuda_graphs"], reasons=told)
     times: list[float] = [0.0] * len(ways)
     for index in reversed(range(len(ways))):  # the fastest is likely to be the last: the others need fewer steps
-        fastest = min((t for t in times[index + 1 :]), default=float("inf"))
+        fastest = min(times[index + 1 :], default=float("inf"))
         times[index] = _time(model, ways[index], step, device, repeats, enough=2 * fastest)
     best = min(range(len(ways)), key=lambda i: times[i] * (WORTH if ways[i].precision != precisions[0] else 1.0))
     told = ", ".join(f"{_name(way)} {1000 * t:.0f} ms" for way, t in zip(ways, times, strict=True))

@@ -10,7 +10,8 @@ def pays(x: torch.Tensor) -> bool:
     """Whether a convolution of x (b, c, h, w) is faster this way: on a CPU, for wide and small maps, not in float32.
 
     At 32 maps of 256 × 4 × 4 in bfloat16, PyTorch takes 2.0 ms for the gradient of the weights, a product .6; at 2 × 2,
-    1.5 and .2 (two cores with AMX). At 128 × 8 × 8 they are equal.
+    1.5 and .2 (two cores with AMX). At 128 × 8 × 8 they are equal. In float32, forward and backward at 256 × 4 × 4 take
+    16.7 ms by PyTorch and 18.1 this way (one thread of an EPYC).
     """
     float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return x.device.type == "cpu" and not float32 and x.shape[1] >= 128 and x.shape[2] * x.shape[3] <= 16
