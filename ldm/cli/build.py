@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 
+from ldm.callbacks.checkpoint_io import AtomicCheckpointIO
+from ldm.callbacks.logs import ResumableLogs
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
-from ldm.callbacks.stop import LastCheckpoint, StopCallback
+from ldm.callbacks.stop import LastCheckpoint, OpenValidation, StopCallback
 from ldm.cli.checks import check
 from ldm.cli.configure import Run, saved_run, without_checkpoints
 from ldm.cli.early import check_trainer, check_writable, device_numbers
@@ -58,8 +60,10 @@ def build(run: Run, score: bool) -> Job:
     rhythm = intervals(lightning)
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
+    validation = OpenValidation()
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
-    last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
+    first += [validation, ResumableLogs()]
+    last = [StopCallback(checkpoints / "last.ckpt", validation), LastCheckpoint(checkpoints, **rhythm)]
     for name, node in lightning["callbacks"].items():
         keep_chosen(run, name, node)
     callbacks = [
@@ -236,6 +240,7 @@ def build_trainer(
     excluded = tuple(kind for name, kind in switches.items() if options.get(name) is False)
     callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]
     options = {"default_root_dir": str(run.logdir), "use_distributed_sampler": False, **options}
+    options["plugins"] = [AtomicCheckpointIO()]
     if isinstance(model, FirstStage | LatentDiffusion):
         # Two batches before the first step would show nothing that `dry_run` has not tried with an image.
         options.setdefault("num_sanity_val_steps", 0)
