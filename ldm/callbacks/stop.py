@@ -1,13 +1,15 @@
 """Stopping at any step, and resuming there: what signals asked for, and validations that a stop cut off."""
 
 import logging
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from ldm import signals
 from ldm.signals import Stopped
@@ -216,18 +218,54 @@ def reached_max_steps(trainer: pl.Trainer) -> bool:
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Saves `last.ckpt` whatever the monitor says; Lightning's `save_last` skips epochs that are not among the best.
+class LastCheckpoint(Checkpoint):
+    """Saves `last.ckpt` at every epoch's end, every validation, and the end of training, whatever the monitor says.
 
     Args:
-        folder: of the checkpoints.
-        options: of `ModelCheckpoint`: when to save.
+        path: the file.
+        every_n_train_steps: also every N steps.
+        train_time_interval: also when so much time has passed.
     """
 
-    def __init__(self, folder: str | Path, **options: Any) -> None:
-        super().__init__(folder, filename="last", enable_version_counter=False, **options)
+    def __init__(
+        self, path: str | Path, every_n_train_steps: int | None = None, train_time_interval: timedelta | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.steps, self.interval = every_n_train_steps, train_time_interval
+        self._saved, self._time = 0, time.monotonic()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of training where it falls between two intervals."""
-        if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
-            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Once per step."""
+        trial = getattr(trainer, "fast_dev_run", False) or trainer.sanity_checking
+        if trainer.global_step > self._saved and not trial:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self._saved, self._time = trainer.global_step, time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What a run was resumed from need not be saved again, but for a validation that was open."""
+        self._saved = (
+            0 if any(getattr(callback, "open", False) for callback in trainer.callbacks) else trainer.global_step
+        )
+        self._time = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """By steps or time."""
+        late = self.interval is not None and time.monotonic() - self._time >= self.interval.total_seconds()
+        if trainer.strategy.broadcast(late) if self.interval is not None else False:
+            self._save(trainer)
+        if self.steps is not None and trainer.global_step % self.steps == 0:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With its scores, over what was saved at its step before."""
+        if trainer.training or trainer.validating:
+            self._saved = min(self._saved, trainer.global_step - 1)
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Unless it was saved after the epoch's last validation."""
+        self._save(trainer)
+
+    on_train_end = on_train_epoch_end
