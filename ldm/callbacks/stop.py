@@ -243,9 +243,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What a run was resumed from need not be saved again, but for a validation that was open."""
-        self._saved = (
-            0 if any(getattr(callback, "open", False) for callback in trainer.callbacks) else trainer.global_step
-        )
+        opened = [c for c in trainer.callbacks if isinstance(c, OpenValidation) and c.open]  # type: ignore[attr-defined]
+        self._saved = 0 if opened else trainer.global_step
         self._time = time.monotonic()
 
     def on_train_batch_end(
