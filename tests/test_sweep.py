@@ -69,7 +69,7 @@ class Runs:
             logdir = Path(command[command.index("-r") + 1])
         else:
             logdir = Path(command[command.index("-l") + 1]) / f"2026-01-{self.started:02}T00-00-00_run"
-        if status in (0, 130, "unscored"):
+        if status in (0, 143, "unscored"):
             (logdir / "checkpoints").mkdir(parents=True, exist_ok=True)
             (logdir / "checkpoints" / "last.ckpt").touch()
         if status == 0:
@@ -226,7 +226,7 @@ def test_a_failed_run_is_reported_and_a_stopped_one_resumes(study, runs, caplog)
     caplog.clear()
     runs.results = {"out/encdiff/seed_0": -9}
     assert start() == 1 and "SIGKILL" in caplog.text and "no such thing" not in caplog.text
-    runs.results, runs.commands = {"out/encdiff/seed_0": 130}, []
+    runs.results, runs.commands = {"out/encdiff/seed_0": 143}, []
     assert start() == 130
     runs.results = {}
     assert start() == 0
