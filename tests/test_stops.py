@@ -44,6 +44,24 @@ def test_a_stop_costs_nothing(runs, whole, stage, batch, place):
     assert_same_log(expected, logdir)
 
 
+def test_the_end_of_an_epoch_without_a_validation(runs, whole):
+    """Stopped in its last batch, an epoch still ends, with its means."""
+    r, seldom = runs("encdiff"), ("--val_check_interval", 3, "--check_val_every_n_epoch", "null")
+    logdir = r.run(*stop(4, "batch"), *seldom, status=143)
+    r.run("-r", logdir, WITHOUT)
+    expected = whole("encdiff", *at(1000), *seldom)
+    assert_same_end(expected, logdir)
+    assert_same_log(expected, logdir)
+
+
+def test_kept_latents_are_those_of_the_first_epoch(runs, whole):
+    """In the second epoch a resumed run encodes what one in one piece has kept: the same to the last bit."""
+    r, kept = runs("encdiff"), "model.params.cache_latents=true"
+    logdir = r.run(*stop(5, "batch"), kept, status=143)
+    r.run("-r", logdir, WITHOUT)
+    assert_same_end(whole("encdiff", *at(1000), kept), logdir)
+
+
 def test_a_second_stop_in_the_validation_made_up_for(runs, whole):
     r = runs("encdiff")
     logdir = r.run(*stop(4, "batch"), status=143)

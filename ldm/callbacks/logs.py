@@ -17,12 +17,11 @@ class ResumableLogs(Callback):
 
     def __init__(self) -> None:
         self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._news = False  # whether a batch or a validation ran since the run was resumed
+        self._ended = False  # whether the end of the epoch was logged, or is about to be
         self._muted: list[Any] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell TensorBoard from which step on the log is written anew, as its `purge_step` does."""
-        self._news = trainer.global_step == 0
         if trainer.global_step == 0 or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -38,11 +37,8 @@ class ResumableLogs(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Count steps: under manual optimisation Lightning's loggers count batches, and one more after resuming."""
+        self._ended = False
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """There is something to log."""
-        self._news = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Loggers are back."""
@@ -54,7 +50,6 @@ class ResumableLogs(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Go on from the sums of the batches before the resume, if they are of the same epoch."""
-        self._news = True
         before, self._before = self._before, {}
         if batch_idx == 0:
             return
@@ -65,11 +60,13 @@ class ResumableLogs(Callback):
                 metric.cumulated_batch_size = weight + metric.cumulated_batch_size
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """An epoch that had only its validation left has its means from the checkpoint.
+        """An epoch that had only its end left has its means from the checkpoint.
 
         Resumed from an epoch's end, Lightning ends the epoch a second time: that is not logged.
         """
-        if not self._news:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step  # as if the last batch had just ended
+        again, self._ended = self._ended, True
+        if again:
             trainer.loggers, self._muted, self._before = [], trainer.loggers, {}
             return
         for key, (total, weight) in self._before.items():
@@ -78,14 +75,19 @@ class ResumableLogs(Callback):
         self._before = {}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """The sums of the epoch so far."""
+        """The sums of the epoch so far; and nothing that was logged before is lost if the process is killed after."""
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            flush = getattr(getattr(logger, "experiment", None), "flush", None)
+            if callable(flush):
+                flush()
         found = _means(trainer).items()
         sums = {key: (m.value.clone(), torch.as_tensor(m.cumulated_batch_size)) for key, m in found}
-        checkpoint[MEANS] = {**self._before, **sums}
+        checkpoint[MEANS] = {"sums": {**self._before, **sums}, "ended": self._ended}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """See `on_save_checkpoint`."""
-        self._before = dict(checkpoint.get(MEANS, {}))
+        saved = checkpoint.get(MEANS, {"sums": {}, "ended": True})
+        self._before, self._ended = dict(saved["sums"]), saved["ended"]
 
 
 def _means(trainer: pl.Trainer) -> dict[str, Any]:

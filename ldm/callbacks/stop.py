@@ -89,13 +89,17 @@ class OpenValidation(Callback):
             self._close(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Let the saved loops stand before the first batch of the validation."""
+        """Let the saved loops stand before the first batch of the validation.
+
+        And after the last batch of an epoch before the epoch's end, which Lightning would leave out.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        if self.open or loops["epoch_loop.batch_progress"]["is_last_batch"]:
+            for kind in ("total", "current"):
+                batches = loops["epoch_loop.batch_progress"][kind]
+                batches["completed"] = batches["processed"]
         if not self.open:
             return
-        loops = checkpoint["loops"]["fit_loop"]
-        for kind in ("total", "current"):
-            batches = loops["epoch_loop.batch_progress"][kind]
-            batches["completed"] = batches["processed"]
         progress = loops["epoch_loop.val_loop.batch_progress"]
         progress["is_last_batch"] = False
         progress["current"] = dict.fromkeys(progress["current"], 0)
