@@ -85,6 +85,20 @@ def test_what_a_killed_run_had_logged_is_forgotten(runs, whole, stage):
     assert_same_log(whole(stage), logdir)
 
 
+def test_a_validation_that_a_killed_run_had_logged(runs, whole):
+    """Killed between a validation's scores and its checkpoint: resumed with the validation, which is logged once."""
+    r = runs("encdiff")
+    logdir = r.run(*stop(4, "scoring"), status=143)
+    before = (logdir / "checkpoints" / "last.ckpt").read_bytes()
+    r.run("-r", logdir, WITHOUT)
+    (logdir / "checkpoints" / "last.ckpt").write_bytes(before)
+    r.run("-r", logdir, f"{SIGNAL}.params.batch=1", status=143)  # one step after the validation
+    r.run("-r", logdir, WITHOUT)
+    expected = whole("encdiff", *at(1000))
+    assert_same_end(expected, logdir)
+    assert_same_log(expected, logdir)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_status_and_how_to_resume(runs, name):
     r = runs("vq")

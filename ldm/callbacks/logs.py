@@ -6,6 +6,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ldm.callbacks.stop import OpenValidation
+
 MEANS = "epoch_means"  # in checkpoints
 
 
@@ -13,9 +15,13 @@ class ResumableLogs(Callback):
     """Counts steps for the loggers as everything else does, and carries the means of an epoch over a resume.
 
     TensorBoard is told to forget what a killed run had logged after its last checkpoint.
+
+    Args:
+        validation: knows whether a resumed run begins with one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, validation: OpenValidation) -> None:
+        self.validation = validation
         self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._ended = False  # whether the end of the epoch was logged, or is about to be
         self._muted: list[Any] = []
@@ -25,13 +31,17 @@ class ResumableLogs(Callback):
         if trainer.global_step == 0 or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            writer: Any = getattr(getattr(logger, "experiment", None), "file_writer", None)
-            if hasattr(writer, "add_event"):
-                from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-                writer.add_event(Event(step=trainer.global_step, file_version="brain.Event:2"))
-                started = SessionLog(status=SessionLog.START)
-                writer.add_event(Event(step=trainer.global_step, session_log=started))
+            experiment: Any = getattr(logger, "experiment", None)
+            if not hasattr(getattr(experiment, "file_writer", None), "add_event"):
+                continue
+            last = trainer.global_step - 1
+            again = _logged_at(last, experiment.log_dir) if self.validation.open else {}
+            if any(tag.startswith("val/") for tag in again):
+                # What comes now had been logged when the run was killed: only the step's own values are kept.
+                _forget_from(last, experiment)
+                for tag in [tag for tag in again if tag.endswith("_step") or tag.startswith("lr-") or tag == "epoch"]:
+                    experiment.add_scalar(tag, again[tag], last)
+            _forget_from(trainer.global_step, experiment)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -88,6 +98,22 @@ class ResumableLogs(Callback):
         """See `on_save_checkpoint`."""
         saved = checkpoint.get(MEANS, {"sums": {}, "ended": True})
         self._before, self._ended = dict(saved["sums"]), saved["ended"]
+
+
+def _logged_at(step: int, folder: str) -> dict[str, float]:
+    """What TensorBoard's files hold under a step, by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    return {tag: e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag) if e.step == step}
+
+
+def _forget_from(step: int, experiment: Any) -> None:
+    """What was written before under this step or a later one is shown no more."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    experiment.file_writer.add_event(Event(step=step, file_version="brain.Event:2"))
+    experiment.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
 def _means(trainer: pl.Trainer) -> dict[str, Any]:

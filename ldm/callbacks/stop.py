@@ -98,9 +98,11 @@ class OpenValidation(Callback):
             for kind in ("total", "current"):
                 batches = loops["epoch_loop.batch_progress"][kind]
                 batches["completed"] = batches["processed"]
-        if not self.open:
-            return
         progress = loops["epoch_loop.val_loop.batch_progress"]
+        if not self.open:  # nor may a validation that was made up for look like one that was cut off
+            for kind in ("total", "current"):
+                progress[kind] = dict.fromkeys(progress[kind], progress[kind]["completed"])
+            return
         progress["is_last_batch"] = False
         progress["current"] = dict.fromkeys(progress["current"], 0)
         # What Lightning takes for "within a validation": one batch was begun and not computed.

@@ -63,7 +63,7 @@ def build(run: Run, score: bool) -> Job:
 
     validation = OpenValidation()
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
-    first += [validation, ResumableLogs()]
+    first += [validation, ResumableLogs(validation)]
     last = [StopCallback(checkpoints / "last.ckpt", validation), LastCheckpoint(checkpoints / "last.ckpt", **rhythm)]
     for name, node in lightning["callbacks"].items():
         keep_chosen(run, name, node)
