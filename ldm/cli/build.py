@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger
 
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
-from ldm.cli.checks import check
+from ldm.cli.checks import check, refuse
 from ldm.cli.configure import Run, saved_run, without_checkpoints
 from ldm.cli.early import check_trainer, check_writable, device_numbers
 from ldm.models.autoencoder import FirstStage
@@ -243,7 +243,7 @@ def build_trainer(
         trainer = pl.Trainer(**options, callbacks=callbacks)
     except Exception as error:  # Lightning raises many kinds for invalid arguments
         raise UserError(" ".join(str(error).split()), "lightning.trainer") from error
-    check_batches(options, datasets, config["data"], trainer.world_size)
+    check_batches(run, options, datasets, config["data"], trainer.world_size)
     set_learning_rate(model, config, accumulate, trainer.world_size)
     return trainer
 
@@ -281,11 +281,19 @@ def configure_manual_optimization(model: pl.LightningModule, options: dict[str, 
         options["strategy"] = UNUSED_PARAMETERS[strategy]
 
 
-def check_batches(options: dict[str, Any], datasets: dict[str, Any], data: dict[str, Any], world_size: int) -> None:
-    """Refuse limits that leave no batch, and a validation interval longer than an epoch, before anything is written."""
+def check_batches(
+    run: Run, options: dict[str, Any], datasets: dict[str, Any], data: dict[str, Any], world_size: int
+) -> None:
+    """Refuse batches of more images than there are, for which the learning rate would be too high; limits that leave no
+    batch; and a validation interval longer than an epoch: before anything is written."""
     batch_size = (data.get("params") or {}).get("batch_size")
     if "train" not in datasets or not isinstance(batch_size, int):
         return
+    images = -(-len(datasets["train"]) // world_size)
+    if batch_size > images:
+        each = f", {images} per process" if world_size > 1 else ""
+        message = f"{batch_size} is more than the {len(datasets['train'])} training images{each}: expected at most that"
+        refuse(run, message, "data.params.batch_size")
     batches, limit = -(-len(datasets["train"]) // world_size // batch_size), options.get("limit_train_batches")
     if limit is not None:
         batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
