@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger
 
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
-from ldm.cli.checks import check, refuse
+from ldm.cli.checks import check
 from ldm.cli.configure import Run, saved_run, without_checkpoints
 from ldm.cli.early import check_trainer, check_writable, device_numbers
 from ldm.models.autoencoder import FirstStage
@@ -243,8 +243,8 @@ def build_trainer(
         trainer = pl.Trainer(**options, callbacks=callbacks)
     except Exception as error:  # Lightning raises many kinds for invalid arguments
         raise UserError(" ".join(str(error).split()), "lightning.trainer") from error
-    check_batches(run, options, datasets, config["data"], trainer.world_size)
-    set_learning_rate(model, config, accumulate, trainer.world_size)
+    check_batches(options, datasets, config["data"], trainer.world_size)
+    set_learning_rate(model, config, accumulate, trainer.world_size, datasets.get("train"))
     return trainer
 
 
@@ -281,19 +281,11 @@ def configure_manual_optimization(model: pl.LightningModule, options: dict[str, 
         options["strategy"] = UNUSED_PARAMETERS[strategy]
 
 
-def check_batches(
-    run: Run, options: dict[str, Any], datasets: dict[str, Any], data: dict[str, Any], world_size: int
-) -> None:
-    """Refuse batches of more images than there are, for which the learning rate would be too high; limits that leave no
-    batch; and a validation interval longer than an epoch: before anything is written."""
+def check_batches(options: dict[str, Any], datasets: dict[str, Any], data: dict[str, Any], world_size: int) -> None:
+    """Refuse limits that leave no batch, and a validation interval longer than an epoch, before anything is written."""
     batch_size = (data.get("params") or {}).get("batch_size")
     if "train" not in datasets or not isinstance(batch_size, int):
         return
-    images = -(-len(datasets["train"]) // world_size)
-    if batch_size > images:
-        each = f", {images} per process" if world_size > 1 else ""
-        message = f"{batch_size} is more than the {len(datasets['train'])} training images{each}: expected at most that"
-        refuse(run, message, "data.params.batch_size")
     batches, limit = -(-len(datasets["train"]) // world_size // batch_size), options.get("limit_train_batches")
     if limit is not None:
         batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
@@ -308,13 +300,18 @@ def check_batches(
         )
 
 
-def set_learning_rate(model: Any, config: dict[str, Any], accumulate: int, processes: int) -> None:
+def set_learning_rate(model: Any, config: dict[str, Any], accumulate: int, processes: int, images: Any = None) -> None:
     """The learning rate: accumulated batches × processes × batch size × base rate, as in LDM.
 
-    With `scale_lr: false` it is the base rate; without `base_learning_rate`, the model's own.
+    The batch size is that of the configuration, or the number of training images per process, if there are fewer: no
+    batch is larger. With `scale_lr: false` it is the base rate; without `base_learning_rate`, the model's own.
     """
     base, batch_size = config["model"].get("base_learning_rate"), config["data"]["params"].get("batch_size")
     origin = "the model's own"
+    if images is not None and isinstance(batch_size, int) and batch_size > (most := -(-len(images) // processes)):
+        each = " per process" if processes > 1 else ""
+        log.warning("data.params.batch_size: %d is more than the %d training images%s", batch_size, most, each)
+        batch_size = most
     if base is not None and config["lightning"]["scale_lr"]:
         model.learning_rate = accumulate * processes * batch_size * base
         parts = f"{accumulate} accumulated batches x {processes} processes x batch size {batch_size}"

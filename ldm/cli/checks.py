@@ -104,30 +104,18 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
     return names
 
 
-def refuse(run: Run, message: str, key: str) -> None:
-    """Refuse what a new run should not start with; of a run that is resumed, and began like that, only say it.
-
-    Raises:
-        UserError: the run is a new one.
-    """
-    if not run.resumed:
-        raise UserError(message, key)
-    log.warning("%s: %s", key, message)
-
-
 def check_resolution(run: Run, model: pl.LightningModule, datasets: Mapping[str, Any]) -> None:
-    """Refuse images of another size than a first stage's `ddconfig.resolution`, which says where it has attention.
-
-    Raises:
-        UserError: names both sizes.
-    """
+    """Say if images have another size than a first stage's `ddconfig.resolution`, which decides where attention is."""
     wanted = OmegaConf.select(run.config, "model.params.ddconfig.resolution")
     for split in ("train", "validation"):
         if isinstance(model, FirstStage) and split in datasets and wanted is not None:
             size = max(datasets[split][0][model.image_key].shape[:2])
             if size != wanted:
-                message = f"its images have {size} pixels, but model.params.ddconfig.resolution is {wanted}"
-                refuse(run, f"{message}: make them equal (image_size of the data set)", f"data.params.{split}")
+                log.warning(
+                    "data.params.%s: its images have %d pixels, but model.params.ddconfig.resolution is %s, by which"
+                    " attn_resolutions places attention: make them equal (image_size of the data set)",
+                    split, size, wanted,
+                )  # fmt: skip
 
 
 def check_monitor(

@@ -58,9 +58,12 @@ def listed(folder: Path, extensions: tuple[str, ...], title: str, pattern: str =
     """The files of a folder that match a glob pattern and have one of the extensions (lower case), sorted by path.
 
     Raises:
-        UserError: no such file exists.
+        UserError: no such file exists; or a folder, or a link to nowhere, has such a name.
     """
-    files = sorted(file for file in folder.glob(pattern) if file.suffix.lower() in extensions and file.is_file())
+    files = sorted(file for file in folder.glob(pattern) if file.suffix.lower() in extensions)
+    wrong = next((file for file in files if not file.is_file()), None)
+    if wrong is not None:
+        raise UserError(f"{title}: {wrong} is not a file, although its name ends in {wrong.suffix}")
     if not files:
         raise UserError(f"{title}: there are no files ending in {', '.join(extensions)} in {folder}")
     return files

@@ -101,9 +101,8 @@ class ImageFolder(ImageDataset):
             return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
         state = fingerprint(files, self.files, image_size, CHANGED)
-        super().__init__(
-            converted(folder, state, shape, _fill(_file_contents(files, title), prepare, title), title), None
-        )
+        fill = _fill(_file_contents(files, title), prepare, title)
+        super().__init__(converted(folder, state, shape, fill, title), None)
 
 
 class CelebA(ImageDataset):

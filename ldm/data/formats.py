@@ -95,16 +95,12 @@ def check_place(file: h5py.File, array: h5py.Dataset, path: Path) -> None:
     if path.stat().st_size < start + size:
         raise EOFError(f"it ends within '{array.name}'")
     taken = [(0, 1)]  # the file's own header
-    for part in [file, *file.values()]:
+    for part in [file, *(part for part in file.values() if part is not None)]:  # None: a link to nowhere
         header = h5py.h5o.get_info(part.id).addr
         taken.append((header, header + 1))
-        if (
-            isinstance(part, h5py.Dataset)
-            and part != array
-            and part.chunks is None
-            and part.id.get_offset() is not None
-        ):
-            taken.append((part.id.get_offset(), part.id.get_offset() + part.id.get_storage_size()))
+        place = part.id.get_offset() if isinstance(part, h5py.Dataset) and part != array else None
+        if place is not None:
+            taken.append((place, place + part.id.get_storage_size()))
     if any(first < start + size and start < last for first, last in taken):
         raise ValueError(f"'{array.name}' and another part of the file overlap")
 

@@ -6,6 +6,7 @@ The layout is that of version 1 on 64-bit little-endian machines: http://www.lmd
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
@@ -49,6 +50,8 @@ class LMDBReader:
         if abs(numbers[0] - numbers[1]) > 1 or (max(numbers) and (numbers[0] % 2, numbers[1] % 2) != (0, 1)):
             raise ValueError("its two headers do not belong together")
         _, flags, self.depth, self.root, self.last_page, _ = max(first, second, key=lambda meta: meta[-1])
+        if self.depth > 32:
+            raise ValueError(f"its tree has a depth of {self.depth}")
         if flags:
             raise ValueError("its keys are sorted in another way than those of images")
 
@@ -118,21 +121,40 @@ class LMDBReader:
             if low == 0:
                 return None
             place = nodes[low - 1]
-            halves = NODE.unpack_from(page, place)
             if level > 1:
-                number = halves[0] | halves[1] << 16 | halves[2] << 32
-        if self._key(page, place) != key:
-            return None
-        size, flags = halves[0] | halves[1] << 16, halves[2]
+                number = self._child(page, place)
+        return self._value(page, number, place) if self._key(page, place) == key else None
+
+    def items(self) -> Iterator[tuple[bytes, Value]]:
+        """All keys, sorted, and where their values are. See `find` for the errors."""
+        if self.root != EMPTY:
+            yield from self._below(self.root, self.depth)
+
+    def _below(self, number: int, level: int) -> Iterator[tuple[bytes, Value]]:
+        page = self._page(number, LEAF if level == 1 else BRANCH)
+        for place in self._nodes(page):
+            if level > 1:
+                yield from self._below(self._child(page, place), level - 1)
+            else:
+                yield self._key(page, place), self._value(page, number, place)
+
+    @staticmethod
+    def _child(page: bytes, place: int) -> int:
+        """The page that a branch's node leads to."""
+        low, high, highest, _ = NODE.unpack_from(page, place)
+        return low | high << 16 | highest << 32
+
+    def _value(self, page: bytes, number: int, place: int) -> Value:
+        """Where the value of a node of leaf `number` is."""
+        key = self._key(page, place)
+        low, high, flags, _ = NODE.unpack_from(page, place)
+        size, start = low | high << 16, place + NODE.size + len(key)
         if flags & ~BIG:
             raise ValueError(f"the value of {key!r} is of another kind than an image")
-        start = place + NODE.size + len(key)
-        if not flags:
-            if start + size > len(page):
-                raise ValueError(f"the value of {key!r} is longer than its page")
-            return Value(number * self.page_size + start, size)
-        if start + 8 > len(page):
+        if start + (8 if flags else size) > len(page):
             raise ValueError(f"the value of {key!r} is longer than its page")
+        if not flags:
+            return Value(number * self.page_size + start, size)
         return self._big(key, int.from_bytes(page[start : start + 8], "little"), size)
 
     def _big(self, key: bytes, number: int, size: int) -> Value:

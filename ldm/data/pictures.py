@@ -43,7 +43,7 @@ def as_rgb(image: Image.Image, name: str) -> tuple[Image.Image, bool]:
     if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
         return image.convert("RGB"), False
     with_alpha = image.convert("RGBA")
-    if with_alpha.getextrema()[3][0] == 255:
+    if np.asarray(with_alpha.getchannel("A")).min() == 255:
         return with_alpha.convert("RGB"), False
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, with_alpha).convert("RGB"), True

@@ -107,9 +107,10 @@ def _numbered(entries: list[str], where: str) -> np.ndarray:
     """
     words = [number for number, entry in enumerate(entries, 2) if not _is_number(entry)]
     if 0 < len(words) < len(entries):
+        first = f"the first '{entries[words[0] - 2]}' in line {words[0]}"
         raise ValueError(
-            f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, the first '{entries[words[0] - 2]}'"
-            f" in line {words[0]}: write all as numbers or all as words, or leave out the rows without a label"
+            f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, {first}: write all as numbers or"
+            " all as words, or leave out the rows without a label"
         )
     if words:
         return np.unique(entries, return_inverse=True)[1].reshape(-1)
