@@ -113,17 +113,16 @@ def require_space(file: Path, size: int, what: str, advice: str = "choose anothe
         UserError: they do not fit.
     """
     free = shutil.disk_usage(file.parent).free
-    fits = free >= size
-    if fits and claim and hasattr(os, "posix_fallocate"):
+    problem = "" if free >= size else f"{free / 1e9:.1f} GB are free"
+    if claim and not problem and hasattr(os, "posix_fallocate"):
         with file.open("r+b") as opened:
             try:
                 os.posix_fallocate(opened.fileno(), 0, size)
-            except OSError as error:
-                fits = error.errno not in FULL  # other errors: the file system cannot allocate ahead
-    if not fits:
+            except OSError as error:  # if it is another one, the file system cannot allocate ahead
+                problem = f"the system says: {error.strerror}" if error.errno in FULL else ""
+    if problem:
         raise UserError(
-            f"{what} needs {size / 1e9:.1f} GB in {file.parent}, but {free / 1e9:.1f} GB are free; free some space, or "
-            f"{advice}"
+            f"{what} needs {size / 1e9:.1f} GB in {file.parent}, but {problem}; free some space, or {advice}"
         )
 
 

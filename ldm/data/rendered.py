@@ -150,24 +150,44 @@ def write_shapes3d(
         if path.exists() and _keep(path, grid, image_size, force):
             return False  # another process has rendered it in the meantime
         with atomic_output(path, advice) as temporary:
-            require_space(path, int(np.prod(shape, dtype=np.int64)) + 48 * len(grid), f"rendering {path.name}", advice)
-            _render_into(temporary, grid, shape, path.name, progress)
+            # Claimed before HDF5 writes a byte: when it cannot, it may end the process, even later.
+            size = int(np.prod(shape, dtype=np.int64)) + 48 * len(grid) + (1 << 16)
+            require_space(temporary, size, f"rendering {path.name}", advice, claim=True)
+            offsets = _write_header(temporary, grid, shape)
+            length = temporary.stat().st_size
+            require_space(temporary, size, f"rendering {path.name}", advice, claim=True)
+            with temporary.open("r+b") as file:
+                file.seek(offsets["labels"])
+                file.write(labels(grid.sizes).tobytes())
+                file.seek(offsets["images"])
+                with tqdm(total=len(grid), desc=f"rendering {path.name}", unit="images", disable=not progress) as bar:
+                    for _, block in render_blocks(grid.sizes, image_size):
+                        file.write(block)
+                        bar.update(len(block))
+                file.truncate(length)  # what was claimed is more
             add_checksums(temporary)
     logger.info("rendered %d images of %d×%d into %s", len(grid), image_size, image_size, path)
     return True
 
 
-def _render_into(temporary: Path, grid: FactorGrid, shape: tuple[int, ...], name: str, progress: bool) -> None:
-    """Write the HDF5 file; `shape` is that of its images."""
+def _write_header(temporary: Path, grid: FactorGrid, shape: tuple[int, ...]) -> dict[str, int]:
+    """An HDF5 file whose arrays, labels and images of this shape, have their places, but no content yet.
+
+    Returns:
+        Where in the file each begins.
+    """
+    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    arrays = {"labels": ((len(grid), 6), h5py.h5t.IEEE_F64LE), "images": (shape, h5py.h5t.STD_U8LE)}
     with h5py.File(temporary, "w", locking=False) as file:  # `atomic_output` holds a lock
         file.attrs["rendered_sizes"] = grid.sizes
         file.attrs[CHECKED] = True
-        file.create_dataset("labels", data=labels(grid.sizes))
-        images = file.create_dataset("images", shape, np.uint8)
-        with tqdm(total=len(grid), desc=f"rendering {name}", unit="images", disable=not progress) as bar:
-            for row, block in render_blocks(grid.sizes, shape[1]):
-                images[row : row + len(block)] = block
-                bar.update(len(block))
+        made = {
+            name: h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(size), early)
+            for name, (size, kind) in arrays.items()
+        }
+        return {name: array.get_offset() for name, array in made.items()}
 
 
 def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
