@@ -119,15 +119,9 @@ def files_of(paths: list[Path]) -> Iterator[Path]:
             raise UserError(f"there is no file or folder {path}")
         if path.is_file() and path.suffix.lower() not in CHECKS:
             raise UserError(f"{path}: expected a file that ends in {', '.join(CHECKS)}, or a folder")
-        yield from (
-            [path]
-            if path.is_file()
-            else sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in CHECKS and file.is_file() and file.name[0] != "."
-            )
-        )
+        found = [path] if path.is_file() else sorted(path.rglob("*"))
+        known = [file for file in found if file.suffix.lower() in CHECKS and file.is_file()]
+        yield from (file for file in known if file.name[0] != "." and file.name != "lock.mdb")  # LMDB's lock
 
 
 def main(argv: list[str] | None = None) -> int:

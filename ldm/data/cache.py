@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.checksums import add_checksums, check_content
-from ldm.data.files import atomic_output, make_folder, require_space
+from ldm.data.files import atomic_output, make_folder, remove_leftovers, require_space
 from ldm.data.images import Pixels
 from ldm.data.locks import PLAIN, one_writer, open_own, user
 from ldm.util import UserError
@@ -68,6 +68,7 @@ def converted(source: Path, state: str, shape: tuple[int, ...], fill: Fill, titl
     if os.path.lexists(result) and not _usable(result, source):
         logger.warning("%s: %s is a link, or another user's: it is not used", title, result)
         result = own_folder(result.parent) / result.name
+    remove_leftovers(result)
     if not os.path.lexists(result):
         make_folder(result.parent, ADVICE)
         with one_writer(result):

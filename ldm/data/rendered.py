@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.checksums import add_checksums, check_content
-from ldm.data.files import atomic_output, data_root, make_folder, other_root, reading, require_space
+from ldm.data.files import atomic_output, data_root, make_folder, other_root, reading, remove_leftovers, require_space
 from ldm.data.formats import CHECKED, h5_pixels
 from ldm.data.images import ImageDataset, resized_shape
 from ldm.data.locks import one_writer
@@ -143,6 +143,7 @@ def write_shapes3d(
     """
     path, grid = Path(path), rooms_grid(sizes)
     shape = resized_shape((len(grid), 1, 1, 3), image_size)
+    remove_leftovers(path)
     if path.exists() and _keep(path, grid, image_size, force):
         return False
     make_folder(path.parent, advice)
@@ -162,7 +163,7 @@ def write_shapes3d(
                 file.seek(offsets["images"])
                 with tqdm(total=len(grid), desc=f"rendering {path.name}", unit="images", disable=not progress) as bar:
                     for _, block in render_blocks(grid.sizes, image_size):
-                        file.write(block)
+                        file.write(block.data)
                         bar.update(len(block))
                 file.truncate(length)  # what was claimed is more
             add_checksums(temporary)
