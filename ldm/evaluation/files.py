@@ -63,6 +63,7 @@ def _read_array(path: Path, what: str) -> np.ndarray:
                 return content[names[0]]
     except Exception as error:  # of many kinds: the header is Python, and what is behind it may be anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "it has another beginning" if "pickle" in reason else reason  # NumPy's advice is to run its code
         raise ValueError(
             f"{path} is not a NumPy file of numbers ({reason}); write it by np.save(path, {what})"
         ) from error
