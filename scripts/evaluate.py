@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.evaluation.files import read_codes, read_factors
+from ldm.evaluation.files import read_codes, read_factors, write_codes
 from ldm.evaluation.scores import CodeScores, package_versions, rank_codes, score_codes
 from ldm.factors import FactorGrid, factors_of
 from ldm.metrics.evaluate import METRICS, check_seed, check_settings
@@ -154,7 +154,7 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
         codes = codes.reshape(len(codes), -1) if opt.of == "components" else codes
         scored = evaluate_codes(codes, factors_of(dataset), out, about, opt)
         if opt.save_codes:
-            np.save(out / "codes.npy", codes)
+            write_codes(out / "codes.npy", codes)
     if opt.reconstruction or opt.fid:
         files = {"lpips_weights": opt.lpips_weights, "inception_weights": opt.inception_weights}
         sampling = {name: getattr(opt, name) for name in ("batch_size", "sampler", "steps", "eta", "seed")}

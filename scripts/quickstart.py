@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.api import load, load_config
 from ldm.cli.main import main as train
 from ldm.config import load_yaml
+from ldm.data.files import atomic_output
 from ldm.evaluation.codes import encode
 from ldm.evaluation.reconstruction import reconstruction_scores
 from ldm.metrics.evaluate import evaluate
@@ -133,7 +134,8 @@ def report(opt, dataset, first, second, mse, before, record, start, marks) -> No
     lines.append(f"scores          {second / 'metrics'}")
     lines.append(f"TensorBoard     tensorboard --logdir {opt.logdir}")
     text = "\n".join(lines)
-    (second / "quickstart.txt").write_text(text + "\n")
+    with atomic_output(second / "quickstart.txt") as part:
+        part.write_text(text + "\n")
     print(f"\n{text}")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from command_line import CHECKPOINT, encdiff_config, first_stage_config
+from command_line import CHECKPOINT, IMAGE_SIZE, encdiff_config, first_stage_config
 from omegaconf import OmegaConf
 from PIL import Image
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -263,6 +263,7 @@ def test_manual_optimisation_takes_accumulation_clipping_and_unused_parameters()
         ([], 16 * 1.0e-5),
         (["--accumulate_grad_batches", 2], 2 * 16 * 1.0e-5),
         (["data.params.batch_size=8"], 8 * 1.0e-5),
+        (["data.params.batch_size=1000"], 64 * 1.0e-5),  # of the images that there are
         (["--scale_lr", "false"], 1.0e-5),
         (["--scale_lr", "false", "--accumulate_grad_batches", 2], 1.0e-5),
     ],
@@ -275,6 +276,17 @@ def test_learning_rate(cli, first_stage, monkeypatch, stage, argv, rate):
     result = cli.run("--base", getattr(cli, stage), "-t", "--gpus", 0, *more, *argv)
     assert result.status == 0, result.err
     assert seen == [pytest.approx(rate)] and "learning rate" in result.log
+
+
+def test_sizes_that_cannot_be_what_was_meant_are_told(cli, monkeypatch):
+    monkeypatch.setattr(pl.Trainer, "fit", lambda self, *args, **kwargs: None)
+    start = ["--base", cli.vq, "-t", "--gpus", 0]
+    assert "pixels" not in (log := cli.run(*start).log) and "is more than" not in log
+    result = cli.run(*start, "data.params.batch_size=1000", "model.params.ddconfig.resolution=48")
+    assert result.status == 0
+    assert "data.params.batch_size: 1000 is more than the 64 training images" in result.log
+    size = f"its images have {IMAGE_SIZE} pixels, but model.params.ddconfig.resolution is 48"
+    assert f"data.params.train: {size}" in result.log and f"data.params.validation: {size}" in result.log
 
 
 def test_the_models_own_rate(cli, monkeypatch):

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torchvision.utils import make_grid
 
 from ldm.callbacks.record import Record
+from ldm.data.files import atomic_output
 from ldm.data.images import evenly_spaced, to_unit_range_all
 from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
 from ldm.models.diffusion.visuals import diffusion_images
@@ -147,9 +148,9 @@ class ImageLogger(Callback):
             if hasattr(experiment, "add_image"):
                 experiment.add_image(f"{split}/{name}", grid, global_step=step)
         folder = self._folder(trainer) / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
         pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{name}_gs-{step:06}_e-{trainer.current_epoch:06}.png")
+        with atomic_output(folder / f"{name}_gs-{step:06}_e-{trainer.current_epoch:06}.png") as part:
+            Image.fromarray(pixels).save(part, format="png")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Pictures before the first step, if asked for."""

@@ -1,11 +1,13 @@
 """Losses as a table in the log directory, which the first release calls a record."""
 
 import csv
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ldm.data.files import atomic_output
+from ldm.data.files import atomic_output, writing
 from ldm.util import UserError
 
 NAME = "record.csv"
@@ -47,14 +49,22 @@ class Record:
             folder: the log directory.
             values: losses by name; numbers or tensors of one element.
             step: the trainer's.
+
+        Raises:
+            UserError: the file cannot be written.
         """
         if not self.due(step):
             return
         self._step = step
         path = Path(folder) / NAME
-        empty = not path.is_file() or not path.stat().st_size
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if empty:
-                writer.writerow(["step", *values])
-            writer.writerow([step, *(float(value) for value in values.values())])
+        length = path.stat().st_size if path.is_file() else 0
+        try:
+            with writing(path), path.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if not length:
+                    writer.writerow(["step", *values])
+                writer.writerow([step, *(float(value) for value in values.values())])
+        except UserError:
+            with suppress(OSError):
+                os.truncate(path, length)  # no half rows
+            raise

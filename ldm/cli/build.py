@@ -250,7 +250,7 @@ def build_trainer(
     except Exception as error:  # Lightning raises many kinds for invalid arguments
         raise UserError(" ".join(str(error).split()), "lightning.trainer") from error
     check_batches(options, datasets, config["data"], trainer.world_size)
-    set_learning_rate(model, config, accumulate, trainer.world_size)
+    set_learning_rate(model, config, accumulate, trainer.world_size, datasets.get("train"))
     return trainer
 
 
@@ -306,13 +306,18 @@ def check_batches(options: dict[str, Any], datasets: dict[str, Any], data: dict[
         )
 
 
-def set_learning_rate(model: Any, config: dict[str, Any], accumulate: int, processes: int) -> None:
+def set_learning_rate(model: Any, config: dict[str, Any], accumulate: int, processes: int, images: Any = None) -> None:
     """The learning rate: accumulated batches × processes × batch size × base rate, as in LDM.
 
-    With `scale_lr: false` it is the base rate; without `base_learning_rate`, the model's own.
+    The batch size is that of the configuration, or the number of training images per process, if there are fewer: no
+    batch is larger. With `scale_lr: false` it is the base rate; without `base_learning_rate`, the model's own.
     """
     base, batch_size = config["model"].get("base_learning_rate"), config["data"]["params"].get("batch_size")
     origin = "the model's own"
+    if images is not None and isinstance(batch_size, int) and batch_size > (most := -(-len(images) // processes)):
+        each = " per process" if processes > 1 else ""
+        log.warning("data.params.batch_size: %d is more than the %d training images%s", batch_size, most, each)
+        batch_size = most
     if base is not None and config["lightning"]["scale_lr"]:
         model.learning_rate = accumulate * processes * batch_size * base
         parts = f"{accumulate} accumulated batches x {processes} processes x batch size {batch_size}"

@@ -1,10 +1,12 @@
 """What is tried before training starts, so that a mistake is reported before anything is written."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import default_collate
 from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +19,8 @@ from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.mode import evaluating
 from ldm.util import UserError, nearest, parameters_of
+
+log = logging.getLogger(__name__)
 
 # What to compare, where an image does not pass through a model.
 FITTING = {
@@ -51,6 +55,7 @@ def check(
         if hasattr(callback, "check"):
             callback.check(model, datasets, options)
     losses = dry_run(model, datasets)
+    check_resolution(run, model, datasets)
     for callback in callbacks:
         check_monitor(getattr(callback, "monitor", None), model, losses, callbacks, datasets)
     if str(logger.get("target")).endswith("loggers.TensorBoardLogger"):
@@ -97,6 +102,20 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
             raise UserError(f"{problem}; compare them with {FITTING[kind]}", f"data.params.{split}") from error
         names |= set(found if isinstance(model, FirstStage) else found[1])
     return names
+
+
+def check_resolution(run: Run, model: pl.LightningModule, datasets: Mapping[str, Any]) -> None:
+    """Say if images have another size than a first stage's `ddconfig.resolution`, which decides where attention is."""
+    wanted = OmegaConf.select(run.config, "model.params.ddconfig.resolution")
+    for split in ("train", "validation"):
+        if isinstance(model, FirstStage) and split in datasets and wanted is not None:
+            size = max(datasets[split][0][model.image_key].shape[:2])
+            if size != wanted:
+                log.warning(
+                    "data.params.%s: its images have %d pixels, but model.params.ddconfig.resolution is %s, by which"
+                    " attn_resolutions places attention: make them equal (image_size of the data set)",
+                    split, size, wanted,
+                )  # fmt: skip
 
 
 def check_monitor(

@@ -1,26 +1,30 @@
-"""Finding and reading data files, and writing large ones atomically."""
+"""Finding and reading data files, and writing files whole or not at all."""
 
 import errno
-import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ldm.data.locks import lock, open_plain, same_file
 from ldm.util import UserError
 
-if TYPE_CHECKING:
-    from filelock import FileLock
-
 ROOT_VARIABLE = "ENCDIFF_DATA"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, or this user's share of it
 
 
 def data_root(path: str | os.PathLike | None = None) -> Path:
     """The folder of data sets: `path`, else the environment variable ENCDIFF_DATA, else `data`."""
     return Path(path or os.environ.get(ROOT_VARIABLE) or "data").expanduser()
+
+
+def other_root(path: str | os.PathLike | None) -> str:
+    """How another folder of data sets is given, for messages; ENCDIFF_DATA does nothing where there is a `path`."""
+    alone = f"as path=, or leave that out and name it in {ROOT_VARIABLE}"
+    return alone if path else f"as path= or in the environment variable {ROOT_VARIABLE}"
 
 
 def find(path: str | os.PathLike | None, relative: str, title: str, source: str, folder: bool = False) -> Path:
@@ -45,8 +49,8 @@ def find(path: str | os.PathLike | None, relative: str, title: str, source: str,
     if folder and path and root.is_dir() and root.name == Path(relative).name:
         return root
     raise UserError(
-        f"{title}: there is no {'folder' if folder else 'file'} {wanted}; give the folder of data sets as path= or in "
-        f"{ROOT_VARIABLE} (it should hold {relative}). {source}"
+        f"{title}: there is no {'folder' if folder else 'file'} {wanted}; give the folder of data sets "
+        f"{other_root(path)} (it should hold {relative}). {source}"
     )
 
 
@@ -54,9 +58,12 @@ def listed(folder: Path, extensions: tuple[str, ...], title: str, pattern: str =
     """The files of a folder that match a glob pattern and have one of the extensions (lower case), sorted by path.
 
     Raises:
-        UserError: no such file exists.
+        UserError: no such file exists; or a folder, or a link to nowhere, has such a name.
     """
-    files = sorted(file for file in folder.glob(pattern) if file.suffix.lower() in extensions and file.is_file())
+    files = sorted(file for file in folder.glob(pattern) if file.suffix.lower() in extensions)
+    wrong = next((file for file in files if not file.is_file()), None)
+    if wrong is not None:
+        raise UserError(f"{title}: {wrong} is not a file, although its name ends in {wrong.suffix}")
     if not files:
         raise UserError(f"{title}: there are no files ending in {', '.join(extensions)} in {folder}")
     return files
@@ -106,51 +113,107 @@ def require_space(file: Path, size: int, what: str, advice: str = "choose anothe
         UserError: they do not fit.
     """
     free = shutil.disk_usage(file.parent).free
-    fits = free >= size
-    if fits and claim and hasattr(os, "posix_fallocate"):
+    problem = "" if free >= size else f"{free / 1e9:.1f} GB are free"
+    if claim and not problem and hasattr(os, "posix_fallocate"):
         with file.open("r+b") as opened:
             try:
                 os.posix_fallocate(opened.fileno(), 0, size)
-            except OSError as error:
-                fits = error.errno != errno.ENOSPC  # other errors: the file system cannot allocate ahead
-    if not fits:
+            except OSError as error:  # if it is another one, the file system cannot allocate ahead
+                problem = f"the system says: {error.strerror}" if error.errno in FULL else ""
+    if problem:
         raise UserError(
-            f"{what} needs {size / 1e9:.1f} GB in {file.parent}, but {free / 1e9:.1f} GB are free; free some space, or "
-            f"{advice}"
+            f"{what} needs {size / 1e9:.1f} GB in {file.parent}, but {problem}; free some space, or {advice}"
         )
 
 
-def one_writer(path: Path) -> "FileLock":
-    """A lock with which one process of this machine makes `path`, while the others wait.
+def make_folder(folder: Path, advice: str = "choose another folder") -> None:
+    """Make a folder, unless it exists, and check that files can be made in it.
 
-    The lock file is in the system's temporary folder, so that nothing is left beside the data.
+    Raises:
+        UserError: the folder cannot be created or written to.
     """
-    from filelock import FileLock  # here, so that scoring codes does without the package
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror}; {advice}") from error
 
-    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir()) / f"encdiff-{name}.lock")
+
+@contextmanager
+def writing(path: Path, advice: str = "choose another folder", temporary: Path | None = None) -> Iterator[None]:
+    """Turn the system's refusal to write `path`, or `temporary` in its place, into a UserError that names it.
+
+    Raises:
+        UserError: the disk is full, broken, …
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or str(error.filename) not in ("None", str(path), str(temporary)):
+            raise  # another file's
+        room = "free some space, or " if error.errno in FULL else ""
+        raise UserError(f"cannot write {path}: {os.strerror(error.errno)}; {room}{advice}") from error
 
 
 @contextmanager
 def atomic_output(path: Path, advice: str = "choose another folder") -> Iterator[Path]:
     """A temporary path beside `path` to write to: renamed to `path` on success, removed on failure or interruption.
 
+    It exists already, empty, so that it is nobody else's file and no link. What killed processes have left behind of
+    such files is removed first.
+
     Args:
         path: the file to be written.
         advice: what to do if that is impossible, for the error.
 
     Raises:
-        UserError: the folder cannot be created or written to.
+        UserError: the folder cannot be created, or the file cannot be written.
     """
+    make_folder(path.parent, advice)
+    remove_leftovers(path)
+    with writing(path, advice):
+        temporary, descriptor = _new_temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {path.parent}: {error.strerror}; {advice}") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path, advice, temporary):
+            yield temporary
+            os.fsync(descriptor)  # so that a power cut leaves the old content or the new one
+            os.replace(temporary, path)
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+def _new_temporary(path: Path) -> tuple[Path, int]:
+    """A new file beside `path`, and its descriptor, which is locked: a sign that its writer lives.
+
+    The lock is shared, since it stays for a moment when the file has its final name, and HDF5's readers lock files too.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            descriptor = open_plain(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            continue
+        with suppress(OSError):  # a file system without locks, where `remove_leftovers` removes nothing
+            lock(descriptor, wait=True, shared=True)
+        if same_file(descriptor, temporary):
+            return temporary, descriptor
+        os.close(descriptor)  # `remove_leftovers` of another process came before the lock
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files that killed processes have left beside `path`, of files of its kind.
+
+    A living writer holds the lock of its file. Earlier versions held none, and put their process's number in the name.
+    """
+    ours = re.compile(rf"\..+{re.escape(path.suffix)}\.([0-9a-f]{{8}}|[0-9]+)\.tmp")
+    with suppress(OSError):
+        for name in filter(ours.fullmatch, os.listdir(path.parent)):
+            with suppress(OSError):  # another user's, or gone in the meantime
+                descriptor = open_plain(path.parent / name)
+                try:
+                    if lock(descriptor):
+                        (path.parent / name).unlink()
+                finally:
+                    os.close(descriptor)

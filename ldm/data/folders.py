@@ -1,12 +1,11 @@
 """Data sets with one file per picture: CelebA (as JPEG files or an LMDB) and any folder of images."""
 
-import io
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import lmdb
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -14,7 +13,11 @@ from tqdm import tqdm
 from ldm.data.cache import Fill, converted, fingerprint
 from ldm.data.files import data_root, find, listed, reading
 from ldm.data.images import ImageDataset, Pixels, resized_shape
+from ldm.data.lmdb_file import LMDBReader, Value
+from ldm.data.pictures import CHANGED, as_rgb, open_picture
 from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 ALIGNED_SIZE = (178, 218)  # width and height of CelebA's aligned pictures
@@ -24,39 +27,53 @@ TABLE = "list_attr_celeba.txt"
 Prepare = Callable[[Image.Image, str], Image.Image]
 
 
-def _decode(name: str, data: bytes, prepare: Prepare, title: str) -> np.ndarray:
-    """One encoded picture as (h, w, 3) uint8."""
-    with reading(name, title), Image.open(io.BytesIO(data)) as image:
-        return np.asarray(prepare(image.convert("RGB"), name))
+def _decode(name: str, data: bytes, prepare: Prepare, title: str) -> tuple[np.ndarray, bool]:
+    """One encoded picture as (h, w, 3) uint8, and whether it had transparent pixels."""
+    with reading(name, title), open_picture(data) as image:
+        rgb, transparent = as_rgb(image, f"{title}: {name}")
+        return np.asarray(prepare(rgb, name)), transparent
 
 
 def _fill(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, title: str) -> Fill:
     """A converter that decodes pictures on all cores, 256 at a time to bound the memory."""
 
     def fill(out: np.ndarray, bar: tqdm) -> None:
+        transparent: list[str] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             row, pending = 0, []
             for name, data in encoded():
-                pending.append(pool.submit(_decode, name, data, prepare, title))
+                pending.append((name, pool.submit(_decode, name, data, prepare, title)))
                 if len(pending) == 256:
-                    row, pending = _collect(out, row, pending, bar), []
-            _collect(out, row, pending, bar)
+                    row, pending = _collect(out, row, pending, bar, transparent), []
+            _collect(out, row, pending, bar, transparent)
+        if transparent:
+            told = "%s: %d pictures have transparent pixels, which become white; the first is %s"
+            logger.warning(told, title, len(transparent), transparent[0])
 
     return fill
 
 
-def _collect(out: np.ndarray, row: int, pending: list, bar: tqdm) -> int:
-    """Write finished pictures to `out`, the first at `row`; returns the row after the last one."""
-    for future in pending:
-        out[row] = future.result()
+def _collect(out: np.ndarray, row: int, pending: list, bar: tqdm, transparent: list[str]) -> int:
+    """Write finished pictures to `out`, the first at `row`, and the names of transparent ones to `transparent`; returns
+    the row after the last one."""
+    for name, future in pending:
+        out[row], clear = future.result()
+        transparent += [name] if clear else []
         row += 1
     bar.update(len(pending))
     return row
 
 
-def _file_contents(files: Sequence[Path]) -> Callable[[], Iterator[tuple[str, bytes]]]:
+def _file_contents(files: Sequence[Path], title: str) -> Callable[[], Iterator[tuple[str, bytes]]]:
     """Names and contents of files, read one after another."""
-    return lambda: ((str(file), file.read_bytes()) for file in files)
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        for file in files:
+            with reading(file, title):
+                data = file.read_bytes()
+            yield str(file), data
+
+    return contents
 
 
 class ImageFolder(ImageDataset):
@@ -83,8 +100,9 @@ class ImageFolder(ImageDataset):
             square = image.crop((left, top, left + side, top + side))
             return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
-        state = fingerprint(files, self.files, image_size)
-        super().__init__(converted(folder, state, shape, _fill(_file_contents(files), prepare, title), title), None)
+        state = fingerprint(files, self.files, image_size, CHANGED)
+        fill = _fill(_file_contents(files, title), prepare, title)
+        super().__init__(converted(folder, state, shape, fill, title), None)
 
 
 class CelebA(ImageDataset):
@@ -124,7 +142,7 @@ class CelebA(ImageDataset):
             paths = listed(folder, (".jpg", ".jpeg"), title)
             table, files = folder.parent / TABLE, [file.name for file in paths]
             shape = resized_shape((len(paths), 1, 1, 3), size)
-            fill = _fill(_file_contents(paths), _prepare_face(size, title), title)
+            fill = _fill(_file_contents(paths, title), _prepare_face(size, title), title)
             pixels = converted(folder, fingerprint(paths, size), shape, fill, title)
         self.attributes: np.ndarray | None = None
         self.attribute_names: tuple[str, ...] = ()
@@ -168,6 +186,8 @@ def read_attributes(
     with reading(table, title):
         lines = table.read_text(errors="replace").split("\n")
     names = tuple(lines[1].split()) if len(lines) > 1 else ()
+    if not all(name.isprintable() for name in names):
+        raise UserError(f"{title}: {table}, line 2: expected the attributes' names, found {lines[1][:100]!r}")
     rows: dict[str, list[str]] = {}
     for number, line in enumerate(lines[2:], 3):
         name, *values = line.split() or [""]
@@ -177,8 +197,10 @@ def read_attributes(
             rows[name] = values
     order = list(rows) if files is None else list(files)
     missing = next((name for name in order if name not in rows), None)
-    if not names or missing is not None or len(rows) != count:
+    told = lines[0].strip()
+    if not names or missing is not None or len(rows) != count or told != str(count):
         what = f"{missing} has no line in it" if missing else f"it has {len(rows)} lines of {len(names)} attributes"
+        what += f" and says it has {told[:20]!r}" if not missing and told != str(len(rows)) else ""
         raise UserError(f"{title}: {table} does not match the {count} images: {what}; get the table again")
     return names, np.array([[value == "1" for value in rows[name]] for name in order], dtype=np.uint8)
 
@@ -206,25 +228,37 @@ def _lmdb_pixels(database: Path, resolution: int | None, size: int, title: str) 
         UserError: not an LMDB, or a missing key.
     """
     file = database / "data.mdb" if database.is_dir() else database
-    options = {"subdir": database.is_dir(), "readonly": True, "lock": False, "readahead": False}
-    with (
-        reading(database, title),
-        lmdb.open(str(database), **options) as environment,
-        environment.begin() as transaction,
-    ):
-        length = transaction.get(b"length", b"")
+    with reading(database, title), file.open("rb") as opened:
+        reader = LMDBReader(opened)
+        length = reader.get(b"length") or b""
         count = int(length) if length.isdigit() else 0
         if not count:
             raise UserError(f"{title}: {database}: expected the number of images as 'length', found {length!r}")
+        if reader.find(_key(resolution, count)) is not None:
+            raise UserError(f"{title}: {database} says it has {count} images as 'length', but has more")
+
+        def places() -> list[Value]:
+            return [_find(reader, _key(resolution, index), database, title) for index in range(count)]
+
+        if reader.find(_key(resolution, count - 1)) is None:
+            places()  # says which is the first that is missing
 
         def encoded() -> Iterator[tuple[str, bytes]]:
-            for index in range(count):
-                key = f"{resolution}-{index:07d}"
-                data = transaction.get(key.encode())
-                if data is None:
-                    raise UserError(f"{title}: {database} has no key '{key}'; original_resolution= is its first part")
-                yield f"'{key}' in {database}", data
+            for index, place in enumerate(places()):  # all are looked up before the first is decoded
+                yield f"'{_key(resolution, index).decode()}' in {database}", reader.read(place)
 
         fill = _fill(encoded, _prepare_face(size, title), title)
         shape = resized_shape((count, 1, 1, 3), size)
-        return converted(database, fingerprint([file], resolution, size), shape, fill, title)
+        return converted(database, fingerprint([file], resolution, size, CHANGED), shape, fill, title)
+
+
+def _key(resolution: int | None, index: int) -> bytes:
+    return f"{resolution}-{index:07d}".encode()
+
+
+def _find(reader: LMDBReader, key: bytes, database: Path, title: str) -> Value:
+    """Where a picture is."""
+    found = reader.find(key)
+    if found is None:
+        raise UserError(f"{title}: {database} has no key '{key.decode()}'; original_resolution= is its first part")
+    return found

@@ -11,12 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.cache import converted, fingerprint, resize
+from ldm.data.checksums import check_content, read_checksums
 from ldm.data.files import reading, require_name
 from ldm.data.images import Pixels, check_images, resized_shape
 from ldm.factors import FactorGrid
 from ldm.util import UserError
 
 BLOCK_BYTES = 16 << 20  # images are converted in blocks of about this size
+CHECKED = "checksums"  # attribute of HDF5 files that were written with checksums behind them
+AGAIN = "delete it, and render it again"
 
 
 # --- HDF5
@@ -50,13 +53,13 @@ def h5_pixels(path: Path, key: str, image_size: int | None, grid: FactorGrid | N
         UserError: the file is damaged, or has no such array, or one of another shape, number or dtype.
     """
     with open_h5(path, title) as file:
+        check_trailer(file, path)
         array = h5_array(file, key, path, title)
         check_images(array.shape, array.dtype, grid, f"{title}: '{key}' in {path}")
         shape = resized_shape(array.shape, image_size)
         offset = array.id.get_offset() if array.chunks is None and not array.external else None
         if offset is not None and shape == array.shape:
-            if path.stat().st_size < offset + array.size:
-                raise EOFError(f"it ends within '{key}'")
+            check_place(file, array, path)
             return Pixels(path, offset, shape)
 
         def fill(out: np.ndarray, bar: tqdm) -> None:
@@ -65,6 +68,41 @@ def h5_pixels(path: Path, key: str, image_size: int | None, grid: FactorGrid | N
                 _put(out, start, array[start : start + rows], bar)
 
         return converted(path, fingerprint([path], key, shape), shape, fill, title)
+
+
+def check_trailer(file: h5py.File, path: Path, full: bool = False) -> None:
+    """Compare an open HDF5 file that was rendered here with its checksums; see `check_content`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with path.open("rb") as opened:
+        check_content(opened, path, AGAIN, full)
+        if file.attrs.get(CHECKED) is not None and read_checksums(opened) is None:
+            raise UserError(f"{path} is damaged (its end, with the checksums, is missing): {AGAIN}")
+
+
+def check_place(file: h5py.File, array: h5py.Dataset, path: Path) -> None:
+    """Check that a contiguous array can be where an HDF5 file, which has no checksums for that, says it is.
+
+    Raises:
+        EOFError: it would end beyond the file.
+        ValueError: its size is not that of its elements, or something else of the file is inside it.
+    """
+    start, size = array.id.get_offset(), array.id.get_storage_size()
+    if size != array.size * array.dtype.itemsize:
+        raise ValueError(f"'{array.name}' has {size} bytes for {array.shape} elements of {array.dtype}")
+    if path.stat().st_size < start + size:
+        raise EOFError(f"it ends within '{array.name}'")
+    taken = [(0, 1)]  # the file's own header
+    for part in [file, *(part for part in file.values() if part is not None)]:  # None: a link to nowhere
+        header = h5py.h5o.get_info(part.id).addr
+        taken.append((header, header + 1))
+        place = part.id.get_offset() if isinstance(part, h5py.Dataset) and part != array else None
+        if place is not None:
+            taken.append((place, place + part.id.get_storage_size()))
+    if any(first < start + size and start < last for first, last in taken):
+        raise ValueError(f"'{array.name}' and another part of the file overlap")
 
 
 def _block_rows(shape: tuple[int, ...], multiple: int = 1) -> int:
@@ -123,6 +161,9 @@ def npz_pixels(
         if fortran_order:
             raise UserError(f"{where} is stored in Fortran order; save it in C order")
         shape = resized_shape(found, image_size)
+        size = header_bytes + int(np.prod(found, dtype=np.int64))
+        if info.file_size != size:
+            raise EOFError(f"'{key}' has {info.file_size} bytes, its header tells of {size}")
         if info.compress_type == zipfile.ZIP_STORED and shape == found and not binary:
             return Pixels(path, _member_offset(path, info) + header_bytes, shape)
 

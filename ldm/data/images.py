@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.locks import open_own
 from ldm.factors import FactorGrid
 from ldm.util import UserError
 
@@ -41,18 +42,20 @@ class Pixels:
         path: the file.
         offset: bytes before the first pixel.
         shape: (n, h, w, c) or (n, h, w), in C order.
+        owners: of a file in a folder that others may write to: the users whose it may be, see `open_own`.
     """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
+    owners: tuple[int, ...] | None = None
 
     def open(self) -> tuple[np.ndarray, mmap.mmap]:
         """The pixels, read-only, and their memory map.
 
         Pages are read when first used, and belong to the operating system's file cache, not to this process.
         """
-        with self.path.open("rb") as file:
+        with self.path.open("rb") if self.owners is None else open_own(self.path, self.owners) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = int(np.prod(self.shape, dtype=np.int64))
         return np.frombuffer(mapped, np.uint8, count, self.offset).reshape(self.shape), mapped

@@ -10,9 +10,11 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.files import atomic_output, data_root, one_writer, require_space
-from ldm.data.formats import h5_pixels
+from ldm.data.checksums import add_checksums, check_content
+from ldm.data.files import atomic_output, data_root, make_folder, other_root, reading, remove_leftovers, require_space
+from ldm.data.formats import CHECKED, h5_pixels
 from ldm.data.images import ImageDataset, resized_shape
+from ldm.data.locks import one_writer
 from ldm.data.rooms import SHAPES, geometry_buffer
 from ldm.factors import FactorGrid
 from ldm.util import UserError
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 NAMES = ("floor hue", "wall hue", "object hue", "scale", "shape", "orientation")
 SIZES = (10, 10, 10, 8, 4, 15)
 SATURATION = 0.9
+AGAIN = "delete it, and it will be rendered again"
 
 
 def rooms_grid(sizes: Sequence[int] = SIZES) -> FactorGrid:
@@ -115,7 +118,12 @@ def render(sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3)
 
 
 def write_shapes3d(
-    path: Path | str, sizes: Sequence[int] = SIZES, image_size: int = 64, force: bool = False, progress: bool = True
+    path: Path | str,
+    sizes: Sequence[int] = SIZES,
+    image_size: int = 64,
+    force: bool = False,
+    progress: bool = True,
+    advice: str = "choose another folder",
 ) -> bool:
     """Render into a file with the layout of `3dshapes.h5`, contiguous, so that its pixels can be memory-mapped.
 
@@ -125,6 +133,7 @@ def write_shapes3d(
         image_size: width and height, pixels.
         force: overwrite an existing file, if it was rendered here.
         progress: show a progress bar.
+        advice: what to do if the folder is full or cannot be written to, for the error.
 
     Returns:
         Whether the file was written.
@@ -134,20 +143,52 @@ def write_shapes3d(
     """
     path, grid = Path(path), rooms_grid(sizes)
     shape = resized_shape((len(grid), 1, 1, 3), image_size)
+    remove_leftovers(path)
     if path.exists() and _keep(path, grid, image_size, force):
         return False
-    with atomic_output(path) as temporary:
-        require_space(path, int(np.prod(shape, dtype=np.int64)) + 48 * len(grid), f"rendering {path.name}")
-        with h5py.File(temporary, "w") as file:
-            file.attrs["rendered_sizes"] = grid.sizes
-            file.create_dataset("labels", data=labels(grid.sizes))
-            images = file.create_dataset("images", shape, np.uint8)
-            with tqdm(total=len(grid), desc=f"rendering {path.name}", unit="images", disable=not progress) as bar:
-                for row, block in render_blocks(grid.sizes, image_size):
-                    images[row : row + len(block)] = block
-                    bar.update(len(block))
+    make_folder(path.parent, advice)
+    with one_writer(path):
+        if path.exists() and _keep(path, grid, image_size, force):
+            return False  # another process has rendered it in the meantime
+        with atomic_output(path, advice) as temporary:
+            # Claimed before HDF5 writes a byte: when it cannot, it may end the process, even later.
+            size = int(np.prod(shape, dtype=np.int64)) + 48 * len(grid) + (1 << 16)
+            require_space(temporary, size, f"rendering {path.name}", advice, claim=True)
+            offsets = _write_header(temporary, grid, shape)
+            length = temporary.stat().st_size
+            require_space(temporary, size, f"rendering {path.name}", advice, claim=True)
+            with temporary.open("r+b") as file:
+                file.seek(offsets["labels"])
+                file.write(labels(grid.sizes).tobytes())
+                file.seek(offsets["images"])
+                with tqdm(total=len(grid), desc=f"rendering {path.name}", unit="images", disable=not progress) as bar:
+                    for _, block in render_blocks(grid.sizes, image_size):
+                        file.write(block.data)
+                        bar.update(len(block))
+                file.truncate(length)  # what was claimed is more
+            add_checksums(temporary)
     logger.info("rendered %d images of %d×%d into %s", len(grid), image_size, image_size, path)
     return True
+
+
+def _write_header(temporary: Path, grid: FactorGrid, shape: tuple[int, ...]) -> dict[str, int]:
+    """An HDF5 file whose arrays, labels and images of this shape, have their places, but no content yet.
+
+    Returns:
+        Where in the file each begins.
+    """
+    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    arrays = {"labels": ((len(grid), 6), h5py.h5t.IEEE_F64LE), "images": (shape, h5py.h5t.STD_U8LE)}
+    with h5py.File(temporary, "w", locking=False) as file:  # `atomic_output` holds a lock
+        file.attrs["rendered_sizes"] = grid.sizes
+        file.attrs[CHECKED] = True
+        made = {
+            name: h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(size), early)
+            for name, (size, kind) in arrays.items()
+        }
+        return {name: array.get_offset() for name, array in made.items()}
 
 
 def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
@@ -156,14 +197,17 @@ def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
         with h5py.File(path, "r") as file:
             found = tuple(int(size) for size in file.attrs.get("rendered_sizes", ()))
             size = file["images"].shape[1] if found else 0
-    except (OSError, KeyError):
+    except Exception:  # h5py raises many kinds for damaged files
         found, size = (), 0
+    if found == grid.sizes and size == image_size and not force:
+        return True  # whoever opens it compares it with its checksums
+    if not found or not force:
+        with reading(path, "Rendered"), path.open("rb") as opened:
+            check_content(opened, path, AGAIN)
     if not found:
         raise UserError(f"{path} exists and was not rendered here, so it is left alone; choose another folder")
     if force:
         return False
-    if found == grid.sizes and size == image_size:
-        return True
     raise UserError(
         f"{path} holds another rendering (sizes {found}, {size}×{size} pixels); overwrite it with --force "
         "(force=True), or choose another folder"
@@ -185,8 +229,7 @@ class Rendered(ImageDataset):
         grid = rooms_grid(SIZES if sizes is None else sizes)
         name = f"rooms-{image_size}-{'x'.join(map(str, grid.sizes))}.h5"
         file = data_root(path) / "rendered" / name
-        with one_writer(file):
-            write_shapes3d(file, grid.sizes, image_size)
+        write_shapes3d(file, grid.sizes, image_size, advice=f"name another folder of data sets {other_root(path)}")
         super().__init__(h5_pixels(file, "images", None, grid, "Rendered"), grid)
 
 

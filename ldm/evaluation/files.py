@@ -3,14 +3,18 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldm.data.checksums import add_checksums, check_content
 from ldm.data.files import atomic_output
 from ldm.factors import FactorTable
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def read_codes(path: str | Path) -> np.ndarray:
@@ -40,18 +44,30 @@ def read_factors(path: str | Path) -> FactorTable:
 def _read_array(path: Path, what: str) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    with path.open("rb") as file:
+        size = check_content(file, path, "write it again", full=True)
     try:
         # Without pickle: nobody's file may run code.
         content = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a NumPy file of numbers; write it by np.save(path, {what})") from error
-    if isinstance(content, np.ndarray):
-        return content
-    with content:
-        names = list(content)
-        if len(names) != 1:
-            raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}); expected {what} alone")
-        return content[names[0]]
+        if isinstance(content, np.memmap):
+            if content.offset + content.nbytes != size:
+                raise ValueError(f"it has {size} bytes, its header tells of {content.offset + content.nbytes}")
+            return content
+        if isinstance(content, np.ndarray):
+            raise ValueError("its array has no elements")
+        with content:
+            names = list(content)
+            if content.zip.testzip() is not None:
+                raise ValueError("its checksums do not fit")
+            if len(names) == 1:
+                return content[names[0]]
+    except Exception as error:  # of many kinds: the header is Python, and what is behind it may be anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "it has another beginning" if "pickle" in reason else reason  # NumPy's advice is to run its code
+        raise ValueError(
+            f"{path} is not a NumPy file of numbers ({reason}); write it by np.save(path, {what})"
+        ) from error
+    raise ValueError(f"{path} holds {len(names)} arrays ({', '.join(names)}); expected {what} alone")
 
 
 def _read_csv(path: Path) -> FactorTable:
@@ -62,7 +78,12 @@ def _read_csv(path: Path) -> FactorTable:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8") from error
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter) if line]
+    if CONTROL.search(text):
+        raise ValueError(f"{path} has control characters; expected names and values as text")
+    try:
+        lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter) if line]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a table of values separated by '{delimiter}': {error}") from error
     if len(lines) < 2:
         raise ValueError(
             f"{path} has no rows; expected the names of the factors in the first line, then a line per row"
@@ -75,13 +96,24 @@ def _read_csv(path: Path) -> FactorTable:
             raise ValueError(f"{path}: line {number} has {len(row)} entries, the first line names {len(names)} factors")
         if "" in (entry.strip() for entry in row):
             raise ValueError(f"{path}: line {number} has an empty entry; leave out the rows without a label")
-    columns = [_numbered([row[k].strip() for row in rows]) for k in range(len(names))]
+    columns = [_numbered([row[k].strip() for row in rows], f"{path}: '{name}'") for k, name in enumerate(names)]
     return FactorTable(np.stack(columns, axis=1), names)
 
 
-def _numbered(entries: list[str]) -> np.ndarray:
-    """Numbers (m,) from 0 of the distinct entries, in numerical order if all are numbers, else alphabetical."""
-    if not all(_is_number(entry) for entry in entries):
+def _numbered(entries: list[str], where: str) -> np.ndarray:
+    """Numbers (m,) from 0 of the distinct entries, in numerical order if they are numbers, else alphabetical.
+
+    Raises:
+        ValueError: some are numbers and others are not, which one slip of the pen makes of numbers; or NaN.
+    """
+    words = [number for number, entry in enumerate(entries, 2) if not _is_number(entry)]
+    if 0 < len(words) < len(entries):
+        first = f"the first '{entries[words[0] - 2]}' in line {words[0]}"
+        raise ValueError(
+            f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, {first}: write all as numbers or"
+            " all as words, or leave out the rows without a label"
+        )
+    if words:
         return np.unique(entries, return_inverse=True)[1].reshape(-1)
     values = np.array([float(entry) for entry in entries])
     if not np.isfinite(values).all():
@@ -101,6 +133,14 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, whole or not at all. NaN and infinity, which JSON lacks, become null."""
     with atomic_output(path) as part:
         part.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
+
+
+def write_codes(path: Path, codes: np.ndarray) -> None:
+    """Write codes as `.npy`, whole or not at all, with checksums, which `read_codes` compares."""
+    with atomic_output(path) as part:
+        with part.open("wb") as file:
+            np.save(file, codes)
+        add_checksums(part)
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.data.files import reading
 from ldm.evaluation.fid import fid, require_torch_fidelity
 from ldm.evaluation.files import write_json
 from ldm.evaluation.reconstruction import check_reconstruction, check_sampling, reconstruction_scores
@@ -57,14 +58,15 @@ def score_images(
     Returns:
         the scores and what was done, to read.
     """
+    path, lines = folder / "images.json", []
+    with reading(path, "images.json"):  # before anything is computed
+        earlier = json.loads(path.read_text()) if path.is_file() else {}
     results: dict[str, dict[str, Any]] = {}
     if reconstructions:
         options = {"lpips": lpips, "lpips_weights": lpips_weights, **sampling}
         results["reconstruction"] = reconstruction_scores(model, dataset, reconstructions, **options)
     if samples:
         results["fid"] = fid(model, dataset, samples, weights=inception_weights, **sampling)
-    path, lines = folder / "images.json", []
-    earlier = json.loads(path.read_text()) if path.is_file() else {}
     write_json(path, {**earlier, **(about or {}), **results})
     for kind, values in results.items():
         numbers = [f"{key} {value:.6g}" for key, value in values.items() if isinstance(value, float)]

@@ -1,5 +1,6 @@
 """Pictures: when, of what, and that they do not affect training."""
 
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,3 +162,15 @@ def test_any_key_and_strings(tmp_path):
 
     batch = ImageLogger(batch_frequency=1)._fixed_batch(trainer(tmp_path, 1, validation=Named()))
     assert set(batch) == {"jpg", "idx"} and torch.equal(batch["jpg"], torch.ones(8, 4, 4, 3))
+
+
+def test_a_full_disk_leaves_no_half_pictures(tmp_path):
+    callback, run = ImageLogger(batch_frequency=1), trainer(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*inputs_gs-000001"):
+            callback.log_pictures(run, Model())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "images" / "train").iterdir())

@@ -288,7 +288,7 @@ def test_of_several_processes_one_converts(tmp_path):
         " print(int(Shapes3DTrain(sys.argv[1]).images.sum()))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=120) for process in started]
     assert {out.strip() for out, _ in outputs} == {str(int(noise(144).sum()))}, outputs
     assert sum("converted" in err for _, err in outputs) == 1

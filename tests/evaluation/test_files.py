@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from ldm.data.checksums import MAGIC
 from ldm.evaluation.files import read_codes, read_factors, write_json
 from ldm.util import UserError
 
@@ -39,6 +40,9 @@ def test_codes_in_either_format(tmp_path):
         ("empty.csv", b"a,b\n", r"empty\.csv has no rows"),
         ("gap.csv", b"a,b\n1,\n", r"gap\.csv: line 2 has an empty entry"),
         ("numbers.csv", b"1,2\n1,2\n", r"numbers\.csv: the first line holds numbers"),
+        ("word.csv", b"a,b\n1,x\nn/a,y\n3,z\n", r"word\.csv: 'a' has 2 numbers and 1 words, the first 'n/a' in line 3"),
+        ("zeros.csv", b"a,b\n1,\x00\x00\n", r"zeros\.csv has control characters"),
+        ("quote.csv", b"a,b\n1,2\n" + b'"' + b"x" * 140000, r"quote\.csv is not a table"),
         ("latin.csv", b"a,b\n\xe9,1\n", r"latin\.csv is not text in UTF-8"),
     ],
 )
@@ -63,3 +67,49 @@ def test_records_are_plain_json(tmp_path):
     with pytest.raises(UserError, match=r"the folder .*file"):
         write_json(tmp_path / "file" / "record.json", {})
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["record.json"]
+
+
+def saved(path, array) -> bytes:
+    np.save(path, array)
+    return path.read_bytes()
+
+
+def test_a_flipped_bit_in_the_header_of_codes(tmp_path):
+    """Each is an error of one line, or an array of the same numbers."""
+    path, values = tmp_path / "codes.npy", np.arange(12.0).reshape(6, 2)
+    whole = saved(path, values)
+    for place in range(0, 8 * 128, 3):
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            found = read_codes(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            continue
+        same = found.size == values.size and sorted(found.tobytes()) == sorted(values.tobytes())
+        assert same and found.dtype.itemsize == 8, (place, found)
+
+
+def test_codes_with_something_behind_them(tmp_path):
+    path = tmp_path / "codes.npy"
+    whole = saved(path, np.zeros((6, 2)))
+    for more in (b"x", MAGIC, saved(tmp_path / "other.npy", np.ones(3))):
+        path.write_bytes(whole + more)
+        with pytest.raises(ValueError, match=r"codes\.npy"):
+            read_codes(path)
+
+
+def test_codes_in_a_damaged_zip(tmp_path):
+    path = tmp_path / "codes.npz"
+    np.savez(path, codes=np.arange(600.0))
+    whole = path.read_bytes()
+    noticed = set()
+    for place in [*range(0, len(whole), 131), 3000, *range(len(whole) - 100, len(whole), 3)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            np.testing.assert_array_equal(read_codes(path), np.arange(600.0))
+        except ValueError as error:
+            assert f"{path} is not a NumPy file of numbers" in str(error) and "\n" not in str(error)
+            noticed.add(place)
+    assert {0, 131, 3000} <= noticed

@@ -1,0 +1,57 @@
+"""Encoded pictures of any kind as RGB."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from ldm.util import UserError
+
+CHANGED = 2  # counts changes of what a picture becomes: earlier conversions are done again
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """An encoded picture, not yet decoded. Of a PNG file all checksums are compared, which decoding alone does not do.
+
+    Raises:
+        Exception: of many kinds, for something else than a picture, or a damaged one.
+    """
+    image = Image.open(io.BytesIO(data))
+    if image.format == "PNG":
+        image.verify()  # after which it cannot be decoded any more
+        image = Image.open(io.BytesIO(data))
+    return image
+
+
+def as_rgb(image: Image.Image, name: str) -> tuple[Image.Image, bool]:
+    """A picture as 8-bit RGB, and whether parts of it were transparent, which become white.
+
+    Args:
+        image: grey of 8 or 16 bits, a palette, RGB, CMYK, …, with or without transparency.
+        name: of its file, for the error.
+
+    Raises:
+        UserError: grey levels of 32 bits, or floating-point ones.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _from_16_bits(image)
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"{name} has grey levels of 32 bits (mode {image.mode}), and does not say which is white: save it with 8 or"
+            " 16 bits"
+        )
+    if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
+        return image.convert("RGB"), False
+    with_alpha = image.convert("RGBA")
+    if np.asarray(with_alpha.getchannel("A")).min() == 255:
+        return with_alpha.convert("RGB"), False
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, with_alpha).convert("RGB"), True
+
+
+def _from_16_bits(image: Image.Image) -> tuple[Image.Image, bool]:
+    """A grey picture of levels 0..65535; Pillow's own conversion would make all above 255 white."""
+    values = np.asarray(image).astype(np.int64)
+    clear = values == image.info.get("transparency", -1)
+    levels = (values * 255 + 32767) // 65535
+    return Image.fromarray(np.where(clear, 255, levels).astype(np.uint8)).convert("RGB"), bool(clear.any())
