@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -107,6 +107,16 @@ def handled() -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+def as_command(main: Callable[[], int | None]) -> int:
+    """Run a script's `main`: a signal ends it in one line, after it has tidied up; gives the exit status."""
+    with handled():
+        try:
+            return main() or 0
+        except Stopped as stop:
+            sys.stderr.write("\nstopped\n")
+            return stop.status
 
 
 def install() -> None:

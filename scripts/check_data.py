@@ -28,6 +28,7 @@ from ldm.data.folders import EXTENSIONS
 from ldm.data.formats import BLOCK_BYTES, check_place, check_trailer, open_h5
 from ldm.data.lmdb_file import LMDBReader
 from ldm.data.pictures import open_picture
+from ldm.signals import as_command
 from ldm.util import UserError
 
 # What was compared.
@@ -153,4 +154,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -30,6 +30,7 @@ from ldm.api import load_config
 from ldm.compat.checkpoints import Inert, read_checkpoint, read_state_dict, state_dict_of
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
+from ldm.signals import as_command
 from ldm.util import UserError
 
 TRAINING = ("optimizer_states", "lr_schedulers", "epoch", "global_step")
@@ -217,4 +218,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -25,6 +25,7 @@ from ldm.evaluation.scores import CodeScores, package_versions, rank_codes, scor
 from ldm.factors import FactorGrid, factors_of
 from ldm.metrics.evaluate import METRICS, check_seed, check_settings
 from ldm.metrics.sampling import Factors
+from ldm.signals import as_command
 
 MODEL_ONLY = {"reconstruction": 0, "fid": 0, "of": "scalars", "weights": "live", "split": "validation", "device": None,
               "save_codes": False, "bf16": False}  # fmt: skip
@@ -251,4 +252,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

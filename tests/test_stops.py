@@ -1,9 +1,13 @@
 """Signals wherever they come: a stop tells how to resume, and the resumed run shows what one in one piece shows."""
 
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from command_line import ROOT
 from resuming import SIGNAL, assert_same_end, assert_same_log, at, last, logged, scores
 
 # Four batches of 16 in an epoch, a validation after each epoch and after the sixth step, the last.
@@ -141,3 +145,15 @@ def test_finished_pictures_are_kept(runs):
     logdir = r.run(*stop(2, "drawing"), pictures, status=143)
     kept = {path.name.split("_gs")[0] for path in (logdir / "images" / "train").iterdir()}
     assert {"inputs", "reconstruction"} <= kept and "swap" not in kept
+
+
+def test_a_stopped_script_tidies_up(tmp_path):
+    """SIGTERM while the rooms are rendered: the conventional status, one line, and no file that is half written."""
+    script = [sys.executable, ROOT / "scripts" / "render_shapes3d.py", "--out", tmp_path]
+    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("shapes3d/.*.tmp")):
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err.rstrip().endswith("stopped") and "Traceback" not in err
+    assert not list((tmp_path / "shapes3d").iterdir())
