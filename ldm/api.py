@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.callbacks.start import newest_config
 from ldm.cli.configure import logdir_of, without_checkpoints
 from ldm.compat.translate import translate
 from ldm.config import load_yaml
@@ -31,10 +32,10 @@ def load_config(path: str | Path) -> DictConfig:
     if not path.exists():
         raise UserError(f"there is no log directory or checkpoint '{path}'")
     logdir = logdir_of(path)
-    files = sorted((logdir / "configs").glob("*-project.yaml"))
-    if not files:
+    file = newest_config(logdir, "project")
+    if file is None:
         raise UserError(f"'{logdir / 'configs'}' holds no *-project.yaml: give a log directory, or a checkpoint in one")
-    return translate(load_yaml(files[-1], "load"))
+    return translate(load_yaml(file, "load"))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "live") -> Any:

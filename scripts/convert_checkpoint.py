@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from ldm.api import load_config
-from ldm.compat.checkpoints import Inert, read_checkpoint, read_state_dict, state_dict_of
+from ldm.compat.checkpoints import read_checkpoint, read_state_dict, state_dict_of
+from ldm.compat.whole import Inert, sealed
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.util import UserError
@@ -123,6 +124,12 @@ def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[
     return new, f"with the state of training at step {new['global_step']}"
 
 
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file with a checksum; `save_file` would make one that only its owner can read."""
+    with path.open("wb") as file:
+        file.writelines(sealed(save(tensors, about)))
+
+
 def write(files: dict[Path, Callable[[Path], Any]]) -> None:
     """Write all of the files, or none of them if one fails.
 
@@ -188,8 +195,7 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         about = {key: str(content[key]) for key in ("global_step", "epoch") if key in content}
         write(
             {
-                # `save_file` would make a file that only its owner can read.
-                target: lambda path: path.write_bytes(save(tensors, {"format": "pt", **about})),
+                target: lambda path: write_safetensors(path, tensors, {"format": "pt", **about}),
                 beside: lambda path: OmegaConf.save(project, path),
             }
         )

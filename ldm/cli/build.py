@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 from pytorch_lightning.loggers import Logger
 
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
+from ldm.callbacks.start import described
 from ldm.callbacks.stop import LastCheckpoint, StopCallback
 from ldm.cli.checks import check
 from ldm.cli.configure import Run, saved_run, without_checkpoints
@@ -58,7 +59,9 @@ def build(run: Run, score: bool) -> Job:
     rhythm = intervals(lightning)
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
-    first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
+    record = {**described(run.argv, "main_val.py" if score else "main.py"), "seed": lightning["seed"]}
+    record["checkpoint"] = str(run.checkpoint) if run.checkpoint else None
+    first = [SetupCallback(run.logdir, run.now, run.config, run.resumed, record), SeedEachBatch(lightning["seed"])]
     last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
     for name, node in lightning["callbacks"].items():
         keep_chosen(run, name, node)
@@ -87,7 +90,7 @@ def build(run: Run, score: bool) -> Job:
     data.setup("fit")
 
     datasets = getattr(data, "datasets", {})
-    check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
+    check(run, model, datasets, [*callbacks, *last, best], options, lightning["logger"])
     for name, callback in zip(lightning["callbacks"], callbacks, strict=True) if run.train else ():
         if hasattr(callback, "prepare"):
             callback.prepare(model, data, options)

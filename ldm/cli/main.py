@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.callbacks.log_file import LogFile, note
 from ldm.cli.arguments import Arguments, parse
 from ldm.cli.configure import Run, configure
 from ldm.util import UserError
@@ -45,7 +46,16 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
         The exit status: 0; 2 after a mistake in the input; 130 after an interruption.
     """
     set_up_logging()
-    argv = sys.argv[1:] if argv is None else argv
+    with LogFile(wanted=not is_follower()):
+        return run_all(sys.argv[1:] if argv is None else argv, score)
+
+
+def run_all(argv: Sequence[str], score: bool) -> int:
+    """All phases; a mistake is reported in one line.
+
+    Returns:
+        The exit status.
+    """
     arguments: Arguments | None = None
     debug = "-d" in argv or "--debug" in argv
     try:
@@ -147,5 +157,6 @@ def set_up_logging() -> None:
 
 
 def report(line: str) -> None:
-    """One line on stderr, however long the message."""
+    """One line on stderr and in the log file, however long the message."""
     sys.stderr.write(f"{' '.join(line.split())}\n")
+    note(" ".join(line.split()))
