@@ -28,7 +28,7 @@ from safetensors.torch import save
 
 from ldm.api import load_config
 from ldm.compat.checkpoints import read_checkpoint, read_state_dict, state_dict_of
-from ldm.compat.whole import Inert, sealed
+from ldm.compat.whole import Inert, damage, instead_of, sealed
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.util import UserError
@@ -179,6 +179,8 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
     said = []
     if file.suffix == ".safetensors":
         content: Any = {"state_dict": read_state_dict(file)}
+    elif problem := damage(file):  # a copy would have checksums that hold
+        raise UserError(f"'{file}' {problem}{instead_of(file)}", "SOURCE")
     elif trust:
         content = read_trusted(file)
     else:

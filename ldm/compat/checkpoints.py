@@ -264,7 +264,7 @@ def check_values(
     for name, found, wanted in shared:
         convertible = found.is_floating_point() and wanted.is_floating_point() and not exact
         if found.layout != torch.strided or found.is_meta or (found.dtype != wanted.dtype and not convertible):
-            kinds = f"{found.dtype}, and {wanted.dtype} in this model".replace("torch.", "")
+            kinds = f"{found.dtype} ({found.layout}, {found.device}), and {wanted.dtype} in this model"
             raise UserError(f"'{path}' cannot be used: its weight {name} is {kinds}{instead_of(Path(path))}", named_by)
     bad = [name for name, found, wanted in shared if not is_finite(found) and is_finite(wanted)]
     if bad:

@@ -23,7 +23,12 @@ COUNTERS = {
     f"{LOOP}automatic_optimization.optim_progress/optimizer/step": STEPS,
     f"{LOOP}automatic_optimization.optim_progress/optimizer/zero_grad": ("ready", "started", "completed"),
     f"{LOOP}manual_optimization.optim_step_progress": STEPS,
+    f"{LOOP}val_loop.batch_progress": BATCHES,
 }
+NEW = f"{LOOP}val_loop.batch_progress"  # what checkpoints of Lightning 1 lack
+# Settings of Adam and AdamW: how many numbers each is, and those that are true, false or open.
+RATES = {"lr": 1, "eps": 1, "weight_decay": 1, "betas": 2}
+SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 OPTIMIZED = {  # which of them counts the steps
     True: f"{LOOP}automatic_optimization.optim_progress/optimizer/step",
     False: f"{LOOP}manual_optimization.optim_step_progress",
@@ -115,7 +120,7 @@ def check_optimizers(states: list[Any], trained: list[list[Any]], path: Path, na
         order = [index for group in state["param_groups"] for index in group["params"]]
         for index, parameter in zip(order, parameters, strict=True):
             for name, value in state["state"].get(index, {}).items():
-                if "exp_avg" in name and value.shape != parameter.shape:
+                if name.startswith("exp_avg") and value.shape != parameter.shape:
                     shapes = f"{tuple(value.shape)} there, {tuple(parameter.shape)} here"
                     what = f"{name} of the parameter {index} of optimiser {number} has another shape ({shapes})"
                     raise UserError(f"'{path}' cannot be resumed from: {what}{instead_of(path)}", named_by)
@@ -157,11 +162,13 @@ def problems_of_loops(content: Mapping[str, Any], model: Any) -> Iterator[str]:
         progress: Any = loop
         for part in place.split("/"):
             progress = progress.get(part) if isinstance(progress, dict) else None
+        if progress is None and place == NEW:
+            continue
         for which in ("total", "current"):
             found = progress.get(which) if isinstance(progress, dict) else None
             if not isinstance(found, dict) or not all(is_count(found.get(name)) for name in names):
                 yield f"loops.fit_loop: {place} is {shown(progress)}, not counters"
-        if place == f"{LOOP}batch_progress" and not isinstance(progress.get("is_last_batch"), bool):
+        if place.endswith("batch_progress") and not isinstance(progress.get("is_last_batch"), bool):
             yield f"loops.fit_loop: {place} does not say whether it is_last_batch"
         totals[place] = progress["total"]["completed"]
     done = totals[OPTIMIZED[bool(getattr(model, "automatic_optimization", True))]]
@@ -170,13 +177,16 @@ def problems_of_loops(content: Mapping[str, Any], model: Any) -> Iterator[str]:
     for key in ("state_dict", f"{LOOP}state_dict"):
         if not isinstance(loop.get(key, {}), dict):
             yield f"loops.fit_loop: {key} is {shown(loop[key])}, not a dictionary"
+    loaders = loop.get("state_dict", {}).get("combined_loader", [])
+    if not isinstance(loaders, list) or not all(isinstance(state, dict) for state in loaders):
+        yield f"loops.fit_loop: combined_loader is {shown(loaders)}, not a list of dictionaries"
     batches = loop.get(f"{LOOP}state_dict", {}).get("_batches_that_stepped", 0)
     if not is_count(batches):
         yield f"loops.fit_loop: _batches_that_stepped is {shown(batches)}, not a count"
 
 
 def problems_of_optimizers(states: Any, adam: bool) -> Iterator[str]:
-    """Moments that are no finite tensors, and settings that are no numbers; `adam`: of Adam or AdamW."""
+    """Settings and moments that are none; `adam`: of Adam or AdamW."""
     if not isinstance(states, list) or not states:
         yield f"optimizer_states is {shown(states)}, not a list of optimisers"
     for number, state in enumerate(states):
@@ -187,26 +197,38 @@ def problems_of_optimizers(states: Any, adam: bool) -> Iterator[str]:
             yield f"{where} is {shown(state)}, without param_groups and state"
             return
         for group in groups:
-            if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-                yield f"{where}.param_groups holds {shown(group)}, not settings and params"
-                return
-            for key in ("lr", "betas", "eps", "weight_decay") if adam else ("lr",):
-                pair = isinstance(group.get(key), tuple | list) and len(group[key]) == 2
-                values = group[key] if key == "betas" and pair else [group.get(key)]
-                if not all(map(is_number, values)) or (key == "betas") != pair:
-                    yield f"{where}.param_groups: {key} is {shown(group.get(key))}"
+            yield from problems_of_group(group, f"{where}.param_groups", adam)
         known = {index for group in groups for index in group["params"]}
         for index, moment in moments.items():
             if index not in known or not isinstance(moment, dict):
                 yield f"{where}.state holds {shown(moment)} for {shown(index)}, which is no parameter's state"
-                return
-            for name, value in moment.items():
-                if isinstance(value, torch.Tensor) and not is_finite(value):
-                    yield f"{where}.state: {name} of the parameter {index} is not finite"
-                elif name == "step" and not is_number(value):
-                    yield f"{where}.state: step of the parameter {index} is {shown(value)}, not a count"
-                elif "exp_avg" in name and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-                    yield f"{where}.state: {name} of the parameter {index} is {shown(value)}, not a tensor of numbers"
+            yield from problems_of_moments(moment, f"{where}.state: of the parameter {index},", adam)
+
+
+def problems_of_group(group: Any, where: str, adam: bool) -> Iterator[str]:
+    """Settings of a group of parameters."""
+    if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+        yield f"{where} holds {shown(group)}, not settings and params"
+    for key, count in RATES.items() if adam else ():
+        values = group.get(key) if count > 1 else [group.get(key)]
+        if not isinstance(values, list | tuple) or len(values) != count or not all(map(is_number, values)):
+            yield f"{where}: {key} is {shown(group.get(key))}"
+    for key in SWITCHES if adam else ():
+        if not isinstance(group.get(key), bool | None):
+            yield f"{where}: {key} is {shown(group[key])}, neither true nor false"
+
+
+def problems_of_moments(moment: dict[str, Any], where: str, adam: bool) -> Iterator[str]:
+    """What an optimiser keeps of one parameter."""
+    for name, value in moment.items():
+        if isinstance(value, torch.Tensor) and not is_finite(value):
+            yield f"{where} {name} is not finite"
+    if adam and not is_number(moment.get("step")):
+        yield f"{where} step is {shown(moment.get('step'))}, not a count"
+    for name in ("exp_avg", "exp_avg_sq") if adam else ():
+        value = moment.get(name)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+            yield f"{where} {name} is {shown(value)}, not a tensor of numbers"
 
 
 def problems_of_schedulers(states: Any, model: Any) -> Iterator[str]:
@@ -222,6 +244,9 @@ def problems_of_schedulers(states: Any, model: Any) -> Iterator[str]:
         if not isinstance(state, dict) or not is_count(state.get("last_epoch")):
             yield f"{where} is {shown(state)}, without the count last_epoch"
             return
+        for key, kind in (("_step_count", int), ("_is_initial", bool), ("_get_lr_called_within_step", bool)):
+            if not isinstance(state.get(key, kind()), kind):
+                yield f"{where}.{key} is {shown(state[key])}"
         for key in ("base_lrs", "_last_lr"):
             values = state.get(key, [0.0])
             if not isinstance(values, list) or not all(map(is_number, values)):
@@ -241,9 +266,8 @@ def problems_of_callbacks(states: Any, callbacks: Sequence[Any]) -> Iterator[str
         yield f"callbacks is {shown(states)}, not a dictionary of their states"
     for callback in callbacks:
         state, name = states.get(callback.state_key), type(callback).__name__
-        known = type(callback).__module__.startswith(
-            ("ldm.", "pytorch_lightning.")
-        )  # others may forgive what is missing
+        # Callbacks of other people may do without what is missing.
+        known = type(callback).__module__.startswith(("ldm.", "pytorch_lightning."))
         for key, like in callback.state_dict().items() if state else ():
             if key not in state and known:
                 yield f"the state of {name} lacks {key}"
