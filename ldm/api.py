@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.callbacks.start import newest_config
 from ldm.cli.configure import logdir_of, without_checkpoints
 from ldm.compat.translate import translate
+from ldm.compat.whole import reason_of
 from ldm.config import load_yaml
 from ldm.models.checkpoint import load_weights
 from ldm.util import UserError, instantiate_from_config
@@ -80,7 +81,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
         device = torch.device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"'{device}' cannot be used: {str(error).splitlines()[0]}", "device") from error
+        raise UserError(f"'{device}' cannot be used: {reason_of(error)}", "device") from error
     model: Any = instantiate_from_config(model_node(load_config(path), path), "model")
     if not hasattr(model, "load_state_dict"):
         message = f"the configuration of '{path}' is damaged: {type(model).__name__} is no model"

@@ -165,7 +165,7 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         raise UserError(f"there is no log directory or checkpoint '{source}'")
     file = source / "checkpoints" / "last.ckpt" if source.is_dir() else source
     if not file.is_file():
-        raise UserError(f"'{source}' has no checkpoint: there is no '{file}'")
+        raise UserError(f"'{source}' has no checkpoint: there is no '{file}'{instead_of(file)}")
     if target.exists() and file.samefile(target):
         raise UserError(f"'{target}' is the checkpoint itself: give another name")
     project: DictConfig | None = None

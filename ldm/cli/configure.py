@@ -185,7 +185,10 @@ def unused(logdir: Path) -> Path:
 
 def without_checkpoints(node: dict[str, Any]) -> dict[str, Any]:
     """A model's node whose weights come from a checkpoint of its own: files that it names may be gone."""
-    params = {key: value for key, value in (node.get("params") or {}).items() if key != "ckpt_path"}
+    given = node.get("params") or {}
+    if not isinstance(given, dict):
+        return node  # a mistake that is told when it is built
+    params = {key: value for key, value in given.items() if key != "ckpt_path"}
     stage = params.get("first_stage_config")
     if isinstance(stage, dict):
         params["first_stage_config"] = without_checkpoints(stage)

@@ -306,5 +306,7 @@ def is_like(value: Any, like: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value in a message: its kind, where it is long."""
-    text = " ".join(repr(value).split()) if isinstance(value, str | int | float | bool | None) else ""
-    return text if text and len(text) <= 60 else f"a {type(value).__name__}" if value is not None else "missing"
+    if value is None:
+        return "missing"
+    text = " ".join(repr(value).split()) if isinstance(value, str | int | float | bool) else ""
+    return text if text and len(text) <= 60 else f"a {type(value).__name__}"

@@ -127,7 +127,8 @@ def newest_whole(folder: Path, but: Path | None = None) -> tuple[Path | None, in
         but: a checkpoint to pass over.
 
     Returns:
-        Its path, or None if there is none; its step; and, by name, what is wrong with those that may be newer.
+        Its path, or None if there is none; its step; and, by name, what is wrong with those that may be newer, and
+        with `last.ckpt`.
     """
     steps: dict[Path, int] = {}
     wrong: dict[str, str] = {}
@@ -144,6 +145,9 @@ def newest_whole(folder: Path, but: Path | None = None) -> tuple[Path | None, in
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):  # stable: `last.ckpt` is first
         problem = damage(path)
         if problem is None:
+            last = folder / "last.ckpt"
+            if steps.get(last, steps[path]) < steps[path]:  # after resuming from one that is older still
+                wrong[last.name] = f"is older (step {steps[last]})"
             return path, steps[path], wrong
         wrong[path.name] = problem
     return None, 0, wrong

@@ -136,6 +136,13 @@ def test_the_newest_whole_one(tmp_path):
     assert newest_whole(tmp_path / "nowhere") == (None, 0, {})
 
 
+def test_a_last_checkpoint_that_is_not_the_newest(tmp_path):
+    """After `-r` of an older checkpoint, say; it is told."""
+    write(tmp_path / "last.ckpt", 5)
+    write(tmp_path / "epoch=000001.ckpt", 8)
+    assert newest_whole(tmp_path) == (tmp_path / "epoch=000001.ckpt", 8, {"last.ckpt": "is older (step 5)"})
+
+
 def test_the_step_of_a_real_checkpoint(first_stage, trained_encdiff):
     for path in (first_stage, trained_encdiff.logdir / "checkpoints" / "last.ckpt"):
         assert training_step(path) == torch.load(path, weights_only=True)["global_step"] == 8
