@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from ldm.api import load_config
-from ldm.compat.checkpoints import Inert, read_checkpoint, read_state_dict, state_dict_of
+from ldm.compat.checkpoints import read_checkpoint, read_state_dict, state_dict_of
+from ldm.compat.whole import Inert, damage, instead_of, sealed
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.signals import as_command
@@ -124,6 +125,12 @@ def converted(content: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[
     return new, f"with the state of training at step {new['global_step']}"
 
 
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file with a checksum; `save_file` would make one that only its owner can read."""
+    with path.open("wb") as file:
+        file.writelines(sealed(save(tensors, about)))
+
+
 def write(files: dict[Path, Callable[[Path], Any]]) -> None:
     """Write all of the files, or none of them if one fails.
 
@@ -159,7 +166,7 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         raise UserError(f"there is no log directory or checkpoint '{source}'")
     file = source / "checkpoints" / "last.ckpt" if source.is_dir() else source
     if not file.is_file():
-        raise UserError(f"'{source}' has no checkpoint: there is no '{file}'")
+        raise UserError(f"'{source}' has no checkpoint: there is no '{file}'{instead_of(file)}")
     if target.exists() and file.samefile(target):
         raise UserError(f"'{target}' is the checkpoint itself: give another name")
     project: DictConfig | None = None
@@ -173,6 +180,8 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
     said = []
     if file.suffix == ".safetensors":
         content: Any = {"state_dict": read_state_dict(file)}
+    elif problem := damage(file):  # a copy would have checksums that hold
+        raise UserError(f"'{file}' {problem}{instead_of(file)}", "SOURCE")
     elif trust:
         content = read_trusted(file)
     else:
@@ -189,8 +198,7 @@ def convert(source: Path, target: Path, config: Path | None, trust: bool, force:
         about = {key: str(content[key]) for key in ("global_step", "epoch") if key in content}
         write(
             {
-                # `save_file` would make a file that only its owner can read.
-                target: lambda path: path.write_bytes(save(tensors, {"format": "pt", **about})),
+                target: lambda path: write_safetensors(path, tensors, {"format": "pt", **about}),
                 beside: lambda path: OmegaConf.save(project, path),
             }
         )

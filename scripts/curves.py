@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from table import TITLES, logdirs, name_of, newest, read_csv, read_json
+from table import TITLES, logdirs, name_of, read_csv, read_json
 
+from ldm.callbacks.start import newest_config
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.metrics.dci import disentanglement
@@ -63,9 +64,9 @@ def known_dci(matrices: dict[str, Any]) -> float:
 
 def points_of(logdir: Path) -> list[Point]:
     """What a log directory holds."""
-    config = newest(logdir / "configs", "*-project.yaml")
+    config = newest_config(logdir, "project")
     assert config is not None
-    options = newest(logdir / "configs", "*-lightning.yaml")
+    options = newest_config(logdir, "lightning")
     run = read_json(logdir.parent / "run.json")
     project, lightning = load_yaml(config, "PATHS"), load_yaml(options, "PATHS") if options else OmegaConf.create()
     batch = int(OmegaConf.select(project, "data.params.batch_size") or 1)

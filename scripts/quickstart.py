@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.api import load, load_config
+from ldm.callbacks.start import newest_run
 from ldm.cli.main import main as train
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
@@ -42,7 +43,9 @@ def run_stage(configs: list[Path], logdir: Path, seed: int, score: bool, overrid
     status = train(["--base", *bases, "-t", *name, "-l", str(logdir), "-s", str(seed), *overrides], score=score)
     if status:
         sys.exit(status)
-    return max(set(logdir.glob("*")) - before, key=lambda path: path.name)
+    made = newest_run(sorted(set(logdir.glob("*")) - before))
+    assert made is not None
+    return made
 
 
 def untrained(config: Any, seed: int) -> Any:

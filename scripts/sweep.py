@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.callbacks.setup import LOCK
+from ldm.callbacks.start import newest_run
 from ldm.cli.configure import compose, without_checkpoints
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
@@ -184,9 +185,8 @@ def status_of(run: Run) -> str:
 
 
 def newest(run: Run) -> Path | None:
-    """The newest log directory with a checkpoint."""
-    found = [path.parent.parent for path in run.folder.glob("*/checkpoints/last.ckpt")]
-    return max(found, key=lambda path: path.name, default=None)
+    """The log directory with a checkpoint that was started or resumed last."""
+    return newest_run(sorted({path.parent.parent for path in run.folder.glob("*/checkpoints/*.ckpt")}))
 
 
 def command_of(run: Run, gpus: Sequence[str]) -> list[str]:

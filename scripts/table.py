@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.callbacks.start import newest_config
 from ldm.config import load_yaml
 from ldm.metrics.evaluate import HEADLINES, METRICS
 from ldm.util import UserError, nearest
@@ -71,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, pattern: str) -> Path | None:
-    """The file that is last in the order of numbers and dates."""
+    """The file that is last in the order of numbers."""
     return max(folder.glob(pattern), key=lambda path: (len(path.stem), path.stem), default=None)
 
 
@@ -114,7 +115,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     }
     remarks = []
     for logdir in logdirs(path for path in paths if path.suffix != ".csv"):
-        config, metrics = newest(logdir / "configs", "*-project.yaml"), newest(logdir / "metrics", "*.json")
+        config, metrics = newest_config(logdir, "project"), newest(logdir / "metrics", "*.json")
         assert config is not None
         project = load_yaml(config, "PATHS")
         if OmegaConf.select(project, "model.params.first_stage_config") is None:
@@ -125,7 +126,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
             remarks.append(f"left out, {state if state != 'done' else 'without scores'}: {logdir}")
             continue
         title, seed = run.get("row", name_of(logdir)), run.get("seed")
-        if seed is None and (options := newest(logdir / "configs", "*-lightning.yaml")):
+        if seed is None and (options := newest_config(logdir, "lightning")):
             seed = OmegaConf.select(load_yaml(options, "PATHS"), "lightning.seed")
         values = {key: OmegaConf.select(project, key) for key in KEYS}
         values["factors"] = " ".join(map(str, scored.get("factors", {}).values()))

@@ -315,7 +315,7 @@ def test_log_directory_of_the_first_stage(trained):
     assert {f"images/train/{kind}_gs-000008_e-000001.png" for kind in ("inputs", "reconstructions")} <= found
     assert any(name.startswith("tensorboard/events.out.tfevents") for name in found)
     assert {path.name for path in trained.logdir.iterdir()} == {
-        ".lock", "checkpoints", "configs", "images", "tensorboard"
+        ".lock", "checkpoints", "configs", "images", "log.txt", "tensorboard"
     }  # fmt: skip
     project = OmegaConf.load(trained.logdir / f"configs/{now}-project.yaml")
     assert set(project) == {"model", "data"} and project.model.params.n_embed == 32

@@ -36,6 +36,8 @@ ANSWERS = [
     (["--base", FIRST, "-l", "/dev/null/logs"], "cannot write to"),
     (["-s", "x"], "invalid int value"),
     (["-r", "nowhere"], "there is no log directory or checkpoint 'nowhere'"),
+    (["-r", "README.md"], "the checkpoint 'readme.md' is not a checkpoint"),
+    (["-r", "docs"], "'docs/checkpoints' holds no checkpoint"),
 ]
 
 

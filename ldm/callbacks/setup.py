@@ -1,7 +1,7 @@
 """What every run sets up: its log directory, held by one run at a time, and the seeds of its batches."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
+from ldm.callbacks.log_file import write_log_to
+from ldm.callbacks.start import surroundings, write_start
 from ldm.util import UserError
 
 LOCK = ".lock"
@@ -44,7 +46,7 @@ def hold(logdir: Path, wanted: bool = True) -> Iterator[None]:
 
 
 class SetupCallback(Callback):
-    """Makes the log directory and saves the configuration there.
+    """Makes the log directory and saves the configuration and the record of the start there.
 
     Nothing is written before training starts, so that a mistake leaves no empty directory behind.
 
@@ -53,10 +55,19 @@ class SetupCallback(Callback):
         now: time stamp of this start; a resumed run has several.
         config: the configuration.
         resumed: whether the directory is an earlier run's, which `hold` holds already.
+        record: what is known of the start; see `ldm.callbacks.start`.
     """
 
-    def __init__(self, logdir: str | Path, now: str, config: DictConfig, resumed: bool = False) -> None:
+    def __init__(
+        self,
+        logdir: str | Path,
+        now: str,
+        config: DictConfig,
+        resumed: bool = False,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
         self.logdir, self.now, self.resumed, self.config = Path(logdir), now, resumed, config
+        self.record = dict(record or {})
         self._lock: FileLock | None = None  # made where it is held: it cannot be sent to another process
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,6 +84,9 @@ class SetupCallback(Callback):
                 self._lock = FileLock(self.logdir / LOCK)
                 self._lock.acquire(timeout=0)
             (self.logdir / "checkpoints").mkdir(exist_ok=True)
+            write_log_to(self.logdir)
+            record = {**self.record, "processes": trainer.world_size, **surroundings()}
+            self.now = write_start(self.logdir / "configs", self.now, record)
             sections = {
                 "project": [str(key) for key in self.config if key != "lightning"],
                 "lightning": ["lightning"],

@@ -26,6 +26,7 @@ class Arguments:
     options: argparse.Namespace  # LDM's flags
     overrides: list[str] = field(default_factory=list)  # key.sub=value, those that flags stand for included
     flags: dict[str, str] = field(default_factory=dict)  # key -> the flag by which it was given, for error messages
+    argv: list[str] = field(default_factory=list)
 
     def give(self, flag: str, key: str, value: str) -> None:
         """Let a flag stand for an override."""
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     for before, item in pairwise(["", *argv]):
         (overrides if before not in takes_value and re.match(r"[A-Za-z_][\w.]*=", item) else rest).append(item)
     options, rest = parser.parse_known_args(rest)
-    arguments = Arguments(options, overrides)
+    arguments = Arguments(options, overrides, argv=list(argv))
     for name, text in _trainer_flags(rest, parser):
         # Lightning reads a time such as 01:00:00:00 itself; YAML would make a number of it.
         arguments.give(f"--{name}", f"{TRAINER}.{name}", json.dumps(text) if name == "max_time" else text)

@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import Logger
 from ldm.callbacks.checkpoint_io import AtomicCheckpointIO
 from ldm.callbacks.logs import ResumableLogs
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
+from ldm.callbacks.start import described
 from ldm.callbacks.stop import LastCheckpoint, OpenValidation, StopCallback
 from ldm.cli.checks import check
 from ldm.cli.configure import Run, saved_run, without_checkpoints
@@ -62,7 +63,9 @@ def build(run: Run, score: bool) -> Job:
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
     validation = OpenValidation()
-    first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
+    record = {**described(run.argv, "main_val.py" if score else "main.py"), "seed": lightning["seed"]}
+    record["checkpoint"] = str(run.checkpoint) if run.checkpoint else None
+    first = [SetupCallback(run.logdir, run.now, run.config, run.resumed, record), SeedEachBatch(lightning["seed"])]
     first += [validation, ResumableLogs(validation)]
     last = [StopCallback(checkpoints / "last.ckpt", validation), LastCheckpoint(checkpoints / "last.ckpt", **rhythm)]
     for name, node in lightning["callbacks"].items():
@@ -92,7 +95,7 @@ def build(run: Run, score: bool) -> Job:
     data.setup("fit")
 
     datasets = getattr(data, "datasets", {})
-    check(run, model, datasets, [*callbacks, best], options, lightning["logger"])
+    check(run, model, datasets, [*callbacks, *last, best], options, lightning["logger"])
     for name, callback in zip(lightning["callbacks"], callbacks, strict=True) if run.train else ():
         if hasattr(callback, "prepare"):
             callback.prepare(model, data, options)

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from torch.utils.tensorboard import SummaryWriter
 
 from ldm.cli.configure import Run
-from ldm.compat.checkpoints import check_resumable
+from ldm.compat.resuming import check_resumable
 from ldm.data.images import to_unit_range_all
 from ldm.metrics.evaluate import METRICS
 from ldm.models.autoencoder import FirstStage
@@ -64,7 +64,7 @@ def check(
         for key in set(logger["params"]) - set(known):
             raise UserError(f"unknown key for TensorBoardLogger{nearest(key, known)}", f"lightning.logger.params.{key}")
     if run.checkpoint is not None:
-        check_resumable(run.checkpoint, model, "-r" if run.resumed else "--resume_from_checkpoint")
+        check_resumable(run.checkpoint, model, "-r" if run.resumed else "--resume_from_checkpoint", callbacks)
 
 
 def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:

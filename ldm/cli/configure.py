@@ -1,6 +1,7 @@
 """Phase 2, configure: YAML files and overrides become one checked configuration, a log directory and a checkpoint."""
 
 import datetime
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.callbacks.start import newest_config
 from ldm.cli.arguments import Arguments
 from ldm.cli.early import check_names, check_writable
 from ldm.compat.translate import rename, translate
+from ldm.compat.whole import damage, instead_of, newest_whole
 from ldm.config import check_sections, drop_empty, find_config, from_dotlist, load_bases, load_yaml, merge
 from ldm.util import UserError
+
+log = logging.getLogger(__name__)
 
 # What every run has; nodes of the same name in a configuration are merged over these.
 DEFAULTS = {
@@ -58,6 +63,7 @@ class Run:
     resumed: bool  # the log directory is an earlier run's
     train: bool
     test: bool
+    argv: Sequence[str] = ()  # the command line
 
 
 def compose(
@@ -105,15 +111,17 @@ def configure(arguments: Arguments) -> Run:
     """
     options, now = arguments.options, datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     saved: list[DictConfig] = []
-    checkpoint = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
+    given = checkpoint = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if options.resume:
-        logdir, checkpoint, saved = saved_run(Path(options.resume))
+        logdir, given, saved = saved_run(Path(options.resume))
+        checkpoint = given or newest_checkpoint(logdir)
     else:
         name = options.name or "+".join(find_config(path).stem for path in options.base)
         logdir = unused(Path(options.logdir) / f"{now}_{name}{options.postfix}")
-    if checkpoint is not None and not checkpoint.is_file():
+    problem = None if given is None else damage(given) if given.exists() else "does not exist"
+    if given is not None and problem:
         flag = "-r" if options.resume else "--resume_from_checkpoint"
-        raise UserError(f"there is no checkpoint '{checkpoint}' to resume from", flag)
+        raise UserError(f"the checkpoint '{given}' {problem}{instead_of(given)}", flag)
     if not saved and not options.base:
         where = f"'{logdir / 'configs'}' holds none: " if options.resume else ""
         raise UserError(f"no configuration: {where}give YAML files with --base, or a log directory to resume with -r")
@@ -121,21 +129,38 @@ def configure(arguments: Arguments) -> Run:
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     check_names(resolved, resumed=checkpoint is not None)
     check_writable(logdir, "-l/--logdir")
-    return Run(config, logdir, now, checkpoint, bool(options.resume), options.train, not options.no_test)
+    return Run(
+        config, logdir, now, checkpoint, bool(options.resume), options.train, not options.no_test, arguments.argv
+    )
 
 
-def saved_run(path: Path) -> tuple[Path, Path, list[DictConfig]]:
-    """Log directory, checkpoint and configuration of a run: of its directory, or of a checkpoint in it."""
+def saved_run(path: Path) -> tuple[Path, Path | None, list[DictConfig]]:
+    """Log directory and configuration of a run, by its directory or a checkpoint in it, and that checkpoint."""
     if not path.exists():
         raise UserError(f"there is no log directory or checkpoint '{path}'", "-r")
     logdir = logdir_of(path)
-    checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    saved = []
-    for kind in ("project", "lightning"):
-        # A run that was resumed has several; the latest counts.
-        files = sorted((logdir / "configs").glob(f"*-{kind}.yaml"))
-        saved += [load_yaml(file, "-r") for file in files[-1:]]
-    return logdir, checkpoint, saved
+    # A run that was resumed has several; the latest counts.
+    files = [newest_config(logdir, kind) for kind in ("project", "lightning")]
+    return logdir, None if path.is_dir() else path, [load_yaml(file, "-r") for file in files if file is not None]
+
+
+def newest_checkpoint(logdir: Path) -> Path:
+    """The newest checkpoint of a run whose file is whole; says in one line which it is, and what is wrong with others.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = logdir / "checkpoints"
+    found, step, wrong = newest_whole(folder)
+    others = "; ".join(f"{name} {problem}" for name, problem in wrong.items())
+    if found is None:
+        problem = f"no checkpoint in '{folder}' is whole: {others}" if others else f"'{folder}' holds no checkpoint"
+        raise UserError(f"{problem}; there is nothing to resume from", "-r")
+    if others:
+        log.warning("resuming from '%s' (step %d): %s", found, step, others)
+    else:
+        log.info("resuming from '%s' (step %d)", found, step)
+    return found
 
 
 def logdir_of(path: Path) -> Path:
@@ -161,7 +186,10 @@ def unused(logdir: Path) -> Path:
 
 def without_checkpoints(node: dict[str, Any]) -> dict[str, Any]:
     """A model's node whose weights come from a checkpoint of its own: files that it names may be gone."""
-    params = {key: value for key, value in (node.get("params") or {}).items() if key != "ckpt_path"}
+    given = node.get("params") or {}
+    if not isinstance(given, dict):
+        return node  # a mistake that is told when it is built
+    params = {key: value for key, value in given.items() if key != "ckpt_path"}
     stage = params.get("first_stage_config")
     if isinstance(stage, dict):
         params["first_stage_config"] = without_checkpoints(stage)

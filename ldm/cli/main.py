@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ldm.callbacks.log_file import LogFile, note
 from ldm.cli.arguments import Arguments, parse
 from ldm.cli.configure import Run, configure
 from ldm.signals import Stopped, handled, state
@@ -45,13 +46,16 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
         The exit status: 0; 2 after a mistake in the input; 128 + N after signal N.
     """
     set_up_logging()
-    with handled():
-        return guarded(argv, score)
+    with handled(), LogFile(wanted=not is_follower()):
+        return run_all(sys.argv[1:] if argv is None else argv, score)
 
 
-def guarded(argv: Sequence[str] | None, score: bool) -> int:
-    """All phases; mistakes and stops are told in one line. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+def run_all(argv: Sequence[str], score: bool) -> int:
+    """All phases; mistakes and stops are told in one line.
+
+    Returns:
+        The exit status.
+    """
     arguments: Arguments | None = None
     debug = "-d" in argv or "--debug" in argv
     try:
@@ -160,5 +164,6 @@ def set_up_logging() -> None:
 
 
 def report(line: str) -> None:
-    """One line on stderr, however long the message."""
+    """One line on stderr and in the log file, however long the message."""
     sys.stderr.write(f"{' '.join(line.split())}\n")
+    note(" ".join(line.split()))

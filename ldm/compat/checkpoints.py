@@ -4,7 +4,6 @@ import _compat_pickle
 import logging
 import pickletools
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,37 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.compat.whole import BROKEN, Inert, damage, instead_of, reason_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
-
-# What reading a damaged file may raise.
-BROKEN = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError, OSError, AttributeError,
-          ImportError, EOFError, zipfile.BadZipFile, struct.error, MemoryError)  # fmt: skip
-
-
-class Inert:
-    """Takes the place of any class or function that a pickle names, and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    # What pickles of dictionaries and lists do to them, where they are read in trust; PyTorch refuses them before.
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Drop an entry."""
-
-    def extend(self, values: Any) -> None:
-        """Drop entries."""
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:
@@ -102,14 +74,6 @@ def stand_ins(names: set[str]) -> list[Any]:
     return [(DECODED.get(name, Inert), name) for name in sorted(names)]
 
 
-def _is_checkpoint(path: Path) -> bool:
-    """Whether a file starts as PyTorch's do: a zip archive, or before version 1.6 a pickled magic number."""
-    if zipfile.is_zipfile(path):
-        return True
-    with path.open("rb") as file:
-        return f"{torch.serialization.MAGIC_NUMBER:x}" in file.read(32)[::-1].hex()
-
-
 def read_checkpoint(path: str | Path, named_by: str = "ckpt_path") -> tuple[Any, set[str]]:
     """The content of a file that `torch.save` wrote, read by `weights_only=True`.
 
@@ -124,13 +88,13 @@ def read_checkpoint(path: str | Path, named_by: str = "ckpt_path") -> tuple[Any,
         The content, and the dotted names of what was left out.
 
     Raises:
-        UserError: not a checkpoint, truncated, or one that cannot be read without running what it holds.
+        UserError: not a checkpoint, damaged, or one that cannot be read without running what it holds.
     """
     path = Path(path)
+    problem = damage(path)
     try:
-        if _is_checkpoint(path):
+        if problem is None:
             return _load(path)
-        reason = "it does not begin as one"
     except UnpicklingError as error:
         _, found, reason = str(error).partition("WeightsUnpickler error:")
         reason = f" ({' '.join(reason.split())[:100]})" if found else ""
@@ -140,8 +104,8 @@ def read_checkpoint(path: str | Path, named_by: str = "ckpt_path") -> tuple[Any,
             named_by,
         ) from error
     except BROKEN as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-    raise UserError(f"'{path}' is not a checkpoint, or is truncated ({reason})", named_by)
+        problem = f"is not a checkpoint, or is truncated ({reason_of(error)})"
+    raise UserError(f"'{path}' {problem}{instead_of(path)}", named_by)
 
 
 def _load(path: Path) -> tuple[Any, set[str]]:
@@ -175,10 +139,13 @@ def state_dict_of(content: Any, path: str | Path, named_by: str = "ckpt_path") -
     others = [k for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else []
     if not isinstance(state, dict) or len(others) == len(state) or (others and state is content):
         raise UserError(f"'{path}' holds no state dict: expected a checkpoint of this project or of LDM", named_by)
+    unnamed = [name for name in state if not isinstance(name, str)]
+    if unnamed:
+        raise UserError(f"'{path}' is damaged: {unnamed[0]!r} is no name of a weight", named_by)
     if others:
         log.info("%s: left out entries that are not tensors: %s", path, ", ".join(map(str, others)))
         state = {k: v for k, v in state.items() if k not in others}
-    if all(str(name).startswith("module.") for name in state):
+    if all(name.startswith("module.") for name in state):
         log.info("%s: dropped the prefix 'module.' of its names", path)
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return state
@@ -188,18 +155,21 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in a Lightning checkpoint, a plain `torch.save`d state dict, or a safetensors file.
 
     Raises:
-        UserError: no such file, or none of these.
+        UserError: no such file, none of these, or a damaged one.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"there is no file '{path}': give the path of a checkpoint (…/checkpoints/last.ckpt)", "ckpt_path"
+            f"there is no file '{path}': give the path of a checkpoint (…/checkpoints/last.ckpt){instead_of(path)}",
+            "ckpt_path",
         )
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
+            if (problem := damage(path)) is not None:
+                raise UserError(f"'{path}' {problem}", "ckpt_path")
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"'{path}' is not a safetensors file, or is damaged: {error}", "ckpt_path") from error
@@ -271,43 +241,37 @@ def compare(
         raise UserError(f"'{path}' is a checkpoint of another model: {', '.join(what)}; {hint}", named_by)
 
 
-def check_resumable(path: Path, model: Any, named_by: str) -> None:
-    """Refuse a checkpoint from which a run of this model cannot be resumed.
+def check_values(
+    own: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    path: str | Path,
+    exact: bool = False,
+    named_by: str = "ckpt_path",
+) -> None:
+    """Refuse weights of the right names and shapes whose values cannot be this model's.
 
     Args:
-        path: the checkpoint.
-        model: the Lightning module of the configuration; `trained_parameters` gives those of each optimiser.
-        named_by: the flag that named the file.
+        own: the model's state dict; where it is finite, so must be the checkpoint's.
+        state: the checkpoint's.
+        path: the file, for the message.
+        exact: whether the types must be the same; otherwise weights in another precision are fine.
+        named_by: the flag or key that named the file.
 
     Raises:
-        UserError: not readable, weights without the state of a training run, or another model's.
+        UserError: NaN, infinity, or numbers of another type.
     """
-    alone = f"'{path}' holds no state of a training run: to start from its weights, give it as model.params.ckpt_path"
-    if path.suffix == ".safetensors":
-        raise UserError(alone, named_by)
-    content, left_out = read_checkpoint(path, named_by)
-    if left_out:
-        raise UserError(
-            f"'{path}' holds pickled objects ({', '.join(sorted(left_out))}), as checkpoints of Lightning 1 do: convert"
-            f" it by python scripts/convert_checkpoint.py {path} NEW.ckpt, and use --resume_from_checkpoint NEW.ckpt",
-            named_by,
-        )
-    if not isinstance(content, dict) or not {"state_dict", "loops", "optimizer_states"} <= set(content):
-        raise UserError(alone, named_by)
-    saved: dict[str, Any] = {"state_dict": dict(content["state_dict"])}
-    model.on_load_checkpoint(saved)  # as Lightning will
-    compare(model.state_dict(), saved["state_dict"], path, named_by=named_by)
-    unknown = sorted(set(saved["state_dict"]) - set(model.state_dict()))
-    if unknown:
-        hint = ": compare use_ema and ema_parameters" if "_ema." in unknown[0] else ""
-        raise UserError(f"'{path}' is a checkpoint of another model: it has the weight {unknown[0]}{hint}", named_by)
-    if hasattr(model, "trained_parameters"):
-        trained = [len(parameters) for parameters in model.trained_parameters()]
-        held = [sum(len(group["params"]) for group in state["param_groups"]) for state in content["optimizer_states"]]
-        if trained != held:
-            raise UserError(
-                f"'{path}' holds the state of optimisers of {held} parameters, and this configuration trains {trained}:"
-                " compare cond_stage_trainable, learn_logvar and lossconfig, or give the file as model.params.ckpt_path"
-                " to start from its weights alone",
-                named_by,
-            )
+    shared = [(name, state[name], own[name]) for name in own if name in state]
+    for name, found, wanted in shared:
+        convertible = found.is_floating_point() and wanted.is_floating_point() and not exact
+        if found.layout != torch.strided or found.is_meta or (found.dtype != wanted.dtype and not convertible):
+            kinds = f"{found.dtype} ({found.layout}, {found.device}), and {wanted.dtype} in this model"
+            raise UserError(f"'{path}' cannot be used: its weight {name} is {kinds}{instead_of(Path(path))}", named_by)
+    bad = [name for name, found, wanted in shared if not is_finite(found) and is_finite(wanted)]
+    if bad:
+        what = f"{len(bad)} of its {len(state)} weights are not finite (the first: {bad[0]})"
+        raise UserError(f"'{path}' cannot be used: {what}{instead_of(Path(path))}", named_by)
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())

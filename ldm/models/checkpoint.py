@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ldm.compat.checkpoints import compare, fit_to, read_state_dict
+from ldm.compat.checkpoints import check_values, compare, fit_to, read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         The entries of `OPTIONAL` that the module has, and the checkpoint lacks at least in part.
 
     Raises:
-        UserError: a file that cannot be read, or the checkpoint of another model.
+        UserError: a file that cannot be read, the checkpoint of another model, or one of NaN.
     """
     state = {k: v for k, v in read_state_dict(path).items() if not k.startswith(tuple(ignore_keys))}
     own = module.state_dict()
@@ -34,6 +34,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     fit_to(own, state)
     absent = [k for k in own if k not in state]
     compare(own, state, path, optional=(*OPTIONAL, *ignore_keys))
+    check_values(own, state, path)
     module.load_state_dict(state, strict=False)
     said = [f"loaded {len(set(own) & set(state))} weights from {path}"]
     for what, names in (("not in the file", absent), ("not used", unexpected)):

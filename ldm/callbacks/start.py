@@ -1,0 +1,146 @@
+"""The record of every start of a run: what was started where, on what; and the newest configuration by these records.
+
+Without PyTorch, whose import takes seconds.
+"""
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ldm.data.files import atomic_output
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("encdiff", "torch", "torchvision", "pytorch-lightning", "numpy", "omegaconf", "safetensors")
+
+
+def described(argv: Sequence[str], script: str) -> dict[str, Any]:
+    """When, where and by which command a run is started.
+
+    Args:
+        argv: the arguments.
+        script: the name before them, where they are not this process's own.
+    """
+    own = sys.orig_argv
+    command = own if argv and own[-len(argv) :] == list(argv) else [script, *argv]
+    started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"started": started, "command": shlex.join(command), "directory": os.getcwd()}
+
+
+def surroundings() -> dict[str, Any]:
+    """Commit, versions and machine."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # ours, in a plain checkout
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = (
+        [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "commit": commit(ROOT),
+        "versions": versions,
+        "host": socket.gethostname(),
+        "cpu": {"model": processor(), "cores": cores, "threads": torch.get_num_threads()},
+        "gpus": gpus,
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+def commit(root: Path) -> dict[str, Any] | None:
+    """The commit that is checked out in a folder, and whether tracked files differ from it; None without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None  # a repository around the installed package
+        return {"hash": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_start(folder: Path, now: str, record: Mapping[str, Any]) -> str:
+    """Write `<now>-run.json`, with the number of the start.
+
+    Args:
+        folder: `configs` of the log directory.
+        now: local time of the start.
+        record: what to write.
+
+    Returns:
+        What to name the configurations after: `now`, with a number where another start has the same.
+    """
+    stamp, number = now, 2
+    while any(folder.glob(f"{stamp}-*")):
+        stamp, number = f"{now}_{number}", number + 1
+    before = [_number(read_start(path)) for path in folder.glob("*-run.json")]
+    count = 1 + max([len(list(folder.glob("*-project.yaml"))), *before])
+    with atomic_output(folder / f"{stamp}-run.json") as part:
+        part.write_text(json.dumps({"number": count, **record}, indent=1) + "\n")
+    return stamp
+
+
+def read_start(path: Path) -> dict[str, Any]:
+    """The record of a start; empty if there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def newest_config(logdir: Path, kind: str) -> Path | None:
+    """The configuration of the latest start of a run, by the starts' numbers.
+
+    Names tell local times, which go back when daylight saving ends, and differ between machines. They decide where
+    there is no record.
+
+    Args:
+        logdir: the log directory.
+        kind: `project` or `lightning`.
+    """
+
+    def order(path: Path) -> tuple[int, str, str]:
+        record = read_start(path.with_name(path.name.removesuffix(f"{kind}.yaml") + "run.json"))
+        return _number(record), str(record.get("started", "")), path.name
+
+    return max((logdir / "configs").glob(f"*-{kind}.yaml"), key=order, default=None)
+
+
+def newest_run(logdirs: Sequence[Path]) -> Path | None:
+    """The log directory that was started or resumed last, by UTC; without records, by name."""
+
+    def order(logdir: Path) -> tuple[str, str]:
+        starts = (str(read_start(path).get("started", "")) for path in (logdir / "configs").glob("*-run.json"))
+        return max(starts, default=""), logdir.name
+
+    return max(logdirs, key=order, default=None)
+
+
+def _number(record: Mapping[str, Any]) -> int:
+    number = record.get("number")
+    return number if isinstance(number, int) else 0
