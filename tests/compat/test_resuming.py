@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.callbacks.disentanglement import DisentanglementCallback
-from ldm.callbacks.stop import LastCheckpoint
+from ldm.callbacks.finite import FiniteCallback
+from ldm.callbacks.stop import OpenValidation
 from ldm.cli.configure import without_checkpoints
 from ldm.compat.resuming import check_resumable
 from ldm.util import UserError, instantiate_from_config
@@ -30,7 +31,8 @@ def setting(trained_encdiff) -> tuple[Any, list[Any], dict[str, Any]]:
     folder = trained_encdiff.logdir / "checkpoints"
     callbacks = [
         DisentanglementCallback(metrics=[]),
-        LastCheckpoint(folder, save_on_train_epoch_end=True),
+        FiniteCallback(),
+        OpenValidation(),
         ModelCheckpoint(folder, monitor="train/epoch_num", mode="max", save_top_k=3, save_on_train_epoch_end=True),
     ]
     return instantiate_from_config(node), callbacks, torch.load(folder / "last.ckpt", weights_only=True)
