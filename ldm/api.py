@@ -1,5 +1,6 @@
 """Trained models from Python. What to do with one is in `ldm.evaluation`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ldm.cli.configure import logdir_of, without_checkpoints
 from ldm.compat.translate import translate
 from ldm.config import load_yaml
 from ldm.models.checkpoint import load_weights
+from ldm.targets import allowing
 from ldm.util import UserError, instantiate_from_config
 
 
@@ -37,20 +39,27 @@ def load_config(path: str | Path) -> DictConfig:
     return translate(load_yaml(files[-1], "load"))
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "live") -> Any:
-    """A trained model, in evaluation mode.
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    weights: str = "live",
+    allow: str | Iterable[str] = (),
+) -> Any:
+    """A trained model, in evaluation mode. Nothing that lies in its folder is run.
 
     Args:
         path: log directory (its `checkpoints/last.ckpt` is taken), checkpoint in one, or safetensors file with its
             configuration beside it.
         device: to put the model on.
         weights: `live`, or `ema` for the EMA weights in their place.
+        allow: modules whose classes its configuration may name too; of the working directory's, only these.
 
     Returns:
         `VQModel`, `AutoencoderKL` or `LatentDiffusion`; the latter with its first stage.
 
     Raises:
-        UserError: no configuration or checkpoint there, a checkpoint of another model, or no EMA weights in it.
+        UserError: no configuration or checkpoint there, a class that is not allowed, a checkpoint of another model, or
+            no EMA weights in it.
     """
     if weights not in ("live", "ema"):
         raise UserError(f"'{weights}' is neither live nor ema", "weights")
@@ -59,7 +68,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
     node = without_checkpoints(resolved["model"])
     if "lossconfig" in node["params"]:  # using a model needs no loss
         node["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
-    model = instantiate_from_config(node, "model")
+    with allowing(allow):
+        model = instantiate_from_config(node, "model", "Lightning module")
     checkpoint = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     absent = load_weights(model, checkpoint)
     if weights == "ema":

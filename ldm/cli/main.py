@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.arguments import Arguments, parse
-from ldm.cli.configure import Run, configure
+from ldm.cli.configure import Run, configure, logdir_of
+from ldm.targets import allowing
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     debug = "-d" in argv or "--debug" in argv
     try:
         arguments = parse(argv)
-        return build_and_fit(configure(arguments), score)
+        options = arguments.options
+        resumed = logdir_of(Path(options.resume)) if options.resume else None
+        with allowing(options.allow, working_directory=True, outside=resumed):
+            return build_and_fit(configure(arguments), score)
     except UserError as error:
         if debug:
             raise
