@@ -66,8 +66,8 @@ def refusal(target: str, defined_in: str = "") -> str | None:
     if not named and _within(module, PACKAGES):
         private = not defined_in and any(part.startswith("_") for part in target.split("."))
         return f"'{target}' is private: expected a class that its package shows" if private else None
-    here = _lies_here(top, trust.outside) if named or trust.working_directory else False
-    if named or here:
+    if named or (trust.working_directory and _lies_here(top, trust.outside)):
+        _join_path(top)
         return None
     places = [*PACKAGES, *(["the working directory"] if trust.working_directory else [])]
     return (
@@ -81,25 +81,31 @@ def _within(module: str, packages: Iterable[str]) -> bool:
 
 
 def _lies_here(top: str, outside: Path | None) -> bool:
-    """Whether Python finds a module or package in the working directory, which joins its path, last, if need be.
+    """Whether a module or package lies in the working directory, and no other of its name comes before it.
 
-    A folder without `__init__.py` is none: any folder of a YAML file and other things would be one.
+    A folder without `__init__.py` is none: any that holds a YAML file, and what came with it, would be one.
     """
-    here = Path.cwd()
-    found = PathFinder.find_spec(top, [str(here)])
+    found = PathFinder.find_spec(top, [str(Path.cwd())])
     if found is None or found.origin is None:
+        return False
+    place = Path(next(iter(found.submodule_search_locations or [found.origin]))).resolve()
+    if outside is not None and (place.is_relative_to(outside) or outside.is_relative_to(place)):
         return False
     try:
-        if importlib.util.find_spec(top) is None:
-            sys.path.append(str(here))
-        found = importlib.util.find_spec(top)
+        first = importlib.util.find_spec(top)
     except ValueError:  # `__main__`
         return False
-    if found is None or found.origin is None:
-        return False
-    place = Path((found.submodule_search_locations or [found.origin])[0]).resolve()
-    foreign = outside is not None and (place.is_relative_to(outside) or outside.is_relative_to(place))
-    return place.parent == here.resolve() and not foreign
+    return first is None or Path(str(first.origin)).resolve() == Path(found.origin).resolve()
+
+
+def _join_path(top: str) -> None:
+    """Let Python find in the working directory what it finds nowhere else, as where a script lies in another folder."""
+    if (
+        top not in sys.modules
+        and importlib.util.find_spec(top) is None
+        and PathFinder.find_spec(top, [str(Path.cwd())])
+    ):
+        sys.path.append(str(Path.cwd()))
 
 
 def suits(cls: type, kind: str | type) -> bool:
