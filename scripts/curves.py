@@ -1,6 +1,7 @@
 """Curves of a study: scores against the images seen, and which factor is learned when.
 
 python scripts/curves.py logs/study --out curves    # of scripts/sweep.py, or any log directories
+python scripts/curves.py old/curves.csv logs/more --out curves    # with what was written before
 
 Writes `scores.{png,pdf}` (a line per row: the mean over seeds, and a band of one standard deviation),
 `factors.{png,pdf}` (how well each factor is predicted from the scalars, by DCI's trees), and `curves.csv`, all numbers
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from table import TITLES, logdirs, name_of, newest, read_json
+from table import TITLES, logdirs, name_of, newest, read_csv, read_json
 
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
@@ -84,6 +85,19 @@ def points_of(logdir: Path) -> list[Point]:
                 point.accuracy = dict(zip(record["factors"], matrices["accuracy"], strict=True))
                 point.scores["dci_known"] = known_dci(matrices)
             found.append(point)
+    return found
+
+
+def saved(path: Path) -> list[Point]:
+    """The points of a `curves.csv` that was written before."""
+    found = []
+    for line in read_csv(path):
+        point = Point(line["row"], line["seed"], int(line["images"]), line["weights"], {})
+        for key, text in list(line.items())[4:]:
+            if text:
+                values, name = (point.accuracy, key[9:]) if key.startswith("accuracy ") else (point.scores, key)
+                values[name] = float(text)
+        found.append(point)
     return found
 
 
@@ -178,7 +192,7 @@ def write_csv(points: Sequence[Point], path: Path) -> None:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", type=Path, nargs="+", help="log directories, or folders of them")
+    parser.add_argument("paths", type=Path, nargs="+", help="log directories, folders of them, or curves.csv")
     parser.add_argument("--out", type=Path, default=Path("curves"), help="folder for the files")
     parser.add_argument(
         "--metrics", nargs="+", help="default: FactorVAE, DCI, and DCI over the factors that are learned"
@@ -189,7 +203,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, draw, write, and say where."""
     opt = arguments(argv)
-    points = [point for logdir in logdirs(opt.paths) for point in points_of(logdir)]
+    points = [point for path in opt.paths if path.suffix == ".csv" for point in saved(path)]
+    folders = [path for path in opt.paths if path.suffix != ".csv"]
+    points += [point for logdir in logdirs(folders) for point in points_of(logdir)]
     if not points:
         raise UserError(f"no scored runs under {', '.join(map(str, opt.paths))}")
     seen = Counter((point.row, point.seed, point.images, point.weights) for point in points)

@@ -224,7 +224,7 @@ def train(run: Run, flags: Sequence[str]) -> tuple[str, str]:
         output.seek(begin)
         lines = [line.strip() for line in output if line.strip()] or ["no output"]
     logdir, status, remark = newest(run), "done", ""
-    if code == 130 or SIGNALS:  # if it had just ended, resuming it takes a moment
+    if code > 128 or SIGNALS:  # if it had just ended, resuming it takes a moment
         status = "stopped"
     elif code or not logdir:
         reason = [line for line in lines if line.startswith("error:")] or lines

@@ -9,6 +9,7 @@ The paper's numbers are shown where a run has the paper's values, as scripts/pap
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -108,9 +109,11 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     Raises:
         UserError: two runs of one name and seed, or no scores at all.
     """
-    rows: dict[tuple[str, ...], Row] = {}
+    rows: dict[tuple[str, ...], Row] = {
+        (row.title,): row for path in paths if path.suffix == ".csv" for row in saved(path)
+    }
     remarks = []
-    for logdir in logdirs(paths):
+    for logdir in logdirs(path for path in paths if path.suffix != ".csv"):
         config, metrics = newest(logdir / "configs", "*-project.yaml"), newest(logdir / "metrics", "*.json")
         assert config is not None
         project = load_yaml(config, "PATHS")
@@ -143,6 +146,40 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
             steps = ", ".join(f"{count} (seed {seed})" for seed, count in row.steps.items())
             remarks.append(f"'{row.title}' averages scores of different steps: {steps}")
     return found, remarks
+
+
+def saved(path: Path) -> list[Row]:
+    """The rows of a `curves.csv` of scripts/curves.py: the last scores of the live weights; no settings are known.
+
+    Raises:
+        UserError: no such file.
+    """
+    rows: dict[str, Row] = {}
+    for line in read_csv(path):
+        row = rows.setdefault(line["row"], Row(line["row"], dict.fromkeys((*KEYS, "factors"))))
+        seed, images = line["seed"], int(line["images"])
+        if line["weights"] != "live" or images < row.steps.get(seed, 0):
+            continue
+        found = {metric: {HEADLINES[metric]: float(line[metric])} for metric in HEADLINES if line.get(metric)}
+        row.scores[seed], row.steps[seed] = found, images
+    return list(rows.values())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a `curves.csv`.
+
+    Raises:
+        UserError: not one of scripts/curves.py.
+    """
+    try:
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read '{path}': {error}") from error
+    for name in ("row", "seed", "images", "weights"):
+        if not lines or name not in lines[0]:
+            raise UserError(f"'{path}' is no curves.csv of scripts/curves.py: it has no column '{name}'")
+    return lines
 
 
 def tell_apart(rows: Sequence[Row]) -> None:
@@ -258,7 +295,7 @@ def latex(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", type=Path, nargs="+", help="log directories, or folders of them")
+    parser.add_argument("paths", type=Path, nargs="+", help="log directories, folders of them, or curves.csv")
     parser.add_argument("--metrics", nargs="+", default=None, help="default: FactorVAE and DCI, or TAD where it is")
     parser.add_argument("--tokens", action="store_true", help="add lines for the scores of the tokens (Table 11)")
     parser.add_argument(

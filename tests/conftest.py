@@ -1,13 +1,18 @@
-"""Fixtures of the command line's tests, what they are made of is in `command_line.py`; and classes of tests."""
+"""Fixtures of the command line's tests, what they are made of is in `command_line.py` and `resuming.py`; and classes
+of tests."""
 
 from collections.abc import Iterator
 
 import pytest
-from command_line import cli, first_stage, rooms, trained, trained_encdiff
 
-from ldm.targets import allowing
+pytest.register_assert_rewrite("resuming")
 
-__all__ = ["cli", "first_stage", "rooms", "trained", "trained_encdiff"]
+from command_line import cli, first_stage, rooms, trained, trained_encdiff  # noqa: E402 - after the line above
+from resuming import runs, whole  # noqa: E402
+
+from ldm.targets import allowing  # noqa: E402
+
+__all__ = ["cli", "first_stage", "rooms", "runs", "trained", "trained_encdiff", "whole"]
 
 
 @pytest.fixture

@@ -19,24 +19,53 @@ class SignalAt(Callback):
         batch: number of the batch, over all epochs. `validation`: in the first validation batch after it instead.
         name: of the signal.
         rank: of the only process that gets it; every process does if left out.
+        place: in the `batch`, the `validation` after it, the `scoring` of that, or while `drawing` at or after it.
     """
 
-    def __init__(self, batch: int, validation: bool = False, name: str = "SIGINT", rank: int | None = None) -> None:
-        self.batch, self.validation, self.number = batch, validation, getattr(signal, name)
-        self.rank = rank
-        self.seen = 0
+    def __init__(
+        self, batch: int, validation: bool = False, name: str = "SIGINT", rank: int | None = None, place: str = "batch"
+    ) -> None:
+        self.batch, self.number = batch, getattr(signal, name)
+        self.rank, self.place = rank, "validation" if validation else place
+        self.seen, self.sent = 0, False
+
+    def _send(self, trainer: pl.Trainer, place: str) -> None:
+        due = self.seen == self.batch if place == "batch" else self.seen >= self.batch
+        if due and not self.sent and self.place.startswith(place) and self.rank in (None, trainer.global_rank):
+            self.sent = True
+            signal.raise_signal(self.number)
+            if self.place.endswith("twice"):
+                signal.raise_signal(self.number)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        model = pl_module
+        if self.place == "drawing":
+            step = model.apply_model
+
+            def apply_model(*args: Any) -> Any:
+                if not torch.is_grad_enabled() and not trainer.validating:
+                    self._send(trainer, "drawing")
+                return step(*args)
+
+            model.apply_model = apply_model
+        if self.place == "scoring":
+            scorer = next(c for c in trainer.callbacks if isinstance(c, DisentanglementCallback))
+            score = scorer._score
+
+            def scored(*args: Any) -> Any:
+                self._send(trainer, "scoring")
+                return score(*args)
+
+            scorer._score = scored
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.seen += 1
-        if self.seen == self.batch and not self.validation and self.rank in (None, trainer.global_rank):
-            signal.raise_signal(self.number)
+        self._send(trainer, "batch")
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.seen >= self.batch and self.validation and self.rank in (None, trainer.global_rank):
-            self.validation = False
-            signal.raise_signal(self.number)
+        self._send(trainer, "validation")
 
 
 class NoiseOfRows(Callback):

@@ -15,6 +15,7 @@ from ldm.util import UserError
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import curves
+import table
 
 DIAGONAL = np.eye(3).tolist()
 MIXED = [[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
@@ -80,3 +81,21 @@ def test_nothing_to_draw(tmp_path):
     shutil.rmtree(tmp_path / "again")
     with pytest.raises(UserError, match="no run was scored by mig"):
         curves.main([str(tmp_path), "--metrics", "mig", "--out", str(tmp_path / "out")])
+
+
+def test_points_that_were_written_before(tmp_path, capsys):
+    """A CSV goes together with runs: the same points, and by scripts/table.py the same last scores."""
+    run(tmp_path / "first", "ours", 0, {10: 0.2, 20: 0.6})
+    run(tmp_path / "second", "ours", 1, {10: 0.4, 20: 0.8})
+    curves.main([str(tmp_path / "first"), "--out", str(tmp_path / "old")])
+    curves.main([str(tmp_path / "old" / "curves.csv"), str(tmp_path / "second"), "--out", str(tmp_path / "new")])
+    curves.main([str(tmp_path / "first"), str(tmp_path / "second"), "--out", str(tmp_path / "whole")])
+    assert (tmp_path / "new" / "curves.csv").read_text() == (tmp_path / "whole" / "curves.csv").read_text()
+    capsys.readouterr()
+    table.main([str(tmp_path / "new" / "curves.csv"), "--metrics", "dci"])
+    assert "| ours | 2 | .700 ± .141 |" in capsys.readouterr().out
+    (tmp_path / "other.csv").write_text("a,b\\n1,2\\n")
+    with pytest.raises(UserError, match="no column 'row'"):
+        table.main([str(tmp_path / "other.csv")])
+    with pytest.raises(UserError, match="cannot read"):
+        curves.main([str(tmp_path / "missing.csv")])

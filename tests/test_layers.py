@@ -17,16 +17,17 @@ ROOMS: dict[str, set[str]] = {
     "factors": set(),
     "lr_scheduler": set(),
     "signatures": set(),
+    "signals": set(),
     "config": {"util", "signatures"},
     "compat": {"util"},
     "data": {"util", "factors"},
     "modules": {"util"},
     "metrics": {"factors"},
-    "models": {"util", "lr_scheduler", "modules", "compat"},
+    "models": {"util", "signals", "lr_scheduler", "modules", "compat"},
     "variants": {"util", "modules", "models"},
     "evaluation": USES,
     "figures": {*USES, "evaluation"},
-    "callbacks": {*USES, "evaluation", "figures"},
+    "callbacks": {*USES, "signals", "evaluation", "figures"},
 }
 ROOMS["cli"] = ROOMS["api"] = {*ROOMS, "cli", "api"}
 

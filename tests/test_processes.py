@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from command_line import ROOT, CommandLine, encdiff_config
 from pytorch_lightning.callbacks import Callback
-from test_resume import assert_same_end, config_of, last
+from resuming import assert_same_end, config_of, last
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -69,7 +69,7 @@ class Runs:
             logdir = Path(command[command.index("-r") + 1])
         else:
             logdir = Path(command[command.index("-l") + 1]) / f"2026-01-{self.started:02}T00-00-00_run"
-        if status in (0, 130, "unscored"):
+        if status in (0, 143, "unscored"):
             (logdir / "checkpoints").mkdir(parents=True, exist_ok=True)
             (logdir / "checkpoints" / "last.ckpt").touch()
         if status == 0:
@@ -186,8 +186,10 @@ def test_order_and_commands(study, runs, capsys):
     assert all(c[1].endswith("main_val.py") and c[c.index("-s") + 1] in "01" and "--gpus" not in c for c in others)
     assert start() == 0 and len(runs.commands) == 5, "all are done"
     assert start("--list") == 0 and not capsys.readouterr().out
-    assert start("--seeds", 4, "--rows", "5 tokens", "--gpus", "0,") == 0 and len(runs.commands) == 6
+    more = ("--gpus", "0,", "--allow", "somebodys")
+    assert start("--seeds", 4, "--rows", "5 tokens", *more) == 0 and len(runs.commands) == 6
     command = runs.commands[-1]
+    assert "--allow=somebodys" in command
     assert command[command.index("--gpus") + 1] == "0," and "out/5_tokens/seed_4" in command
 
 
@@ -226,7 +228,7 @@ def test_a_failed_run_is_reported_and_a_stopped_one_resumes(study, runs, caplog)
     caplog.clear()
     runs.results = {"out/encdiff/seed_0": -9}
     assert start() == 1 and "SIGKILL" in caplog.text and "no such thing" not in caplog.text
-    runs.results, runs.commands = {"out/encdiff/seed_0": 130}, []
+    runs.results, runs.commands = {"out/encdiff/seed_0": 143}, []
     assert start() == 130
     runs.results = {}
     assert start() == 0

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from command_line import CHECKPOINT, ROOT
 from omegaconf import OmegaConf
+from test_hostile_files import script
 
 import ldm
 from ldm.data.dis import Shapes3DTrain
@@ -168,6 +169,8 @@ def test_a_module_from_elsewhere_is_named(cli, base, tmp_path_factory, monkeypat
     assert cli.run("-r", run.logdir, "--allow", "from_elsewhere").status == 0
     with pytest.raises(UserError, match=r"--allow from_elsewhere \(in Python: allow=\['from_elsewhere'\]\)"):
         ldm.load(run.logdir)
+    evaluate = [str(run.logdir), "--metrics", "mig", "--out", str(cli.folder / "out")]
+    assert script.main(evaluate) == 1 and script.main([*evaluate, "--allow", "from_elsewhere"]) == 0
     for allow in ("from_elsewhere", ["from_elsewhere"]):
         assert type(ldm.load(run.logdir, allow=allow).cond_stage_model.net).__name__ == "Own"
 

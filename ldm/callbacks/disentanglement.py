@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ldm import signals
 from ldm.evaluation.codes import CodeEncoder, check_dtype
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
@@ -175,8 +176,8 @@ class DisentanglementCallback(Callback):
         """
         if trainer.sanity_checking:
             return
-        self._validations += 1
         if not self.encoding:
+            self._validations += 1
             return
         assert self.factors is not None
         self._encoder, self._ema_encoder, self.encoding = None, None, False
@@ -184,7 +185,13 @@ class DisentanglementCallback(Callback):
         scores: dict[str, dict[str, Scores]] = {}
         problem = ""
         if trainer.is_global_zero:
-            scores, problem = self._score(trainer, codes)
+            try:
+                with signals.at_once():
+                    scores, problem = self._score(trainer, codes)
+            except signals.Stopped:
+                log.info("scoring was stopped: it begins anew when the run is resumed")
+                return
+        self._validations += 1
         scores, problem = trainer.strategy.broadcast((scores, problem))
         for kind, found in scores.items():
             prefix = "val/" if kind == "scalars" else f"val/{kind}_"

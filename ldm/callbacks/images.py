@@ -17,6 +17,7 @@ from ldm.data.images import evenly_spaced, to_unit_range_all
 from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
 from ldm.models.diffusion.visuals import diffusion_images
 from ldm.modules.mode import evaluating
+from ldm.signals import Stopped
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,10 @@ class ImageLogger(Callback):
         fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with fork, torch.no_grad(), evaluating(model), trainer.precision_plugin.forward_context():
             torch.manual_seed(self.seed)
-            pictures = model.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})  # type: ignore
+            try:
+                pictures = model.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})  # type: ignore
+            except Stopped as stop:  # `StopCallback` comes next; what is finished is kept
+                pictures = stop.pictures
         for name, images in pictures.items():
             self._save(trainer, split, name, images.detach().float().cpu(), step)
 

@@ -83,15 +83,6 @@ class SetupCallback(Callback):
                 )
         trainer.strategy.barrier()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Make loggers count steps as everything else does.
-
-        Under manual optimisation, Lightning's loggers count batches, and one more after resuming at an epoch's end.
-        """
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the directory."""
         if self._lock is not None:

@@ -1,20 +1,23 @@
-"""Signals, and `last.ckpt`: what lets a run stop at any step and resume there."""
+"""Stopping at any step, and resuming there: what signals asked for, and validations that a stop cut off."""
 
 import logging
-import signal
-import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint
+
+from ldm import signals
+from ldm.signals import Stopped
 
 log = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """Training was stopped by a signal, and its state was saved.
 
     Args:
@@ -23,61 +26,129 @@ class Interrupted(Exception):
     """
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum, self.checkpoint = signum, checkpoint
+        super().__init__(signum)
+        self.checkpoint = checkpoint
+
+
+class OpenValidation(Callback):
+    """Remembers in checkpoints whether the validation that belongs to their step is still to come.
+
+    Lightning takes it for done when it resumes from a checkpoint of a training batch's end, and counts its batches on
+    when it resumes from one of within the validation. Here all checkpoints that were saved after a batch and before the
+    end of its validation look alike: as if saved before its first batch, from where Lightning resumes. This callback
+    comes before those that save.
+    """
+
+    def __init__(self) -> None:
+        self.open = False  # whether a validation is due at this step, or runs
+        self._before: tuple[int, Any] | None = None  # what a resume with an open validation changed
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a resumed run come to its open validation also where no step is left to train."""
+        loop = trainer.fit_loop.epoch_loop
+        self.open = self.open and trainer.enable_validation
+        if self.open and loop.max_steps != -1:
+            self._before = loop.max_steps, None
+            loop.max_steps += 1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let it begin with the validation, at whatever step it is."""
+        if self.open:
+            self._before = (self._before or (trainer.max_steps,))[0], trainer.val_check_batch
+            trainer.val_check_batch = 1
+
+    def _close(self, trainer: pl.Trainer) -> None:
+        self.open = False
+        if self._before is not None:
+            trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_batch = self._before
+            self._before = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The last batch's validation is over."""
+        self._close(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask Lightning whether it will validate."""
+        if reached_max_steps(trainer):
+            # Lightning ends here without validation; asked to stop, it validates first.
+            trainer.should_stop = True
+        loop = trainer.fit_loop
+        self.open = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also where a resumed run begins with it."""
+        self.open = not trainer.sanity_checking
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Done, with all its scores."""
+        if not trainer.sanity_checking:
+            self._close(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Let the saved loops stand before the first batch of the validation.
+
+        And after the last batch of an epoch before the epoch's end, which Lightning would leave out.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        if self.open or loops["epoch_loop.batch_progress"]["is_last_batch"]:
+            for kind in ("total", "current"):
+                batches = loops["epoch_loop.batch_progress"][kind]
+                batches["completed"] = batches["processed"]
+        if not self.open:
+            return
+        progress = loops["epoch_loop.val_loop.batch_progress"]
+        progress["is_last_batch"] = False
+        progress["current"] = dict.fromkeys(progress["current"], 0)
+        # What Lightning takes for "within a validation": one batch was begun and not computed.
+        progress["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the validation is still to come."""
+        return {"open": self.open}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.open = state_dict["open"]
 
 
 class StopCallback(Callback):
-    """Saves `last.ckpt` and stops after the step on SIGINT (Ctrl-C) or SIGTERM; saves and continues on SIGUSR1.
+    """Saves `last.ckpt` and stops after the step on SIGINT (Ctrl-C), SIGTERM or SIGHUP; saves and continues on SIGUSR1.
 
-    A second signal stops at once. If `max_steps` ends training within an epoch, the model is validated there.
+    A stop before or within a validation leaves the validation to the run that resumes. A second signal stops at once.
     Several processes act together, one batch after the signal: they agree on the CPU while the next batch is computed,
     so that no device waits.
 
     Args:
         checkpoint: the file to save.
+        validation: knows whether a validation is due.
     """
 
-    def __init__(self, checkpoint: str | Path) -> None:
-        self.checkpoint = Path(checkpoint)
-        self._stop: int | None = None
-        self._save = False
-        self._old: dict[int, Any] = {}
+    def __init__(self, checkpoint: str | Path, validation: OpenValidation) -> None:
+        self.checkpoint, self.validation = Path(checkpoint), validation
         self._group: Any = None
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers, which only the main thread may do."""
+        """A group of the processes, in which they agree."""
         self._asked = None
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in ("SIGINT", "SIGTERM"):
-            number = getattr(signal, name)
-            self._old[number] = signal.signal(number, self._on_stop)
-        if hasattr(signal, "SIGUSR1"):
-            self._old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install it again for SIGTERM: Lightning's own handler, put around it, ends a run between epochs unsaved."""
-        if signal.SIGTERM in self._old:
-            signal.signal(signal.SIGTERM, self._on_stop)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From now on signals wait; Lightning's own handler, put around ours, would end a run between epochs unsaved.
 
-    on_train_start = on_sanity_check_start
-
-    def _on_stop(self, signum: int, frame: Any) -> None:
-        if self._stop is not None:
-            raise KeyboardInterrupt
-        self._stop = signum
-        log.warning("%s: stopping after this step; repeat it to stop at once", signal.Signals(signum).name)
-
-    def _on_save(self, signum: int, frame: Any) -> None:
-        self._save = True
+        Of several processes none leaves its work early, for which the others would wait.
+        """
+        signals.install()
+        signals.state.waits, signals.state.cuts_short = True, trainer.world_size == 1
 
     def _wanted(self) -> tuple[bool, bool]:
         """Whether to stop, and whether to save; the same for all processes."""
-        own, self._save = (self._stop is not None, self._save), False
+        own, signals.state.save = (signals.state.stop is not None, signals.state.save), False
         if self._group is None:
             return own
         before, wanted = self._asked, torch.tensor(own, dtype=torch.int32)
@@ -93,11 +164,16 @@ class StopCallback(Callback):
         trainer.save_checkpoint(self.checkpoint, weights_only=False)
 
     def _end(self, trainer: pl.Trainer) -> None:
+        """Save and stop.
+
+        Raises:
+            Interrupted: always.
+        """
         saved = None
         if trainer.global_step > 0:
             self._save_checkpoint(trainer)
             saved = self.checkpoint
-        raise Interrupted(self._stop or signal.SIGINT, saved)
+        raise Interrupted(signals.state.stop or signals.STOPPING[0], saved)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -108,13 +184,11 @@ class StopCallback(Callback):
         full = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         stop, save = self._wanted() if full else (False, False)
         if stop:
+            trainer._logger_connector.update_train_step_metrics()  # which Lightning does after the callbacks
             self._end(trainer)
         if save:
             self._save_checkpoint(trainer)
             log.info("saved %s", self.checkpoint)
-        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-            # Lightning ends here without validation; asked to stop, it validates first.
-            trainer.should_stop = True
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -123,31 +197,78 @@ class StopCallback(Callback):
         stop, save = self._wanted()
         if stop:
             self._end(trainer)
-        self._save |= save  # after validation
+        signals.state.save |= save  # after validation
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop where scoring was cut short."""
+        if self._group is None and signals.state.stop is not None:
+            self._end(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is left, such as the last pictures, changes nothing."""
+        signals.state.cuts_short = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the handlers; after an exception Lightning does not call `teardown`."""
+        """After an exception Lightning does not call `teardown`."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore the handlers."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}
+        """Signals wait no more."""
+        signals.state.waits, signals.state.cuts_short = False, False
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Saves `last.ckpt` whatever the monitor says; Lightning's `save_last` skips epochs that are not among the best.
+def reached_max_steps(trainer: pl.Trainer) -> bool:
+    """Whether the run has done all its steps."""
+    return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves `last.ckpt` at every epoch's end, every validation, and the end of training, whatever the monitor says.
 
     Args:
-        folder: of the checkpoints.
-        options: of `ModelCheckpoint`: when to save.
+        path: the file.
+        every_n_train_steps: also every N steps.
+        train_time_interval: also when so much time has passed.
     """
 
-    def __init__(self, folder: str | Path, **options: Any) -> None:
-        super().__init__(folder, filename="last", enable_version_counter=False, **options)
+    def __init__(
+        self, path: str | Path, every_n_train_steps: int | None = None, train_time_interval: timedelta | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.steps, self.interval = every_n_train_steps, train_time_interval
+        self._saved, self._time = 0, time.monotonic()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of training where it falls between two intervals."""
-        if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
-            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Once per step."""
+        trial = getattr(trainer, "fast_dev_run", False) or trainer.sanity_checking
+        if trainer.global_step > self._saved and not trial:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self._saved, self._time = trainer.global_step, time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What a run was resumed from need not be saved again, but for a validation that was open."""
+        opened = [c for c in trainer.callbacks if isinstance(c, OpenValidation) and c.open]  # type: ignore[attr-defined]
+        self._saved = 0 if opened else trainer.global_step
+        self._time = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """By steps or time."""
+        late = self.interval is not None and time.monotonic() - self._time >= self.interval.total_seconds()
+        if trainer.strategy.broadcast(late) if self.interval is not None else False:
+            self._save(trainer)
+        if self.steps is not None and trainer.global_step % self.steps == 0:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With its scores, over what was saved at its step before."""
+        if trainer.training or trainer.validating:
+            self._saved = min(self._saved, trainer.global_step - 1)
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Unless it was saved after the epoch's last validation."""
+        self._save(trainer)
+
+    on_train_end = on_train_epoch_end

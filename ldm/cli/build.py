@@ -10,11 +10,14 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 
+from ldm.callbacks.checkpoint_io import AtomicCheckpointIO
+from ldm.callbacks.logs import ResumableLogs
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
-from ldm.callbacks.stop import LastCheckpoint, StopCallback
+from ldm.callbacks.stop import LastCheckpoint, OpenValidation, StopCallback
 from ldm.cli.checks import check
 from ldm.cli.configure import Run, saved_run, without_checkpoints
 from ldm.cli.early import check_trainer, check_writable, device_numbers
+from ldm.metrics.evaluate import SUITE
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.sync_norm import synchronise_batch_norms
@@ -22,8 +25,8 @@ from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
-# What decides when ModelCheckpoint saves; `last.ckpt` follows the same intervals.
-INTERVALS = ("every_n_train_steps", "train_time_interval", "every_n_epochs")
+# Of ModelCheckpoint's intervals, those at which `last.ckpt` is saved too, besides every epoch and validation.
+INTERVALS = ("every_n_train_steps", "train_time_interval")
 # With two optimisers each backward pass leaves the other network's parameters unused, which DDP must know.
 UNUSED_PARAMETERS = {name: f"{name}_find_unused_parameters_true" for name in ("ddp", "ddp_spawn", "ddp_fork")}
 UNUSED_PARAMETERS["auto"] = UNUSED_PARAMETERS["ddp"]
@@ -54,11 +57,13 @@ def build(run: Run, score: bool) -> Job:
     lightning, checkpoints = config["lightning"], run.logdir / "checkpoints"
     options = trainer_options(lightning["trainer"])
     fill_in(run, config, score and not options.get("fast_dev_run"))
-    rhythm = intervals(lightning)
+    rhythm = {key: value for key, value in lightning["modelcheckpoint"]["params"].items() if key in INTERVALS}
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
+    validation = OpenValidation()
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed), SeedEachBatch(lightning["seed"])]
-    last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
+    first += [validation, ResumableLogs()]
+    last = [StopCallback(checkpoints / "last.ckpt", validation), LastCheckpoint(checkpoints / "last.ckpt", **rhythm)]
     for name, node in lightning["callbacks"].items():
         keep_chosen(run, name, node)
     callbacks = [
@@ -139,8 +144,8 @@ def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:
 
 
 def best_checkpoints(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ModelCheckpoint that keep the three best by the model's monitor, or else the newest."""
-    monitor = (config["model"].get("params") or {}).get("monitor")
+    """Arguments of ModelCheckpoint that keep the three best by the model's monitor, by DCI, or else the newest."""
+    monitor = (config["model"].get("params") or {}).get("monitor", scored_dci(config))
     if not isinstance(monitor, str | None):
         raise UserError(f"expected the name of a logged value, got {monitor!r}", "model.params.monitor")
     if any(given.get(key) is not None for key in ("every_n_train_steps", "train_time_interval")):
@@ -164,12 +169,12 @@ def best_checkpoints(config: dict[str, Any], given: dict[str, Any]) -> dict[str,
     return params
 
 
-def intervals(lightning: dict[str, Any]) -> dict[str, Any]:
-    """When `last.ckpt` is saved: with the other checkpoints, or at validation if it has an interval, or every epoch."""
-    found = {key: value for key, value in lightning["modelcheckpoint"]["params"].items() if key in INTERVALS}
-    if not found and lightning["trainer"].get("val_check_interval") is None:
-        found["save_on_train_epoch_end"] = True
-    return found
+def scored_dci(config: dict[str, Any]) -> str | None:
+    """The monitor of a model that names none: DCI, where every validation gives it."""
+    scorer = (config["lightning"]["callbacks"].get("disentanglement") or {}).get("params") or {}
+    scored = "dci" in scorer.get("metrics", SUITE) and scorer.get("every_n_validations", 1) == 1
+    validated = (config["data"].get("params") or {}).get("validation")
+    return "val/dci" if "disentanglement" in config["lightning"]["callbacks"] and scored and validated else None
 
 
 def trainer_options(trainer: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +235,7 @@ def build_trainer(
     excluded = tuple(kind for name, kind in switches.items() if options.get(name) is False)
     callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]
     options = {"default_root_dir": str(run.logdir), "use_distributed_sampler": False, **options}
+    options["plugins"] = [AtomicCheckpointIO()]
     if isinstance(model, FirstStage | LatentDiffusion):
         # Two batches before the first step would show nothing that `dry_run` has not tried with an image.
         options.setdefault("num_sanity_val_steps", 0)

@@ -32,6 +32,7 @@ DEFAULTS = {
                 "params": {"logging_interval": "step"},
             },
             "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar"},
+            "finite": {"target": "ldm.callbacks.finite.FiniteCallback"},
             "disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback"},  # main_val.py
         },
         "modelcheckpoint": {

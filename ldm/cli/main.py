@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.arguments import Arguments, parse
 from ldm.cli.configure import Run, configure, logdir_of
+from ldm.signals import Stopped, handled, state
 from ldm.targets import allowing
 from ldm.util import UserError
 
@@ -43,15 +44,22 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
     """Entry point of `main.py` and, with `score`, of `main_val.py`.
 
     Returns:
-        The exit status: 0; 2 after a mistake in the input; 130 after an interruption.
+        The exit status: 0; 2 after a mistake in the input; 128 + N after signal N.
     """
     set_up_logging()
+    with handled():
+        return guarded(argv, score)
+
+
+def guarded(argv: Sequence[str] | None, score: bool) -> int:
+    """All phases; mistakes and stops are told in one line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     arguments: Arguments | None = None
     debug = "-d" in argv or "--debug" in argv
     try:
         arguments = parse(argv)
         options = arguments.options
+        # The run that is resumed may be somebody else's: what lies in its folder is not taken.
         resumed = logdir_of(Path(options.resume)) if options.resume else None
         with allowing(options.allow, working_directory=True, outside=resumed):
             return build_and_fit(configure(arguments), score)
@@ -63,8 +71,8 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
         flags = [f for k, f in given.items() if k == error.key or (unknown and k.startswith(f"{error.key}."))]
         report(f"error: {flags[0]}: {error.message}" if flags else f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        return stopped(None)
+    except Stopped as stop:
+        return stopped(stop, arguments)
     except OSError as error:
         if debug:
             raise
@@ -82,30 +90,34 @@ def build_and_fit(run: Run, score: bool) -> int:
     """Phases 3 and 4.
 
     Returns:
-        The exit status: 0, or 130 after an interruption that was answered by a checkpoint.
+        The exit status, 0.
 
     Raises:
         UserError: a mistake in the input.
     """
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.callbacks.stop import Interrupted
     from ldm.cli.build import build
 
     try:
         fit(build(run, score))
-    except Interrupted as stop:
-        return stopped(stop.checkpoint)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     return 0
 
 
-def stopped(saved: Path | None) -> int:
+def stopped(stop: Stopped, arguments: Arguments | None) -> int:
     """Say on the first process what was saved; gives the exit status."""
+    saved = getattr(stop, "checkpoint", None)
+    allowed = "".join(f" --allow {module}" for module in arguments.options.allow) if arguments else ""
+    line = (
+        f"stopped; saved {saved}. Resume with -r {saved.parent.parent}{allowed}" if saved else "stopped; nothing saved"
+    )
+    if not saved and arguments is not None and arguments.options.resume:
+        line = f"stopped; nothing new to save. Resume with -r {arguments.options.resume}{allowed}"
     if not is_follower():
-        report(f"stopped; saved {saved}. Resume with -r {saved.parent.parent}" if saved else "stopped; nothing saved")
-    return 130
+        report(line)
+    return stop.status
 
 
 def fit(job: "Job") -> None:
@@ -114,14 +126,20 @@ def fit(job: "Job") -> None:
     Before the first step Lightning calls, in this order: `SetupCallback.on_fit_start` (makes the log directory),
     `StopCallback.on_fit_start` (signals), the model's `on_train_start` (cached latents), `SeedEachBatch` (random
     numbers), the model's `on_train_batch_start` (scale factor), and its `training_step`.
+
+    Raises:
+        Stopped: by a signal; `Interrupted` where there is a checkpoint.
     """
     from ldm.callbacks.setup import hold
+    from ldm.callbacks.stop import Interrupted
 
     run, checkpoint = job.run, str(job.run.checkpoint) if job.run.checkpoint else None
     if run.train:
         log.info("logging to %s", run.logdir)
         with hold(run.logdir, run.resumed and not is_follower()):
             job.trainer.fit(job.model, job.data, ckpt_path=checkpoint, weights_only=True)
+        if state.stop is not None:  # it came when there was nothing left to train
+            raise Interrupted(state.stop, run.logdir / "checkpoints" / "last.ckpt")
     else:
         log.info("built everything; add -t to train")
     if "test" in job.datasets and run.test:

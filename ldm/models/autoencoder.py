@@ -291,6 +291,7 @@ class VQModel(FirstStage):
     """
 
     codes_used: torch.Tensor
+    _training_codes: Any = None  # while a validation counts its own
 
     def __init__(
         self,
@@ -373,6 +374,17 @@ class VQModel(FirstStage):
         super().on_train_epoch_end()
         self._log_codes("train/codes_in_use")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The marks of the epoch so far."""
+        codes = self._training_codes if self._training_codes is not None else self.codes_used
+        checkpoint["codes_used"] = codes.clone()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `on_save_checkpoint`."""
+        super().on_load_checkpoint(checkpoint)
+        if "codes_used" in checkpoint:
+            self.codes_used.copy_(checkpoint["codes_used"])
+
     def on_validation_start(self) -> None:
         """Set training's marks aside while validation counts its own."""
         super().on_validation_start()
@@ -383,6 +395,7 @@ class VQModel(FirstStage):
         """Log how many codes the validation batches used whose losses were computed; see `val_loss_images`."""
         self._log_codes("val/codes_in_use")
         self.codes_used.copy_(self._training_codes)
+        self._training_codes = None
 
 
 class VQModelInterface(VQModel):

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import CHECKPOINT, ROOT, Result, encdiff_config
+from resuming import assert_same_end
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import assert_same_end
 
 from ldm.callbacks.fast import WAYS, Fast, device_of, images_fit, latents_fit, several_processes
 from ldm.config import load_yaml

@@ -72,7 +72,6 @@ class LatentCache:
         if self.latents is None:
             self.latents = encoded.new_empty((len(self.known), *encoded.shape[1:]))
             log.info("keeping the latents of %d images, %.0f MB", len(self.known), self.latents.nbytes / 1e6)
-        encoded = encoded[:count]
-        self.latents[index] = encoded
+        self.latents[index] = encoded[:count]
         self.known[self.rows] = True
-        return encoded
+        return self.latents[index]  # in the memory layout that they will have the next time

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ldm import signals
 from ldm.models.diffusion.schedule import SamplingPlan
 
 
@@ -98,6 +99,7 @@ class Sampler:
         # Tokens are the same in every step, and so is what the U-Net computes from them alone.
         with nullcontext() if conditioning is None else model.conditioned_on(conditioning):
             for done, index in enumerate(bar):
+                signals.check()
                 t = torch.full((batch_size,), int(plan.timesteps[index]), device=like.device, dtype=torch.long)
                 if mask is not None and x0 is not None:
                     x = mask * model.q_sample(x0, t, noise()) + (1 - mask) * x

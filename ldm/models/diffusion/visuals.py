@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange, repeat
 
+from ldm.signals import Stopped
+
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -74,6 +76,7 @@ def diffusion_images(
 
     Raises:
         UserError: another sampler.
+        Stopped: by a signal; its `pictures` are those that were finished.
     """
     x = model.get_input(batch, model.first_stage_key)[:N].to(model.device)
     source = model.get_input(batch, model.cond_stage_key)[:N].to(model.device)
@@ -121,6 +124,9 @@ def diffusion_images(
                 pictures["samples_inpainting"] = model.decode_first_stage(draw(tokens, count, mask=mask, x0=z)[0])
             if sample_swap and tokens is not None:
                 pictures["swap"] = _swap_grid(model, x, tokens, min(swap_images, count), draw, noise(1, *shape))
+    except Stopped as stop:
+        stop.pictures = pictures
+        raise
     finally:
         model.train(was_training)
     return pictures

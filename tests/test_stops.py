@@ -1,0 +1,129 @@
+"""Signals wherever they come: a stop tells how to resume, and the resumed run shows what one in one piece shows."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from resuming import SIGNAL, assert_same_end, assert_same_log, at, last, logged, scores
+
+# Four batches of 16 in an epoch, a validation after each epoch and after the sixth step, the last.
+WITHOUT = f"{SIGNAL}.params.batch=1000"
+pytestmark = pytest.mark.slow
+
+
+def stop(batch: int, place: str, name: str = "SIGTERM") -> list[str]:
+    """Arguments that send a signal at a place after a batch."""
+    return [*at(batch), f"{SIGNAL}.params.name={name}", f"{SIGNAL}.params.place={place}"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "place"),
+    [
+        ("vq", 4, "batch"),
+        ("encdiff", 2, "batch"),
+        ("encdiff", 4, "batch"),  # the validation is due
+        ("encdiff", 6, "batch"),  # so is the last one, and no step is left
+        ("vq", 4, "validation"),
+        ("encdiff", 4, "validation"),
+        ("encdiff", 6, "validation"),
+        ("encdiff", 4, "scoring"),
+        ("encdiff", 6, "scoring"),
+        ("encdiff", 3, "drawing"),
+    ],
+)
+def test_a_stop_costs_nothing(runs, whole, stage, batch, place):
+    """Weights, losses, means of epochs, and scores, each once."""
+    r = runs(stage)
+    pictures = "lightning.callbacks.image_logger.params.batch_frequency=3"
+    logdir = r.run(*stop(batch, place), pictures, status=128 + signal.SIGTERM)
+    assert last(logdir)["global_step"] == batch
+    assert "stopped; saved" in r.result.err and "Traceback" not in r.result.err
+    r.run("-r", logdir, WITHOUT)
+    expected = whole(stage, *at(1000), pictures)
+    assert_same_end(expected, logdir)
+    assert_same_log(expected, logdir)
+
+
+def test_the_end_of_an_epoch_without_a_validation(runs, whole):
+    """Stopped in its last batch, an epoch still ends, with its means."""
+    r, seldom = runs("encdiff"), ("--val_check_interval", 3, "--check_val_every_n_epoch", "null")
+    logdir = r.run(*stop(4, "batch"), *seldom, status=143)
+    r.run("-r", logdir, WITHOUT)
+    expected = whole("encdiff", *at(1000), *seldom)
+    assert_same_end(expected, logdir)
+    assert_same_log(expected, logdir)
+
+
+def test_kept_latents_are_those_of_the_first_epoch(runs, whole):
+    """In the second epoch a resumed run encodes what one in one piece has kept: the same to the last bit."""
+    r, kept = runs("encdiff"), "model.params.cache_latents=true"
+    logdir = r.run(*stop(5, "batch"), kept, status=143)
+    r.run("-r", logdir, WITHOUT)
+    assert_same_end(whole("encdiff", *at(1000), kept), logdir)
+
+
+def test_a_second_stop_in_the_validation_made_up_for(runs, whole):
+    r = runs("encdiff")
+    logdir = r.run(*stop(4, "batch"), status=143)
+    r.run("-r", logdir, f"{SIGNAL}.params.batch=0", f"{SIGNAL}.params.place=scoring", status=143)
+    assert not scores(logdir) and last(logdir)["global_step"] == 4
+    r.run("-r", logdir, WITHOUT)
+    expected = whole("encdiff", *at(1000))
+    assert_same_end(expected, logdir)
+    assert_same_log(expected, logdir)
+
+
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_what_a_killed_run_had_logged_is_forgotten(runs, whole, stage):
+    """From an older checkpoint, as after a SIGKILL: steps that are repeated are in TensorBoard once."""
+    r = runs(stage)
+    logdir = r.run(steps=6)
+    older = min((logdir / "checkpoints").glob("epoch=*.ckpt"))
+    assert last(logdir)["global_step"] == 6
+    r.run("-r", older)
+    assert_same_end(whole(stage), logdir)
+    assert_same_log(whole(stage), logdir)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_status_and_how_to_resume(runs, name):
+    r = runs("vq")
+    r.run(*stop(2, "batch", name), status=128 + getattr(signal, name))
+    assert f"Resume with -r {r.result.logdir.relative_to(r.cli.folder)}" in r.result.err
+
+
+def test_before_training(runs, monkeypatch):
+    """While the data are read, nothing waits, and nothing is left behind."""
+    r = runs("vq")
+    monkeypatch.setattr("ldm.data.module.DataModuleFromConfig.setup", lambda *_: signal.raise_signal(signal.SIGTERM))
+    r.cli.run("--base", "run.yaml", "-t", "--gpus", 0)
+    result = r.cli.run("--base", "run.yaml", "-t", "--gpus", 0)
+    assert result.status == 143 and "stopped; nothing saved" in result.err
+    assert not Path(r.cli.folder / "logs").exists()
+
+
+def test_saving_before_training(runs, whole, monkeypatch):
+    """SIGUSR1 before the first step, which by default kills, saves after it."""
+    r = runs("vq")
+    monkeypatch.setattr("ldm.cli.build.keep_chosen", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    logdir = r.run(steps=2)
+    assert "saved" in r.result.log
+    monkeypatch.undo()
+    r.run("-r", logdir)
+    assert_same_end(whole("vq"), logdir)
+
+
+def test_a_second_signal_stops_at_once(runs):
+    """Within the step, of which nothing is logged or saved."""
+    r = runs("vq")
+    logdir = r.run(*stop(2, "batch twice"), status=143)
+    assert "stopped; nothing saved" in r.result.err
+    assert [step for step, _ in logged(logdir)["train/total_loss_step"]] == [0]
+
+
+def test_finished_pictures_are_kept(runs):
+    r = runs("encdiff")
+    pictures = "lightning.callbacks.image_logger.params.batch_frequency=2"
+    logdir = r.run(*stop(2, "drawing"), pictures, status=143)
+    kept = {path.name.split("_gs")[0] for path in (logdir / "images" / "train").iterdir()}
+    assert {"inputs", "reconstruction"} <= kept and "swap" not in kept
