@@ -1,5 +1,6 @@
 """Trained models from Python. What to do with one is in `ldm.evaluation`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ldm.compat.translate import translate
 from ldm.compat.whole import reason_of
 from ldm.config import load_yaml
 from ldm.models.checkpoint import load_weights
+from ldm.targets import allowing
 from ldm.util import UserError, instantiate_from_config
 
 
@@ -59,21 +61,27 @@ def model_node(config: DictConfig, path: str | Path) -> dict[str, Any]:
     return node
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "live") -> Any:
-    """A trained model, in evaluation mode.
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    weights: str = "live",
+    allow: str | Iterable[str] = (),
+) -> Any:
+    """A trained model, in evaluation mode. Nothing that lies in its folder is run.
 
     Args:
         path: log directory (its `checkpoints/last.ckpt` is taken), checkpoint in one, or safetensors file with its
             configuration beside it.
         device: to put the model on.
         weights: `live`, or `ema` for the EMA weights in their place.
+        allow: modules whose classes its configuration may name too; of the working directory's, only these.
 
     Returns:
         `VQModel`, `AutoencoderKL` or `LatentDiffusion`; the latter with its first stage.
 
     Raises:
-        UserError: no configuration or checkpoint there, damaged ones, a checkpoint of another model, no EMA weights in
-            it, or a device that cannot be used.
+        UserError: no configuration or checkpoint there, damaged ones, a class that is not allowed, a checkpoint of
+            another model, no EMA weights in it, or a device that cannot be used.
     """
     if weights not in ("live", "ema"):
         raise UserError(f"'{weights}' is neither live nor ema", "weights")
@@ -82,10 +90,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "l
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"'{device}' cannot be used: {reason_of(error)}", "device") from error
-    model: Any = instantiate_from_config(model_node(load_config(path), path), "model")
-    if not hasattr(model, "load_state_dict"):
-        message = f"the configuration of '{path}' is damaged: {type(model).__name__} is no model"
-        raise UserError(message, "model.target")
+    with allowing(allow):
+        model: Any = instantiate_from_config(model_node(load_config(path), path), "model", "Lightning module")
     checkpoint = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     absent = load_weights(model, checkpoint)
     if weights == "ema":

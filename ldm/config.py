@@ -69,6 +69,10 @@ def load_yaml(path: str | Path, named_by: str = "--base") -> DictConfig:
         config = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}", named_by) from error
+    except RecursionError as error:
+        raise UserError(
+            f"'{path}' is not a configuration: its lists and mappings are nested too deeply", named_by
+        ) from error
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror or error}", named_by) from error
     if not isinstance(config, DictConfig) or not config:

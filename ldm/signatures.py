@@ -9,13 +9,30 @@ import importlib.machinery
 import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Union, get_type_hints
 
 # Types by their names in annotations, as far as values are checked against them; all others are Any.
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 LISTS = {"list": list, "List": list, "Sequence": Sequence, "Iterable": Iterable, "Mapping": Mapping}
 KINDS = inspect.Parameter
+
+
+def parameters_of(function: Any) -> tuple[dict[str, Any], bool]:
+    """Type hints of its parameters, those of bases that get `**kwargs` included, and whether it takes others too."""
+    found: dict[str, Any] = {}
+    owners = [vars(cls)["__init__"] for cls in getattr(function, "__mro__", ()) if "__init__" in vars(cls)]
+    for owner in owners or [function]:
+        parameters, hints = inspect.signature(owner).parameters.values(), getattr(owner, "__annotations__", {})
+        with suppress(NameError, TypeError):  # names that only type checkers import
+            hints = get_type_hints(owner)
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return found, False
+    return found, True
 
 
 @functools.cache

@@ -4,12 +4,14 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from ldm.signatures import parameters_of
+from ldm.targets import described, refusal, suits
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 KEYS = {"target", "params", "base_learning_rate"}  # of a node; the last is the command line's
@@ -32,11 +34,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known) or 'nothing'}"
 
 
-def get_obj_from_str(target: Any, where: str = "target") -> Any:
-    """The class or function with a dotted name; a UserError says what is missing."""
+def get_obj_from_str(target: Any, where: str = "target") -> type:
+    """The class with a dotted name; a UserError says what is missing, or why it is not taken (see `ldm.targets`)."""
     module_name, _, name = str(target).rpartition(".")
     if not module_name or not all(map(str.isidentifier, str(target).split("."))):
         raise UserError(f"expected a dotted name such as ldm.models.autoencoder.VQModel, got {target!r}", where)
+    if reason := refusal(target):  # before it is imported, which runs it
+        raise UserError(reason, where)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -44,26 +48,12 @@ def get_obj_from_str(target: Any, where: str = "target") -> Any:
             raise  # the module exists, and imports one that does not
         raise UserError(f"there is no module '{module_name}' for '{target}'", where) from error
     found = getattr(module, name, None)
-    if not callable(found):
+    if not inspect.isclass(found):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        raise UserError(f"'{target}' is not a class or function{nearest(name, classes)}", where)
+        raise UserError(f"'{target}' is not a class{nearest(name, classes)}", where)
+    if reason := refusal(target, found.__module__):
+        raise UserError(reason, where)
     return found
-
-
-def parameters_of(function: Any) -> tuple[dict[str, Any], bool]:
-    """Type hints of its parameters, those of bases that get `**kwargs` included, and whether it takes others too."""
-    found: dict[str, Any] = {}
-    owners = [vars(cls)["__init__"] for cls in getattr(function, "__mro__", ()) if "__init__" in vars(cls)]
-    for owner in owners or [function]:
-        parameters, hints = inspect.signature(owner).parameters.values(), getattr(owner, "__annotations__", {})
-        with suppress(NameError, TypeError):  # names that only type checkers import
-            hints = get_type_hints(owner)
-        for parameter in parameters:
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                found.setdefault(parameter.name, hints.get(parameter.name, Any))
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return found, False
-    return found, True
 
 
 def check_params(function: Any, params: Mapping[str, Any], where: str = "") -> None:
@@ -84,16 +74,17 @@ def check_params(function: Any, params: Mapping[str, Any], where: str = "") -> N
             raise UserError(f"expected a list, got {value!r}", full)
 
 
-def instantiate_from_config(config: Any, where: str = "", **extra: Any) -> Any:
+def instantiate_from_config(config: Any, where: str = "", kind: str | type = "") -> Any:
     """Build what a node with `target` (a dotted name) and `params` (keyword arguments) describes.
 
     Args:
         config: the node; interpolations are resolved, and nested nodes arrive as plain dicts.
         where: its key, for error messages; relative to the `params` in which it stands.
-        extra: more keyword arguments.
+        kind: what the place wants, a key of `ldm.targets.KINDS` or a class; no other class is called.
 
     Raises:
-        UserError: an unknown target or key, a value of another kind, or what the constructor refuses.
+        UserError: a target that is unknown, not allowed, or not of the kind; an unknown key, a value of another kind,
+            or what the constructor refuses.
     """
     try:
         resolved = isinstance(config, DictConfig)
@@ -103,14 +94,17 @@ def instantiate_from_config(config: Any, where: str = "", **extra: Any) -> Any:
     if not isinstance(node, Mapping) or "target" not in node:
         found = ", ".join(map(str, node)) if isinstance(node, Mapping) else repr(node)
         raise UserError(f"expected the keys target and, with its arguments, params, found {found}", where)
-    function, params = get_obj_from_str(node["target"], f"{where}.target".lstrip(".")), node.get("params") or {}
+    place = f"{where}.target".lstrip(".")
+    function, params = get_obj_from_str(node["target"], place), node.get("params") or {}
+    if not suits(function, kind):
+        raise UserError(f"expected {described(kind)}, and '{node['target']}' is none", place)
     for key in set(node) - KEYS:
         known = {"target", "params", *(f"params.{name}" for name in parameters_of(function)[0])}
         raise UserError(f"unknown key beside 'target' and 'params'{nearest(str(key), known)}", f"{where}.{key}")
     inside = f"{where}.params" if where else ""
     check_params(function, params, inside)
     try:
-        return function(**params, **extra)
+        return function(**params)
     except UserError as error:
         raise UserError(error.message, f"{inside}.{error.key}".lstrip(".") if error.key else "") from error
     except (AttributeError, NameError):  # a bug, not a mistake in the configuration: its traceback is wanted

@@ -29,7 +29,7 @@ def encdiff(folder: Path, device: str, changes: Sequence[str] = ()) -> Any:
     """The shipped EncDiff for Shapes3D with random weights, on the device."""
     config = compose([ENCDIFF], [*overrides("train", folder, device, 8, 64, 512), *changes])
     torch.manual_seed(0)
-    return instantiate_from_config(config.model, "model").to(device).eval()
+    return instantiate_from_config(config.model, "model", "Lightning module").to(device).eval()
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from ldm.metrics.sampling import Factors
 from ldm.signals import as_command
 
 MODEL_ONLY = {"reconstruction": 0, "fid": 0, "of": "scalars", "weights": "live", "split": "validation", "device": None,
-              "save_codes": False, "bf16": False}  # fmt: skip
+              "save_codes": False, "bf16": False, "allow": []}  # fmt: skip
 
 
 # Name, codes and scores of what was scored.
@@ -69,6 +69,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     ))  # fmt: skip
     model.add_argument("--split", choices=("validation", "train"), default="validation", help="of the model's data")
     model.add_argument("--weights", choices=("live", "ema"), default="live", help="live, as released, or EMA weights")
+    model.add_argument("--allow", action="append", metavar="MODULE", default=[], help=(
+        "also take classes from this module, once you trust it (may be repeated)"
+    ))  # fmt: skip
     model.add_argument("--device", help="cpu, cuda:0, ... (default: cuda if there is one)")
     model.add_argument("--batch-size", type=positive, default=100, help="images at a time (default: 100)")
     model.add_argument(
@@ -135,11 +138,13 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
     from ldm.api import load, load_config
     from ldm.evaluation.codes import encode, why_not_scored
     from ldm.evaluation.images import check_images, score_images
+    from ldm.targets import allowing
     from ldm.util import instantiate_from_config
 
-    model = load(path, opt.device or ("cuda" if torch.cuda.is_available() else "cpu"), opt.weights)
-    data = instantiate_from_config(load_config(path).data, "data")
-    data.setup()
+    model = load(path, opt.device or ("cuda" if torch.cuda.is_available() else "cpu"), opt.weights, opt.allow)
+    with allowing(opt.allow):
+        data = instantiate_from_config(load_config(path).data, "data", "data module")
+        data.setup()
     if opt.split not in data.datasets:
         raise ValueError(f"its configuration has no data.params.{opt.split}; choose another --split")
     dataset, scored = data.datasets[opt.split], None

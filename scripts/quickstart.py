@@ -51,7 +51,7 @@ def run_stage(configs: list[Path], logdir: Path, seed: int, score: bool, overrid
 def untrained(config: Any, seed: int) -> Any:
     """The model as training finds it."""
     pl.seed_everything(seed, verbose=False)
-    return instantiate_from_config(config.model, "model").eval()
+    return instantiate_from_config(config.model, "model", "Lightning module").eval()
 
 
 def arguments() -> argparse.Namespace:
@@ -79,7 +79,7 @@ def main() -> None:
     if not opt.plain:
         first_stage.append(FAST)
         encdiff.append(FAST)
-    data = instantiate_from_config(load_yaml(opt.encdiff).data, "data")
+    data = instantiate_from_config(load_yaml(opt.encdiff).data, "data", "data module")
     data.setup()
     dataset = data.datasets["validation"]
     marks = [("data", time.perf_counter())]

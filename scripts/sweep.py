@@ -36,6 +36,7 @@ from ldm.callbacks.start import newest_run
 from ldm.cli.configure import compose, without_checkpoints
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
+from ldm.targets import allowing
 from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger("sweep")
@@ -139,7 +140,7 @@ def plan_row(study: Study, row: str, first: Run | None) -> tuple[dict[str, Any],
         config = compose(base, overrides)
         model: Any = OmegaConf.to_container(config.model, resolve=True)
         with torch.device("meta"):  # without memory: mistakes show in a moment
-            instantiate_from_config(without_checkpoints(model), "model")
+            instantiate_from_config(without_checkpoints(model), "model", "Lightning module")
     except UserError as error:
         raise UserError(f"row '{row}': {error}") from error
     settings = {"row": row, "base": base, "overrides": overrides, "config": digest(config)}
@@ -189,17 +190,17 @@ def newest(run: Run) -> Path | None:
     return newest_run(sorted({path.parent.parent for path in run.folder.glob("*/checkpoints/*.ckpt")}))
 
 
-def command_of(run: Run, gpus: Sequence[str]) -> list[str]:
+def command_of(run: Run, flags: Sequence[str]) -> list[str]:
     """The command that starts or resumes its training."""
     command, logdir = [sys.executable, str(ROOT / ("main_val.py" if run.scored else "main.py"))], newest(run)
     if logdir and status_of(run) != "unscored":  # that one has no steps left, and would end without scores again
-        return [*command, "-r", str(logdir), "-t", *gpus]
+        return [*command, "-r", str(logdir), "-t", *flags]
     seed, name = str(run.settings["seed"]), run.name.partition("/")[0]
     options = ["--base", *run.settings["base"], "-t", "-s", seed, "-n", name, "-l", str(run.folder)]
-    return [*command, *options, *gpus, *run.settings["overrides"]]
+    return [*command, *options, *flags, *run.settings["overrides"]]
 
 
-def train(run: Run, gpus: Sequence[str]) -> tuple[str, str]:
+def train(run: Run, flags: Sequence[str]) -> tuple[str, str]:
     """Train it to its end, unless that was done or is being done; gives its status, and a remark.
 
     Raises:
@@ -212,7 +213,7 @@ def train(run: Run, gpus: Sequence[str]) -> tuple[str, str]:
             raise UserError(f"{found}; give another --logdir, or delete the folder")
     if status in ("done", "running elsewhere"):
         return status, ""
-    command = command_of(run, gpus)
+    command = command_of(run, flags)
     save(run, status="running")
     with (run.folder / "output.log").open("a+", errors="replace") as output:
         begin = output.seek(0, os.SEEK_END)
@@ -258,6 +259,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="ROW/SEED", help="one run, such as adagn/0, or first_stage")
     parser.add_argument("--list", action="store_true", help="print a command for each run that is not finished")
     parser.add_argument("--gpus", help="as for main.py")
+    parser.add_argument("--allow", action="append", metavar="MODULE", default=[], help="as for main.py")
     return parser.parse_args(argv)
 
 
@@ -288,8 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train or list a study; gives the exit status: 0 if all runs are done, 130 if it was stopped, else 1."""
     opt = arguments(argv)
     study = load_study(opt.study)
-    runs, gpus = wanted(opt, study), ["--gpus", opt.gpus] if opt.gpus else []
-    only = [sys.executable, os.path.relpath(__file__), str(opt.study), "--logdir", str(opt.logdir), *gpus, "--only"]
+    with allowing(opt.allow, working_directory=True):
+        runs = wanted(opt, study)
+    flags = [*(["--gpus", opt.gpus] if opt.gpus else []), *(f"--allow={module}" for module in opt.allow)]
+    only = [sys.executable, os.path.relpath(__file__), str(opt.study), "--logdir", str(opt.logdir), *flags, "--only"]
     if opt.list:
         for run in runs:
             log.info("%s: %s", run.name, status_of(run))
@@ -304,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if run.needs and not run.needs.is_file() and status_of(run) != "done":
                 raise UserError(f"the first stage is not trained yet: {shlex.join([*only, FIRST_STAGE])}")
-            status, remark = train(run, gpus)
+            status, remark = train(run, flags)
         except (UserError, OSError) as error:  # the others are still trained
             status, remark = "failed", str(error)
         results[status] += 1

@@ -29,7 +29,8 @@ class SaveEachRank(Callback):
 def test_two_processes_train_one_first_stage(cli):
     process = cli.start("main.py", "--base", cli.vq, "-t", "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp",
                         "--max_steps", 3, "--accumulate_grad_batches", 2, "data.params.batch_size=4",
-                        "lightning.callbacks.ranks.target=test_processes.SaveEachRank")  # fmt: skip
+                        "lightning.callbacks.ranks.target=test_processes.SaveEachRank",
+                        "--allow", "test_processes")  # fmt: skip
     result = cli.result(process, timeout=240)
     assert result.status == 0, result.err
     assert len(result.logdirs) == 1, "one log directory for both"

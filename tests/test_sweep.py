@@ -186,8 +186,10 @@ def test_order_and_commands(study, runs, capsys):
     assert all(c[1].endswith("main_val.py") and c[c.index("-s") + 1] in "01" and "--gpus" not in c for c in others)
     assert start() == 0 and len(runs.commands) == 5, "all are done"
     assert start("--list") == 0 and not capsys.readouterr().out
-    assert start("--seeds", 4, "--rows", "5 tokens", "--gpus", "0,") == 0 and len(runs.commands) == 6
+    more = ("--gpus", "0,", "--allow", "somebodys")
+    assert start("--seeds", 4, "--rows", "5 tokens", *more) == 0 and len(runs.commands) == 6
     command = runs.commands[-1]
+    assert "--allow=somebodys" in command
     assert command[command.index("--gpus") + 1] == "0," and "out/5_tokens/seed_4" in command
 
 

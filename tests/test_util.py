@@ -6,7 +6,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.factors import FactorGrid
+from ldm.targets import allowing
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config, nearest
+
+pytestmark = pytest.mark.usefixtures("own_classes")
 
 
 class Base:
@@ -30,12 +33,12 @@ def here(name: str) -> str:
 
 
 def test_instantiates_with_params():
-    grid = instantiate_from_config({"target": "ldm.factors.FactorGrid", "params": {"sizes": [2, 3]}})
+    node = {"target": "ldm.factors.FactorGrid", "params": {"sizes": [2, 3]}}
+    grid = instantiate_from_config(node, kind=FactorGrid)
     assert grid == FactorGrid((2, 3))
     node = OmegaConf.create({"target": here("Derived"), "params": {"size": 5}})
-    made = instantiate_from_config(node)
+    made = instantiate_from_config(node, kind=Base)
     assert (made.size, made.extra, made.path) == (5, 1, "here")
-    assert instantiate_from_config({"target": "collections.OrderedDict"}) == {}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,7 @@ def test_instantiates_with_params():
         ("nonsense", "expected a dotted name"),
         ("..x", "expected a dotted name"),
         (7, "expected a dotted name"),
-        ("ldm.util.KINDS", "not a class or function"),
+        ("ldm.util.KINDS", "not a class"),
     ],
 )
 def test_unknown_targets(target, message):
@@ -57,7 +60,7 @@ def test_unknown_targets(target, message):
 def test_a_broken_module_is_not_called_missing(tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text("import surely_not_installed\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+    with allowing("broken_module"), pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
         get_obj_from_str("broken_module.Thing")
 
 
@@ -83,7 +86,7 @@ def test_wrong_keys_and_values(cls, params, message):
     with pytest.raises(UserError, match=message):
         check_params(cls, params, "x.params")
     with pytest.raises(UserError, match=message):
-        instantiate_from_config(OmegaConf.create({"target": here(cls.__name__), "params": params}), "x")
+        instantiate_from_config(OmegaConf.create({"target": here(cls.__name__), "params": params}), "x", object)
 
 
 def test_right_keys_and_values_pass():
@@ -96,7 +99,7 @@ class Outer:
     def __init__(self, inner: dict, least: int = 1) -> None:
         if least < 1:
             raise UserError(f"expected at least 1, got {least}", "least")
-        self.inner = instantiate_from_config(inner, "inner")
+        self.inner = instantiate_from_config(inner, "inner", object)
 
 
 def outer(inner: dict, **params) -> DictConfig:
@@ -105,7 +108,7 @@ def outer(inner: dict, **params) -> DictConfig:
 
 def test_errors_have_the_full_name_of_the_key():
     grid = {"target": "ldm.factors.FactorGrid", "params": {"sizes": [2]}}
-    assert instantiate_from_config(outer(grid), "model").inner == FactorGrid((2,))
+    assert instantiate_from_config(outer(grid), "model", Outer).inner == FactorGrid((2,))
     misspelled = {"target": here("Outer"), "params": {"inner": grid, "lest": 1}}
     for node, message in (
         (outer(grid, least=0), "model.params.least: expected at least 1, got 0"),
@@ -117,7 +120,7 @@ def test_errors_have_the_full_name_of_the_key():
         (outer({**grid, "params": {"sizes": "???"}}), "Missing mandatory value"),
     ):
         with pytest.raises(UserError, match=re.escape(message).replace(r"\.\*", ".*")):
-            instantiate_from_config(node, "model")
+            instantiate_from_config(node, "model", Outer)
 
 
 def test_the_traceback_of_a_bug_is_kept():
@@ -127,7 +130,7 @@ def test_the_traceback_of_a_bug_is_kept():
 
     globals()["Buggy"] = Buggy
     with pytest.raises(AttributeError, match="shape"):
-        instantiate_from_config({"target": here("Buggy")})
+        instantiate_from_config({"target": here("Buggy")}, kind=object)
 
 
 def test_nearest():

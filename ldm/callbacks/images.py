@@ -69,7 +69,7 @@ class ImageLogger(Callback):
         self.log_images_kwargs = dict(log_images_kwargs or {})
         self.record: Record | None = None
         if log_config is not None:
-            self.record = instantiate_from_config(log_config, "log_config")
+            self.record = instantiate_from_config(log_config, "log_config", Record)
         self.logdir, self.seed = logdir, seed
         self.early = {2**n for n in range(int(np.log2(batch_frequency)) + 1)} if increase_log_steps else set()
         self._logged: int | None = None

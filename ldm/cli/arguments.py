@@ -68,6 +68,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-test", **flag, help="skip the test after training")
     parser.add_argument("--scale_lr", type=_truth, nargs="?", const=True, help="scale the base learning rate (default)")
     parser.add_argument("--gpus", metavar="DEVICES", help="0, is device 0; 0,1 two devices; 2 two devices; 0 the CPU")
+    parser.add_argument("--allow", action="append", metavar="MODULE", default=[], help=(
+        "also take classes from this module or package, once you trust it (may be repeated)"
+    ))  # fmt: skip
     parser.add_argument("--token_num", type=int, help="number of concept tokens")
     return parser
 

@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
-from pytorch_lightning.loggers import Logger
 
 from ldm.callbacks.checkpoint_io import AtomicCheckpointIO
 from ldm.callbacks.logs import ResumableLogs
@@ -71,21 +70,16 @@ def build(run: Run, score: bool) -> Job:
     for name, node in lightning["callbacks"].items():
         keep_chosen(run, name, node)
     callbacks = [
-        instantiate_from_config(node, f"lightning.callbacks.{name}") for name, node in lightning["callbacks"].items()
+        instantiate_from_config(node, f"lightning.callbacks.{name}", "callback")
+        for name, node in lightning["callbacks"].items()
     ]
-    best = instantiate_from_config(lightning["modelcheckpoint"], "lightning.modelcheckpoint")
+    best = instantiate_from_config(lightning["modelcheckpoint"], "lightning.modelcheckpoint", "callback")
     if options.get("logger") in (None, True):
-        options["logger"] = instantiate_from_config(lightning["logger"], "lightning.logger")
+        options["logger"] = instantiate_from_config(lightning["logger"], "lightning.logger", "logger")
     log.info("building the model")
-    model = instantiate_from_config(config["model"], "model")
+    model = instantiate_from_config(config["model"], "model", "Lightning module")
     log.info("reading the data")
-    data = instantiate_from_config(config["data"], "data")
-    built: list[Any] = [("model", model, pl.LightningModule), ("data", data, pl.LightningDataModule)]
-    names = [*(f"lightning.callbacks.{name}" for name in lightning["callbacks"]), "lightning.modelcheckpoint"]
-    built += [(name, callback, pl.Callback) for name, callback in zip(names, [*callbacks, best], strict=True)]
-    for key, found, kind in [*built, ("lightning.logger", options["logger"], Logger | bool | list)]:
-        if not isinstance(found, kind):
-            raise UserError(f"{type(found).__name__} is not a {getattr(kind, '__name__', 'logger')}", f"{key}.target")
+    data = instantiate_from_config(config["data"], "data", "data module")
     for callback in callbacks:
         if getattr(callback, "logdir", run.logdir) is None:
             callback.logdir = str(run.logdir)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.signatures import stand_in
+from ldm.targets import refusal
 from ldm.util import UserError, check_params, get_obj_from_str
 
 TRAINER = "pytorch_lightning.Trainer"
@@ -33,10 +34,13 @@ def check_names(config: Mapping[str, Any], resumed: bool) -> None:
         resumed: the weights come from a checkpoint of the run; files that the model's node names may be gone.
 
     Raises:
-        UserError: an unknown key, a value of another kind, or a checkpoint that does not exist.
+        UserError: a target that is not allowed, an unknown key, a value of another kind, or a checkpoint that does not
+            exist.
     """
     check_trainer(config["lightning"]["trainer"])
     for where, node in nodes(config):
+        if reason := refusal(node["target"]):
+            raise UserError(reason, f"{where}.target")
         params, found = node.get("params") or {}, stand_in(node["target"])
         if found is not None:
             check_params(found, params, f"{where}.params")
@@ -75,6 +79,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     for name in ("callbacks", "plugins"):
         if trainer.get(name) is not None:
             raise UserError("give callbacks as lightning.callbacks, and leave plugins out", f"lightning.trainer.{name}")
+    if not isinstance(trainer.get("logger"), bool | None):
+        raise UserError(f"expected true or false, got {trainer['logger']!r}", "lightning.trainer.logger")
     options = {name: value for name, value in trainer.items() if name != "gpus"}
     check_params(constructor(TRAINER), options, "lightning.trainer")
     for name in ABOVE_ZERO:

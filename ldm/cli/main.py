@@ -9,12 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.callbacks.log_file import LogFile, note
 from ldm.cli.arguments import Arguments, parse
-from ldm.cli.configure import Run, configure
+from ldm.cli.configure import Run, configure, logdir_of
 from ldm.signals import Stopped, handled, state
+from ldm.targets import allowing
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +62,11 @@ def run_all(argv: Sequence[str], score: bool) -> int:
     debug = "-d" in argv or "--debug" in argv
     try:
         arguments = parse(argv)
-        return build_and_fit(configure(arguments), score)
+        options = arguments.options
+        # The run that is resumed may be somebody else's: what lies in its folder is not taken.
+        resumed = logdir_of(Path(options.resume)) if options.resume else None
+        with allowing(options.allow, working_directory=True, outside=resumed):
+            return build_and_fit(configure(arguments), score)
     except UserError as error:
         if debug:
             raise
@@ -107,9 +113,12 @@ def build_and_fit(run: Run, score: bool) -> int:
 def stopped(stop: Stopped, arguments: Arguments | None) -> int:
     """Say on the first process what was saved; gives the exit status."""
     saved = getattr(stop, "checkpoint", None)
-    line = f"stopped; saved {saved}. Resume with -r {saved.parent.parent}" if saved else "stopped; nothing saved"
+    allowed = "".join(f" --allow {module}" for module in arguments.options.allow) if arguments else ""
+    line = (
+        f"stopped; saved {saved}. Resume with -r {saved.parent.parent}{allowed}" if saved else "stopped; nothing saved"
+    )
     if not saved and arguments is not None and arguments.options.resume:
-        line = f"stopped; nothing new to save. Resume with -r {arguments.options.resume}"
+        line = f"stopped; nothing new to save. Resume with -r {arguments.options.resume}{allowed}"
     if not is_follower():
         report(line)
     return stop.status

@@ -96,12 +96,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 continue
             same = next((other for other in self.datasets if self.nodes[other] == node), None)
             where = f"data.params.{split}"
-            dataset = self.datasets[same] if same else instantiate_from_config(node, where=where)
-            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
-                raise UserError(
-                    f"expected a data set (__len__, __getitem__) of at least one image, got {type(dataset).__name__}",
-                    where,
-                )
+            dataset: Any = self.datasets[same] if same else instantiate_from_config(node, where, "data set")
+            if len(dataset) == 0:
+                raise UserError(f"expected a data set of at least one image, got {type(dataset).__name__}", where)
             self.datasets[split] = dataset
 
     def _loader(self, split: str) -> DataLoader:

@@ -32,7 +32,7 @@ def build_schedule(scheduler_config: Mapping[str, Any] | None) -> Callable[[int]
     """
     if scheduler_config is None:
         return None
-    scheduler = instantiate_from_config(scheduler_config, "scheduler_config")
+    scheduler = instantiate_from_config(scheduler_config, "scheduler_config", "scheduler")
     try:
         float(scheduler.schedule(0))
     except Exception as error:
@@ -95,7 +95,7 @@ class FirstStage(pl.LightningModule):
         check_params(Encoder, ddconfig, "ddconfig")
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
-        self.loss: Any = instantiate_from_config(lossconfig, "lossconfig")
+        self.loss: Any = instantiate_from_config(lossconfig, "lossconfig", "network")
 
     def finish(self, ckpt_path: str | None, ignore_keys: Sequence[str]) -> None:
         """Last step of construction, once all networks exist: EMA weights, and the checkpoint's weights."""

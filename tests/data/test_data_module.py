@@ -212,6 +212,7 @@ class Own(Dataset):
         return {"image": torch.full((4, 4, 3), index / 10), "idx": index}
 
 
+@pytest.mark.usefixtures("own_classes")
 def test_your_own_data_set():
     node = {"target": f"{__name__}.Own"}
     data = DataModuleFromConfig(2, train=node, validation=node)
@@ -226,6 +227,7 @@ def test_numbers_out_of_range(node, values):
         DataModuleFromConfig(**{"batch_size": 4, "train": node, **values})
 
 
+@pytest.mark.usefixtures("own_classes")
 def test_nodes_that_are_missing_empty_or_not_a_data_set(node):
     with pytest.raises(UserError, match="at least one of the nodes"):
         DataModuleFromConfig(4)
@@ -233,8 +235,8 @@ def test_nodes_that_are_missing_empty_or_not_a_data_set(node):
         DataModuleFromConfig(4, validation=node).train_dataloader()
     with pytest.raises(UserError, match=r"data\.params\.train: expected a data set .* got Own"):
         DataModuleFromConfig(4, train={"target": f"{__name__}.Own", "params": {"length": 0}}).setup()
-    with pytest.raises(UserError, match=r"expected a data set .* got "):
-        DataModuleFromConfig(4, train={"target": "pathlib.Path"}).setup()
+    with pytest.raises(UserError, match=r"train\.target: expected a data set \(with __len__ and __getitem__\)"):
+        DataModuleFromConfig(4, train={"target": "torch.nn.Identity"}).setup()
     with pytest.raises(UserError, match=r"data\.params\.train\.params\.image_sise: unknown key"):
         params = {**node["params"], "image_sise": 3}
         DataModuleFromConfig(4, train={**node, "params": params}).setup()

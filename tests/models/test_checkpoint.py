@@ -1,8 +1,11 @@
 """Checkpoint files: old ones, hostile ones, damaged ones, and ones that lack a part."""
 
 import contextlib
+import logging
 import os
+import pickle
 import pickletools
+import runpy
 import subprocess
 import zipfile
 from pathlib import Path
@@ -70,11 +73,36 @@ class Runs:
         return self.call
 
 
+class Marks:
+    """Leaves the marker when its state is restored."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __getstate__(self):
+        return str(self.marker)
+
+    def __setstate__(self, state):
+        Path(state).touch()
+
+
+def script(marker: Path) -> str:
+    """A file that leaves the marker."""
+    marker.with_name("script.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    return str(marker.with_name("script.py"))
+
+
 HOSTILE = {
     "os.system": lambda marker: Runs(os.system, f"touch {marker}"),
     "subprocess": lambda marker: Runs(subprocess.call, ["touch", str(marker)]),
     "exec": lambda marker: Runs(exec, f"open({str(marker)!r}, 'w').close()"),
     "open": lambda marker: Runs(open, str(marker), "w"),
+    "eval": lambda marker: Runs(eval, f"open({str(marker)!r}, 'w').close()"),
+    "class": lambda marker: Runs(logging.FileHandler, str(marker)),
+    "method": lambda marker: Runs(Path.touch, marker),
+    "state": Marks,
+    "script": lambda marker: Runs(runpy.run_path, script(marker)),
+    "pickle in it": lambda marker: Runs(pickle.loads, pickle.dumps(Runs(os.system, f"touch {marker}"))),
 }
 
 
@@ -98,6 +126,37 @@ def test_a_malicious_pickle_does_not_run(tmp_path, first_stage, kind, zipped, pl
     assert not marker.exists()
     with contextlib.suppress(ModuleNotFoundError):  # raised after the harm is done
         torch.load(path, weights_only=False)
+    assert marker.exists(), "the pickle is one that does its harm where it is run"
+
+
+CALLS = {
+    "protocol 0": lambda command: pickle.dumps(Runs(os.system, command), 0),
+    "protocol 4": lambda command: pickle.dumps(Runs(os.system, command), 4),
+    "INST": lambda command: f"(S'{command}'\nios\nsystem\n.".encode(),
+    "OBJ": lambda command: f"(cos\nsystem\nS'{command}'\no.".encode(),
+}
+
+
+@pytest.mark.parametrize("place", ["alone", "zip", "before 1.6"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_pickle_by_hand_does_not_run(tmp_path, call, place):
+    """With instructions that `torch.save` does not write."""
+    marker, path = tmp_path / "marker", tmp_path / "hostile.ckpt"
+    content = CALLS[call](f"touch {marker}")
+    if place == "zip":
+        torch.save({"w": torch.ones(1)}, tmp_path / "good.ckpt")
+        with zipfile.ZipFile(tmp_path / "good.ckpt") as source, zipfile.ZipFile(path, "w") as target:
+            for entry in source.namelist():
+                target.writestr(entry, content if entry.endswith("/data.pkl") else source.read(entry))
+    else:
+        head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
+        path.write_bytes(b"".join(pickle.dumps(part, 2) for part in head if place != "alone") + content)
+    with pytest.raises(
+        UserError, match=r"hostile\.ckpt' (is not a checkpoint|holds pickled objects|holds no state dict)"
+    ):
+        read_state_dict(path)
+    assert not marker.exists()
+    pickle.loads(content)
     assert marker.exists(), "the pickle is one that does its harm where it is run"
 
 

@@ -192,7 +192,8 @@ def test_nothing_reads_in_a_run_of_the_command_line(cli, first_stage, stage):
     weights = [f"{CHECKPOINT}={first_stage}"] if stage == "enc" else ["model.params.use_ema=true"]
     weights += [f"{pictures}.increase_log_steps=false", f"{pictures}.batch_frequency=1000"]
     watch = ("lightning.callbacks.watch.target=test_no_sync.WatchSteps", "lightning.callbacks.watch.params.whole=true",
-             "lightning.callbacks.progress_bar.params.seconds=3600", "--log_every_n_steps", 100)  # fmt: skip
+             "lightning.callbacks.progress_bar.params.seconds=3600", "--allow", "test_no_sync",
+             "--log_every_n_steps", 100)  # fmt: skip
     result = cli.run("--base", getattr(cli, "vq" if stage == "vq" else "enc"), "-t", "--gpus", 0, *weights, *watch,
                      "data.params.batch_size=8", "--max_epochs", 1)  # fmt: skip
     assert result.status == 0, result.err

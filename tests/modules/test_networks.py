@@ -105,6 +105,7 @@ class Residual(torch.nn.Linear):
         return x + super().forward(x)
 
 
+@pytest.mark.usefixtures("own_classes")
 def test_own_token_mlps_override_one_method():
     torch.manual_seed(0)
     node = {"target": f"{__name__}.OwnMLPs", "params": {"latent_unit": 5, "context_dim": 6, "width": 9}}

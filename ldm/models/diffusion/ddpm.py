@@ -36,7 +36,7 @@ class DiffusionWrapper(nn.Module):
 
     def __init__(self, unet_config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.diffusion_model = instantiate_from_config(unet_config, "unet_config")
+        self.diffusion_model = instantiate_from_config(unet_config, "unet_config", "network")
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor | None = None, **options: Any
@@ -190,11 +190,11 @@ class LatentDiffusion(pl.LightningModule):
         self.use_ema, self.ema_parameters, self._ema_updated = use_ema, ema_parameters, False
         if use_ema:
             self.model_ema = LitEma(self.model, ema_decay)
-        self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config")
+        self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config", "network")
         self.first_stage_model.eval().requires_grad_(False)
         self.cond_stage_model: Any = None
         if self.conditioned:
-            self.cond_stage_model = instantiate_from_config(cond_stage_config, "cond_stage_config")
+            self.cond_stage_model = instantiate_from_config(cond_stage_config, "cond_stage_config", "network")
             self.cond_stage_model.requires_grad_(cond_stage_trainable)
             if use_ema and ema_parameters == "all":
                 self.cond_stage_model_ema = LitEma(self.cond_stage_model, ema_decay, buffers=True)

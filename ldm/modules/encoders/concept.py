@@ -112,7 +112,7 @@ class ConceptEncoder(nn.Module):
         self.num_channels, self.image_size = num_channels, image_size
         tokens: Any = None
         if tokens_config is not None:
-            tokens = instantiate_from_config(tokens_config, "tokens_config")
+            tokens = instantiate_from_config(tokens_config, "tokens_config", "network")
             if (tokens.latent_unit, tokens.context_dim) != (latent_unit, context_dim):
                 raise UserError(
                     f"latent_unit {tokens.latent_unit} and context_dim {tokens.context_dim} must be the encoder's,"
