@@ -17,7 +17,10 @@ CONFIGS = {
     "params a text": (f"model: {{{VQ}, params: abc}}\n", "expected the keys target and params"),
     "first stage a text": (f"model: {{{VQ}, params: {{first_stage_config: {{params: abc}}}}}}\n", "first_stage_config"),
     "a broken reference": (f"model: {{{VQ}, params: {{embed_dim: '${{a.b}}'}}}}\n", "'a.b' not found"),
-    "no model's class": ("model: {target: collections.OrderedDict, params: {}}\n", "OrderedDict is no model"),
+    "no model's class": (
+        "model: {target: collections.OrderedDict, params: {}}\n",
+        "OrderedDict' is defined in 'collections'",
+    ),
 }
 WEIGHT = "encoder.conv_in.weight"
 VALUES = {

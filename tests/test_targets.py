@@ -164,7 +164,7 @@ def test_a_module_from_elsewhere_is_named(cli, base, tmp_path_factory, monkeypat
     assert "from_elsewhere" not in sys.modules
     run = cli.run(*given, "--allow", "something", "--allow", "from_elsewhere")
     assert run.status == 0, run.err
-    assert "allow" not in "".join(path.read_text() for path in run.logdir.glob("configs/*"))
+    assert "allow" not in "".join(path.read_text() for path in run.logdir.glob("configs/*.yaml"))
     refused(cli.run("-r", run.logdir), "from_elsewhere")
     assert cli.run("-r", run.logdir, "--allow", "from_elsewhere").status == 0
     with pytest.raises(UserError, match=r"--allow from_elsewhere \(in Python: allow=\['from_elsewhere'\]\)"):

@@ -17,20 +17,19 @@ ROWS = 8  # of a batch, in the message
 class FiniteCallback(Callback):
     """Stops a run at a loss or a gradient that is not finite; no checkpoint is written after it.
 
-    Losses and norms of gradients stay on the device, and are read every `every` steps and before each checkpoint.
+    Losses and norms of gradients stay on the device, and are read when Lightning reads what it logs (every
+    `log_every_n_steps`), at the end of training, and before each validation and checkpoint.
     Under float16, whose loss scaling makes infinite gradients and skips their steps, only losses are watched.
 
     Args:
         skip: leave out the steps of up to this many such gradients, each with a warning, instead of stopping. They are
             then read at every step.
-        every: steps between two readings; on a CPU, where reading costs nothing, every step.
     """
 
-    def __init__(self, skip: int = 0, every: int = 50) -> None:
-        for name, value, least in (("skip", skip, 0), ("every", every, 1)):
-            if value < least:
-                raise UserError(f"expected at least {least}, got {value}", name)
-        self.skip, self.every, self.skipped = skip, every, 0
+    def __init__(self, skip: int = 0) -> None:
+        if skip < 0:
+            raise UserError(f"expected at least 0, got {skip}", "skip")
+        self.skip, self.skipped = skip, 0
         self._rows: Any = None
         self._seen: list[tuple[int, str, torch.Tensor, Any]] = []  # step, what, value, rows of the batch
 
@@ -75,8 +74,14 @@ class FiniteCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read, where it is time to."""
-        if pl_module.device.type == "cpu" or (batch_idx + 1) % self.every == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._read(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read what is left."""
+        self._read(trainer)
+
+    on_train_end = on_validation_start
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Read before anything is written."""

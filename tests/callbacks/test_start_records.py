@@ -28,7 +28,8 @@ def test_the_record_of_a_run(trained):
     record = json.loads(path.read_text())
     (project,) = (trained.logdir / "configs").glob("*-project.yaml")
     assert path.name.removesuffix("-run.json") == project.name.removesuffix("-project.yaml")
-    assert shlex.split(record["command"]) == ["main.py", "--base", "vq.yaml", "-t", "--gpus", "0", "--max_epochs", "2"]
+    given = ["--base", "vq.yaml", "-t", "--gpus", "0", "--max_epochs", "2"]
+    assert shlex.split(record["command"]) == ["main.py", "--allow", "run_callbacks", *given]
     assert record["directory"] == str(trained.folder) and record["number"] == 1 and record["seed"] == 23
     assert record["host"] == platform.node() and record["checkpoint"] is None and record["processes"] == 1
     versions = record["versions"]
