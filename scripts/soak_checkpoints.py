@@ -329,7 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default: 0)")
     parser.add_argument("--json", type=Path, help="write every try to this file")
     opt = parser.parse_args(argv)
-    logging.basicConfig(level=logging.ERROR)
+    for name in (None, "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         found = soak(opt.inputs, opt.seed, Path(folder))
     if opt.json:

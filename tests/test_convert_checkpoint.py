@@ -14,6 +14,7 @@ from safetensors import safe_open
 import ldm
 from ldm.compat.checkpoints import read_checkpoint
 from ldm.config import load_yaml
+from ldm.util import UserError
 
 _spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "scripts" / "convert_checkpoint.py")
 assert _spec is not None and _spec.loader is not None
@@ -100,6 +101,23 @@ def test_old_to_safetensors_with_a_configuration(first_stage, trained, tmp_path)
     model, expected = ldm.load(target), ldm.load(trained.logdir)
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(model(x)[0], expected(x)[0])
+
+
+def test_damaged_files(first_stage, trained, tmp_path, capsys):
+    """A converted one would have checksums that hold; so is an export refused where one of its bits is wrong."""
+    data = bytearray(first_stage.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a.ckpt").write_bytes(data)
+    for more in ([], ["--trust"]):
+        assert script.main([str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt"), *more]) == 2
+        assert "is damaged" in capsys.readouterr().err and not (tmp_path / "b.ckpt").exists()
+    target = tmp_path / "model.safetensors"
+    assert script.main([str(trained.logdir), str(target)]) == 0
+    data = bytearray(target.read_bytes())
+    data[-100] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors' is damaged"):
+        ldm.load(target)
 
 
 def test_trust_runs_what_the_file_holds(tmp_path, first_stage):

@@ -15,6 +15,7 @@ from command_line import ROOT, SIZES
 from filelock import FileLock
 from omegaconf import OmegaConf
 
+from ldm.callbacks.start import write_start
 from ldm.data.rendered import write_shapes3d
 from ldm.util import UserError
 
@@ -51,6 +52,23 @@ def study(cli, monkeypatch):
 
     write()
     return write
+
+
+def test_the_newest_run_by_utc(tmp_path):
+    """Names tell local times; a run without `last.ckpt` counts if it has another checkpoint."""
+    run = sweep.Run("a/0", tmp_path, {})
+    assert sweep.newest(run) is None
+    for name, started, checkpoint in (
+        ("2026-10-25T02-50-00_a", "2026-10-25T00:50:00Z", "last"),
+        ("2026-10-25T02-10-00_a", "2026-10-25T01:10:00Z", "epoch=000001"),
+        ("2026-10-25T03-00-00_a", "2026-10-25T02:00:00Z", None),
+    ):
+        for part in ("configs", "checkpoints"):
+            (tmp_path / name / part).mkdir(parents=True)
+        write_start(tmp_path / name / "configs", name[:19], {"started": started})
+        if checkpoint:
+            (tmp_path / name / "checkpoints" / f"{checkpoint}.ckpt").touch()
+    assert sweep.newest(run).name == "2026-10-25T02-10-00_a"
 
 
 class Runs:

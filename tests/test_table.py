@@ -11,6 +11,7 @@ import pytest
 from command_line import ROOT
 from omegaconf import OmegaConf
 
+from ldm.callbacks.start import write_start
 from ldm.cli.configure import compose
 from ldm.util import UserError
 
@@ -76,6 +77,17 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path, capsys):
         "|---|---|---|---|---|---|",
         f"| shapes3d-vq-4-16 + adagn | 3 | {cells[0]} | {cells[1]} | .911 ± .101 | .637 ± .068 |",
     ]
+
+
+def test_the_configuration_of_the_latest_start_counts(tmp_path):
+    """It was resumed with another seed, by a clock that is behind."""
+    logdir = run(tmp_path, "2024-01-02T00-00-00_a", 0, {"factor_vae": 0.5})
+    stamp = write_start(logdir / "configs", "2023-01-01T00-00-00", {"started": "2024-01-02T05:00:00Z"})
+    for kind, content in (("project", (logdir / "configs" / "now-project.yaml").read_text()),
+                          ("lightning", "lightning: {seed: 7}")):  # fmt: skip
+        (logdir / "configs" / f"{stamp}-{kind}.yaml").write_text(content)
+    (row,), _ = table.collect([tmp_path])
+    assert set(row.scores) == {"7"}
 
 
 def test_latex_compiles_by_eye(tmp_path, capsys):
