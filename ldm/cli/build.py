@@ -59,8 +59,8 @@ def build(run: Run, score: bool) -> Job:
     rhythm = intervals(lightning)
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
-    record = {**described(run.argv, "main_val.py" if score else "main.py"), "seed": lightning["seed"]}
-    record["checkpoint"] = str(run.checkpoint) if run.checkpoint else None
+    record = {"started": run.started, **described(run.argv, "main_val.py" if score else "main.py")}
+    record |= {"seed": lightning["seed"], "checkpoint": str(run.checkpoint) if run.checkpoint else None}
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed, record), SeedEachBatch(lightning["seed"])]
     last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, **rhythm)]
     for name, node in lightning["callbacks"].items():

@@ -63,6 +63,7 @@ class Run:
     train: bool
     test: bool
     argv: Sequence[str] = ()  # the command line
+    started: str = ""  # in UTC
 
 
 def compose(
@@ -108,7 +109,8 @@ def configure(arguments: Arguments) -> Run:
     Raises:
         UserError: see `compose` and `check_names`; or a path that does not exist or cannot be written to.
     """
-    options, now = arguments.options, datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    options, start = arguments.options, datetime.datetime.now(datetime.UTC)
+    now = start.astimezone().strftime("%Y-%m-%dT%H-%M-%S")
     saved: list[DictConfig] = []
     given = checkpoint = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if options.resume:
