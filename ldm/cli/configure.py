@@ -130,9 +130,9 @@ def configure(arguments: Arguments) -> Run:
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     check_names(resolved, resumed=checkpoint is not None)
     check_writable(logdir, "-l/--logdir")
-    return Run(
-        config, logdir, now, checkpoint, bool(options.resume), options.train, not options.no_test, arguments.argv
-    )
+    started = start.strftime("%Y-%m-%dT%H:%M:%SZ")
+    resumed, test = bool(options.resume), not options.no_test
+    return Run(config, logdir, now, checkpoint, resumed, options.train, test, arguments.argv, started)
 
 
 def saved_run(path: Path) -> tuple[Path, Path | None, list[DictConfig]]:
