@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ PACKAGES = ("encdiff", "torch", "torchvision", "pytorch-lightning", "numpy", "om
 
 
 def described(argv: Sequence[str], script: str) -> dict[str, Any]:
-    """When, where and by which command a run is started.
+    """Where and by which command a run is started.
 
     Args:
         argv: the arguments.
@@ -31,8 +30,7 @@ def described(argv: Sequence[str], script: str) -> dict[str, Any]:
     """
     own = sys.orig_argv
     command = own if argv and own[-len(argv) :] == list(argv) else [script, *argv]
-    started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"started": started, "command": shlex.join(command), "directory": os.getcwd()}
+    return {"command": shlex.join(command), "directory": os.getcwd()}
 
 
 def surroundings() -> dict[str, Any]:
@@ -45,6 +43,7 @@ def surroundings() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # ours, in a plain checkout
             continue
+    versions["torch"] = torch.__version__  # with its build
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = (
         [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

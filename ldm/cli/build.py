@@ -62,8 +62,8 @@ def build(run: Run, score: bool) -> Job:
     pl.seed_everything(lightning["seed"], workers=True, verbose=False)
 
     validation = OpenValidation()
-    record = {**described(run.argv, "main_val.py" if score else "main.py"), "seed": lightning["seed"]}
-    record["checkpoint"] = str(run.checkpoint) if run.checkpoint else None
+    record = {"started": run.started, **described(run.argv, "main_val.py" if score else "main.py")}
+    record |= {"seed": lightning["seed"], "checkpoint": str(run.checkpoint) if run.checkpoint else None}
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed, record), SeedEachBatch(lightning["seed"])]
     first += [validation, ResumableLogs(validation)]
     last = [StopCallback(checkpoints / "last.ckpt", validation), LastCheckpoint(checkpoints / "last.ckpt", **rhythm)]

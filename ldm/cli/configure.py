@@ -64,6 +64,7 @@ class Run:
     train: bool
     test: bool
     argv: Sequence[str] = ()  # the command line
+    started: str = ""  # in UTC
 
 
 def compose(
@@ -109,7 +110,8 @@ def configure(arguments: Arguments) -> Run:
     Raises:
         UserError: see `compose` and `check_names`; or a path that does not exist or cannot be written to.
     """
-    options, now = arguments.options, datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    options, start = arguments.options, datetime.datetime.now(datetime.UTC)
+    now = start.astimezone().strftime("%Y-%m-%dT%H-%M-%S")
     saved: list[DictConfig] = []
     given = checkpoint = Path(options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if options.resume:
@@ -129,9 +131,9 @@ def configure(arguments: Arguments) -> Run:
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     check_names(resolved, resumed=checkpoint is not None)
     check_writable(logdir, "-l/--logdir")
-    return Run(
-        config, logdir, now, checkpoint, bool(options.resume), options.train, not options.no_test, arguments.argv
-    )
+    started = start.strftime("%Y-%m-%dT%H:%M:%SZ")
+    resumed, test = bool(options.resume), not options.no_test
+    return Run(config, logdir, now, checkpoint, resumed, options.train, test, arguments.argv, started)
 
 
 def saved_run(path: Path) -> tuple[Path, Path | None, list[DictConfig]]:
