@@ -121,9 +121,13 @@ def band(points: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray, 
 def figure(columns: int, rows: int = 1) -> Any:
     """An empty figure and its axes (rows, columns), as wide as a page."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     made = Figure(figsize=(max(3.4, 3.2 * columns), 0.5 + 2.6 * rows), layout="constrained")
-    return made, made.subplots(rows, columns, squeeze=False, sharex=True)
+    axes = made.subplots(rows, columns, squeeze=False, sharex=True)
+    for axis in axes.flat:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
+    return made, axes
 
 
 def save(made: Any, folder: Path, name: str) -> list[Path]:
@@ -137,7 +141,7 @@ def save(made: Any, folder: Path, name: str) -> list[Path]:
 
 def draw_scores(points: Sequence[Point], rows: Sequence[str], metrics: Sequence[str], folder: Path) -> list[Path]:
     """A panel per metric, a line per row; dashed lines are of EMA weights."""
-    titles = {**TITLES, "dci_known": f"DCI over factors predicted above {KNOWN}"}
+    titles = {**TITLES, "dci_known": f"DCI of factors known above {KNOWN}"}
     made, axes = figure(len(metrics))
     for axis, metric in zip(axes[0], metrics, strict=True):
         for colour, row in zip(COLOURS * 9, rows, strict=False):
