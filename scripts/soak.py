@@ -1,8 +1,10 @@
-"""Kills and signals, at random moments and at named places: what a run loses. Nothing, if all is well.
+"""Kills, signals and full disks, at random moments and at named places: what a run loses. Nothing, if all is well.
 
 python scripts/soak.py --rounds 50              both stages; half of the rounds log to another file system than TMPDIR
 python scripts/soak.py --rounds 5 --seed 3      other moments
 python scripts/soak.py --places                 every signal at every place, one after another
+python scripts/soak.py --disk 10 --rounds 0     files that may not grow beyond a limit, which stands for a full disk
+python scripts/soak.py --processes 4 --rounds 0 two processes, of which one is killed
 
 Every round trains a tiny model in pieces, each ended by a signal, and compares its end with that of a run in one piece:
 weights, optimisers, losses, scores, and the log. Damaged files: `scripts/soak_files.py`, `scripts/soak_checkpoints.py`.
@@ -15,13 +17,16 @@ import logging
 import os
 import pkgutil
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +112,13 @@ def arm(moment: Moment | None) -> None:
     setattr(holder, name, wrapped)
 
 
-def train(argv: Sequence[str], folder: Path, scored: bool, moment: Moment | None, temporary: Path) -> tuple[int, str]:
-    """Run the command line in a forked process; gives its status, negative after a SIGKILL, and what it said."""
+def train(
+    argv: Sequence[str], folder: Path, scored: bool, moment: Moment | None, temporary: Path, limit: int | None = None
+) -> tuple[int, str]:
+    """Run the command line in a forked process; gives its status, negative after a SIGKILL, and what it said.
+
+    With a limit no file may grow beyond so many bytes.
+    """
     output = folder / "output.log"
     sys.stdout.flush()
     sys.stderr.flush()
@@ -123,6 +133,9 @@ def train(argv: Sequence[str], folder: Path, scored: bool, moment: Moment | None
             os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
             os.chdir(folder)
             arm(moment)
+            if limit is not None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             status = command_line(list(argv), score=scored)
         finally:
             sys.stdout.flush()
@@ -194,6 +207,74 @@ class Soak:
             shutil.rmtree(where)
         return finding
 
+    def full(self, number: int, stage: str, limit: int) -> Finding:
+        """One run whose files may not grow beyond a limit, and then one that goes on from what it left."""
+        finding = Finding(stage, [])
+        where = self.folder / f"disk {number}"
+        shutil.rmtree(where, ignore_errors=True)
+        where.mkdir()
+        status, said = train(self.command(stage, where), where, stage == "encdiff", None, self.temporary, limit)
+        errors = [line for line in said.splitlines() if "error:" in line]
+        if status not in (0, 2) or len(errors) != (status == 2) or "Traceback" in said:
+            finding.wrong.append(f"status {status}, {len(errors)} lines of errors: {said[-400:]}")
+        elif errors and str(where) not in errors[0]:
+            finding.wrong.append(f"the error names no path: {errors[0]}")
+        finding.statuses.append(status)
+        finding.wrong += [f"left over: {path.name}" for path in where.rglob("*.tmp")]
+        found = sorted((where / "logs").glob("*"))
+        if found and any(found[-1].glob("checkpoints/*.ckpt")):
+            status, said = train(
+                ["-r", str(found[-1]), "-t", "--gpus", "0"], where, stage == "encdiff", None, self.temporary
+            )
+            finding.statuses.append(status)
+            finding.wrong += compare(self.whole[stage], found[-1], True) if not status else [said[-400:]]
+        return finding
+
+    def two(self, number: int, stage: str, victim: int) -> Finding:
+        """Two processes of a run, one of which is killed: how the other ends, and whether the run goes on."""
+        finding = Finding(stage, [])
+        where = self.folder / f"two {number}"
+        shutil.rmtree(where, ignore_errors=True)
+        where.mkdir()
+        script = [sys.executable, str(ROOT / ("main_val.py" if stage == "encdiff" else "main.py"))]
+        two = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+        argv = [item for item in self.command(stage, where) if item not in ("--gpus", "0")]
+        with (where / "output.log").open("w") as output:
+            first = subprocess.Popen(
+                [*script, *argv, *two, "lightning.trainer.max_steps=2000"], stdout=output, stderr=output
+            )
+            while first.poll() is None and not list(where.glob("logs/*/checkpoints/last.ckpt")):
+                time.sleep(0.2)
+            children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+            pids = [
+                first.pid,
+                *(pid for pid in map(int, children) if "main" in Path(f"/proc/{pid}/cmdline").read_text()),
+            ]
+            os.kill(pids[victim], signal.SIGKILL)
+            start = time.monotonic()
+            while time.monotonic() - start < 60 and any(alive(pid) for pid in pids):
+                first.poll()
+                time.sleep(0.1)
+            seconds = time.monotonic() - start
+            for pid in filter(alive, pids):
+                os.kill(pid, signal.SIGKILL)
+        finding.statuses.append(first.wait())
+        said = (where / "output.log").read_text(errors="replace")
+        if said.count("error: another process of this run has ended") != 1 or "Traceback" in said:
+            finding.wrong.append(f"no one clear line: {said[-600:]}")
+        if seconds > 30:
+            finding.wrong.append(f"the other process went on for {seconds:.0f} s")
+        finding.moments.append(
+            Moment("SIGKILL", place=f"of process {victim}; the other ended in {seconds:.1f} s", call=0)
+        )
+        logdir = next((where / "logs").iterdir())
+        last = torch.load(logdir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+        more = [f"lightning.trainer.max_steps={last + 2}", *two]
+        done = subprocess.run([*script, "-r", logdir, "-t", *more], capture_output=True, text=True, cwd=where)
+        finding.statuses.append(done.returncode)
+        finding.wrong += [] if done.returncode == 0 else [f"it does not go on: {done.stderr[-400:]}"]
+        return finding
+
     @staticmethod
     def judge(moment: Moment | None, status: int, said: str) -> list[str]:
         """Whether a process ended as it should."""
@@ -208,6 +289,14 @@ class Soak:
         if moment and status == 128 + number and not ("Resume with" in said or "nothing saved" in said):
             wrong.append("it does not say how to resume")
         return wrong
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def compare(whole: Path, resumed: Path, killed: bool) -> list[str]:
@@ -286,6 +375,8 @@ def main(argv: Sequence[str] | None = None, tell: Callable[[str], None] = print)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk", type=int, default=0, metavar="N", help="rounds with a limit on the size of files")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="rounds of two processes")
     parser.add_argument("--places", action="store_true", help="every signal at every place")
     parser.add_argument("--folder", type=Path, help="working folder; rounds that lost something stay there")
     parser.add_argument("--other", type=Path, default=Path("/dev/shm"), help="a folder on another file system")
@@ -293,9 +384,19 @@ def main(argv: Sequence[str] | None = None, tell: Callable[[str], None] = print)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     other = Path(tempfile.mkdtemp(prefix="soak-", dir=options.other if options.other.is_dir() else None))
     soak = Soak(folder, other)
-    findings = []
-    for number, (stage, moments) in enumerate(plans(options, soak.seconds)):
-        finding = soak.round(number, stage, moments)
+    findings, random_ = [], random.Random(options.seed)
+    rounds: list[Callable[[], Finding]] = [
+        partial(soak.round, number, stage, moments)
+        for number, (stage, moments) in enumerate(plans(options, soak.seconds))
+    ]
+    for number in range(options.disk):
+        stage = list(soak.whole)[number % 2]
+        size = (soak.whole[stage] / "checkpoints" / "last.ckpt").stat().st_size
+        rounds.append(partial(soak.full, number, stage, random_.randrange(20_000, int(1.2 * size))))
+    rounds += [partial(soak.two, n, list(soak.whole)[n // 2 % 2], n % 2) for n in range(options.processes)]
+    for number, play in enumerate(rounds):
+        finding = play()
+        stage, moments = finding.stage, finding.moments
         findings.append(finding)
         told = "; ".join(map(str, moments))
         tell(f"{number:3} {stage}: {told}: statuses {finding.statuses}: {'; '.join(finding.wrong) or 'nothing lost'}")

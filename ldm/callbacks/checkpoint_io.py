@@ -36,7 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # PyTorch's writer reports a full disk as RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(cause, "strerror", None) or "the disk may be full"
             raise UserError(
                 f"cannot write the checkpoint '{path}' ({reason}): what was there before is intact; make room, and"
                 f" resume with -r {path.parent.parent}"

@@ -6,6 +6,7 @@ before it.
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -107,7 +108,20 @@ def build_and_fit(run: Run, score: bool) -> int:
         fit(build(run, score))
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if not peer_is_lost(error):
+            raise
+        hint = f"what it said is above; resume with -r {run.logdir}"
+        raise UserError(f"another process of this run has ended, and this one cannot go on: {hint}") from error
     return 0
+
+
+def peer_is_lost(error: RuntimeError) -> bool:
+    """Whether an operation of several processes failed because one of them is gone."""
+    from torch import distributed
+
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return several and re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", str(error)) is not None
 
 
 def stopped(stop: Stopped, arguments: Arguments | None) -> int:
