@@ -132,6 +132,8 @@ def train(
             os.dup2(stream, 2)
             os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
             os.chdir(folder)
+            for name in SIGNALS[1:]:  # nohup, and shells in the background, ignore some
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
             arm(moment)
             if limit is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
