@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -323,7 +324,7 @@ def compare(whole: Path, resumed: Path, killed: bool) -> list[str]:
         steps = [step for step, _ in b]
         if len(set(steps)) < len(steps) and tag != "epoch":
             wrong.append(f"{tag}: a step twice in {steps}")
-        missing = killed and set(b) < set(a) and (tag.endswith("_epoch") or tag.split("/")[-1] in EPOCHS)
+        missing = killed and not Counter(b) - Counter(a) and (tag.endswith("_epoch") or tag.split("/")[-1] in EPOCHS)
         if a != b and not missing:
             wrong.append(f"{tag}: {a} became {b}")
     return wrong
