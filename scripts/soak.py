@@ -39,7 +39,7 @@ import torch  # noqa: E402
 
 from ldm.cli.main import main as command_line  # noqa: E402
 
-STEPS, BATCHES = 7, 4  # of a run; in an epoch
+STEPS = 7  # of a run, whose epochs have four
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 # Where a signal can be sent: the function that sends it when it is called.
 PLACES = {

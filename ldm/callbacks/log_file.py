@@ -80,7 +80,7 @@ class LogFile(logging.Handler):
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """Training goes on without it."""
+        """Write no more of it; training goes on."""
         self._file, self.wanted = None, False
         sys.stderr.write(f"{NAME} cannot be written ({error.strerror}): going on without it\n")
 

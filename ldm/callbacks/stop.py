@@ -126,11 +126,10 @@ class StopCallback(Callback):
 
     Args:
         checkpoint: the file to save.
-        validation: knows whether a validation is due.
     """
 
-    def __init__(self, checkpoint: str | Path, validation: OpenValidation) -> None:
-        self.checkpoint, self.validation = Path(checkpoint), validation
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.checkpoint = Path(checkpoint)
         self._group: Any = None
         self._asked: tuple[torch.Tensor, Any] | None = None
 

@@ -66,7 +66,7 @@ def build(run: Run, score: bool) -> Job:
     record |= {"seed": lightning["seed"], "checkpoint": str(run.checkpoint) if run.checkpoint else None}
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed, record), SeedEachBatch(lightning["seed"])]
     first += [validation, ResumableLogs(validation)]
-    last = [StopCallback(checkpoints / "last.ckpt", validation), LastCheckpoint(checkpoints / "last.ckpt", **rhythm)]
+    last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints / "last.ckpt", **rhythm)]
     for name, node in lightning["callbacks"].items():
         keep_chosen(run, name, node)
     callbacks = [

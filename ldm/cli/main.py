@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
 
 
 def run_all(argv: Sequence[str], score: bool) -> int:
-    """All phases; mistakes and stops are told in one line.
+    """Run all phases, and report a mistake or a stop in one line.
 
     Returns:
         The exit status.
