@@ -27,7 +27,7 @@ from ldm.data.files import data_root, reading
 from ldm.data.folders import EXTENSIONS
 from ldm.data.formats import BLOCK_BYTES, check_place, check_trailer, open_h5
 from ldm.data.lmdb_file import LMDBReader
-from ldm.data.pictures import open_picture
+from ldm.pictures import open_picture
 from ldm.signals import as_command
 from ldm.util import UserError
 

@@ -14,7 +14,7 @@ from ldm.data.cache import Fill, converted, fingerprint
 from ldm.data.files import data_root, find, listed, reading
 from ldm.data.images import ImageDataset, Pixels, resized_shape
 from ldm.data.lmdb_file import LMDBReader, Value
-from ldm.data.pictures import CHANGED, as_rgb, open_picture
+from ldm.pictures import CHANGED, as_rgb, central_square, open_picture
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -95,10 +95,7 @@ class ImageFolder(ImageDataset):
         shape = resized_shape((len(files), 1, 1, 3), image_size)
 
         def prepare(image: Image.Image, name: str) -> Image.Image:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side))
-            return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
+            return central_square(image, image_size)
 
         state = fingerprint(files, self.files, image_size, CHANGED)
         fill = _fill(_file_contents(files, title), prepare, title)

@@ -1,4 +1,4 @@
-"""Encoded pictures of any kind as RGB."""
+"""Pictures of any kind as square RGB: what data sets read from files, and what a model is handed."""
 
 import io
 
@@ -55,3 +55,12 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, bool]:
     clear = values == image.info.get("transparency", -1)
     levels = (values * 255 + 32767) // 65535
     return Image.fromarray(np.where(clear, 255, levels).astype(np.uint8)).convert("RGB"), bool(clear.any())
+
+
+def central_square(image: Image.Image, size: int) -> Image.Image:
+    """The central square of a picture, of `size` × `size` pixels (Lanczos)."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)

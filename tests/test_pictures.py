@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.dis import ImageFolder
-from ldm.data.pictures import as_rgb, open_picture
+from ldm.pictures import as_rgb, open_picture
 from ldm.util import UserError
 
 
