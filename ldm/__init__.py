@@ -1,7 +1,7 @@
 def __getattr__(name: str):
     # Resolved on first use, so that `import ldm.metrics` does not import torch.
-    if name == "load":
-        from ldm.api import load
+    if name in ("load", "match", "score"):
+        from ldm import api
 
-        return load
+        return getattr(api, name)
     raise AttributeError(f"module 'ldm' has no attribute '{name}'")

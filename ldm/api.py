@@ -1,6 +1,8 @@
-"""Trained models from Python. What to do with one is in `ldm.evaluation`."""
+"""Trained models from Python: `ldm.load`, `ldm.match`, `ldm.score`. What a model does is in `ConceptMethods`."""
 
-from collections.abc import Iterable
+import json
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,18 @@ from ldm.cli.configure import logdir_of, without_checkpoints
 from ldm.compat.translate import translate
 from ldm.compat.whole import reason_of
 from ldm.config import load_yaml
+from ldm.evaluation.codes import encode, why_not_encoded, why_not_scored
+from ldm.evaluation.matching import concepts_of_record
+from ldm.evaluation.matching import match as match_codes
+from ldm.evaluation.scores import score_codes
+from ldm.factors import factors_of
+from ldm.metrics.sampling import Scores
 from ldm.models.checkpoint import load_weights
+from ldm.models.diffusion.concepts import ConceptMethods, Concepts
 from ldm.targets import allowing
 from ldm.util import UserError, instantiate_from_config
+
+log = logging.getLogger(__name__)
 
 
 def load_config(path: str | Path) -> DictConfig:
@@ -100,4 +111,90 @@ def load(
         model.model_ema.copy_to(model.model if hasattr(model, "model") else model)
         if getattr(model, "ema_parameters", "") == "all":
             model.cond_stage_model_ema.copy_to(model.cond_stage_model)
+    if isinstance(model, ConceptMethods):
+        model.concepts = known_concepts(Path(path), weights)
     return model.to(device).eval()
+
+
+def known_concepts(path: Path, weights: str) -> Concepts | None:
+    """What the latest scores of a run say of its concepts; None where there are none that can be read."""
+    records = sorted((logdir_of(path) / "metrics").glob("*.json"))
+    try:
+        return concepts_of_record(json.loads(records[-1].read_text()), weights) if records else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be read, so concepts have no names: %s", records[-1], error)
+        return None
+
+
+def _set_of(model: Any, dataset: Any, path: Path | None = None) -> Any:
+    """The data set given, or the validation set of a run."""
+    if dataset is not None:
+        return dataset
+    if path is None:
+        raise UserError("is needed with a model; with the path of a run, its validation set is taken", "dataset")
+    config = load_config(path)
+    if "data" not in config:
+        raise UserError(f"the configuration of '{path}' has no data: give dataset=", "dataset")
+    data = instantiate_from_config(config.data, "data", "data module")
+    data.setup()
+    found = data.datasets.get("validation") or data.datasets.get("train")
+    if found is None:
+        raise UserError(f"the configuration of '{path}' has no validation set: give dataset=", "dataset")
+    return found
+
+
+def match(model: Any, dataset: Any, progress: bool = True) -> Concepts:
+    """Find which concepts of a model stand for which factor of a data set, and how far the scalars go.
+
+    Afterwards `model.swap`, `model.traverse` and the like take factors' names for concepts. Without factors, the
+    ranges alone are found.
+
+    Args:
+        model: a `LatentDiffusion`; gets the attribute `concepts`.
+        dataset: of `ldm.data`.
+        progress: show a bar.
+
+    Raises:
+        UserError: no concept encoder.
+    """
+    if reason := why_not_encoded(model):
+        raise UserError(reason)
+    return match_codes(model, encode(model, dataset, progress=progress), factors_of(dataset))
+
+
+def score(
+    model: Any,
+    dataset: Any = None,
+    metrics: Iterable[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any] | None] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Scores]:
+    """Scores of a model's scalars on a data set.
+
+    Args:
+        model: a `LatentDiffusion`, or what `load` takes.
+        dataset: of `ldm.data`, with factors; by default, with a path, the run's validation set.
+        metrics: names; all that are defined for the factors if left out.
+        settings, seed: see `ldm.metrics.evaluate.evaluate`.
+        progress: show bars.
+
+    Returns:
+        By metric, its entries; one that cannot be computed for these codes is left out, with a warning.
+
+    Raises:
+        UserError: no such run, no concept encoder, or no factors.
+        ValueError: unknown metrics or settings.
+    """
+    path = Path(model) if isinstance(model, str | Path) else None
+    if path is not None:
+        model = load(path)
+    dataset = _set_of(model, dataset, path)
+    if reason := why_not_scored(model, dataset):
+        raise UserError(reason)
+    factors = factors_of(dataset)
+    assert factors is not None
+    found = score_codes(encode(model, dataset, progress=progress), factors, metrics, settings, seed, progress=progress)
+    for metric, why in found.not_computed.items():
+        log.warning("not computed: %s: %s", metric, why)
+    return found.scores

@@ -36,10 +36,10 @@ ROOMS["cli"] = ROOMS["api"] = {*ROOMS, "cli", "api"}
 LAZY_LOAD = """\
 def __getattr__(name: str):
     # Resolved on first use, so that `import ldm.metrics` does not import torch.
-    if name == "load":
-        from ldm.api import load
+    if name in ("load", "match", "score"):
+        from ldm import api
 
-        return load
+        return getattr(api, name)
     raise AttributeError(f"module 'ldm' has no attribute '{name}'")
 """
 
@@ -104,11 +104,11 @@ def test_nothing_imports_the_scripts():
         assert not {name.split(".")[0] for name in imports(path)} & scripts, path
 
 
-def test_load_is_found_lazily():
+def test_the_api_is_found_lazily():
     import ldm
-    from ldm.api import load
+    from ldm import api
 
-    assert ldm.load is load
+    assert (ldm.load, ldm.match, ldm.score) == (api.load, api.match, api.score)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         _ = ldm.laod
 

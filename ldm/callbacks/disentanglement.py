@@ -15,6 +15,7 @@ from ldm import signals
 from ldm.evaluation.codes import CodeEncoder, check_dtype
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
+from ldm.evaluation.matching import ranges_of
 from ldm.evaluation.scores import score_codes
 from ldm.factors import factors_of
 from ldm.metrics.evaluate import HEADLINES, SUITE, check_seed, check_settings
@@ -256,6 +257,8 @@ class DisentanglementCallback(Callback):
             problems[kind] = "; ".join(f"{metric}: {reason}" for metric, reason in found.not_computed.items())
             log.info("scores of the %s at step %d\n%s", KINDS[kind], step, found.table())
             record |= found.summary() if kind == "scalars" else {f"scores_of_{kind}": found.scores}
+            if kind == "scalars" and values.ndim == 2:
+                record["ranges"] = dict(zip(("low", "high"), ranges_of(values), strict=True))
             matrices = {name: entries.arrays for name, entries in found.scores.items() if entries.arrays}
             record |= {"matrices" if kind == "scalars" else f"matrices_of_{kind}": matrices}
             prefix = f"{step:06}_" if kind == "scalars" else f"{step:06}_{kind}_"

@@ -112,6 +112,12 @@ def encode(
     return torch.cat(parts).numpy()
 
 
+def why_not_encoded(model: Any) -> str:
+    """Why a model has no codes; empty if it has."""
+    found = hasattr(getattr(model, "cond_stage_model", None), "encoding")
+    return "" if found else "it is a first stage, without scalars to score"
+
+
 def why_not_scored(model: Any, dataset: Any, weights: str = "live") -> str:
     """Why a model cannot be scored for disentanglement on a data set; empty if it can.
 
@@ -120,8 +126,8 @@ def why_not_scored(model: Any, dataset: Any, weights: str = "live") -> str:
         dataset: of `ldm.data`.
         weights: `live` or `ema`: those that the model was loaded with.
     """
-    if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
-        return "it is a first stage, without scalars to score"
+    if reason := why_not_encoded(model):
+        return reason
     if weights == "ema" and model.ema_parameters != "all":
         return f"its EMA weights are of the U-Net alone (ema_parameters: {model.ema_parameters}), not of the encoder"
     if factors_of(dataset) is None:

@@ -1,6 +1,10 @@
 """Cross attention from feature maps to concept tokens: LDM's spatial transformer."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from math import isqrt
 
 import torch
 from einops import rearrange
@@ -72,11 +76,13 @@ class CrossAttention(nn.Module):
     Attributes:
         place: which of several keys and values are this layer's; set by the network that computes them together.
         kernels: compute it by `ldm.modules.fused`; see `ldm.modules.speed`.
+        record: is given the weights (b, heads, l, n) of each call that has a context; see `recording`.
     """
 
     kernels = False
 
     place: int | None = None
+    record: Callable[[torch.Tensor], None] | None = None
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
@@ -100,6 +106,7 @@ class CrossAttention(nn.Module):
         Returns:
             (b, l, query_dim).
         """
+        record = None if context is None else self.record
         if context is None or isinstance(context, torch.Tensor):
             context = x if context is None else context
             k, v = self.to_k(context), self.to_v(context)
@@ -107,10 +114,16 @@ class CrossAttention(nn.Module):
             assert self.place is not None
             k, v = context[self.place]
         q = self.to_q(x)
-        if self.kernels and fused.attention_pays(q, k, self.heads):
+        if record is None and self.kernels and fused.attention_pays(q, k, self.heads):
             return self.to_out(fused.attention(q, k, v, self.heads))
         q, k, v = (rearrange(projected, "b l (h d) -> b h l d", h=self.heads) for projected in (q, k, v))
-        return self.to_out(rearrange(attend(q, k, v), "b h l d -> b l (h d)"))
+        if record is None:
+            attended = attend(q, k, v)
+        else:
+            weights = ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(dim=-1)
+            record(weights)
+            attended = (weights @ v.float()).to(v.dtype)
+        return self.to_out(rearrange(attended, "b h l d -> b l (h d)"))
 
 
 def keys_values(layers: Sequence[CrossAttention], context: torch.Tensor) -> list[KeysValues]:
@@ -177,3 +190,51 @@ class SpatialTransformer(nn.Module):
             hidden = block(hidden, context)
         hidden = rearrange(hidden, "b (h w) c -> b c h w", h=height, w=width)
         return x + self.proj_out(hidden)
+
+
+class AttentionMaps:
+    """Where cross attention looked: weights, summed layer by layer over heads and calls."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, torch.Tensor] = {}  # by layer, (b, l, n)
+
+    def add(self, layer: int, weights: torch.Tensor) -> None:
+        """Take the weights (b, heads, l, n) of one call of a layer."""
+        mean = weights.detach().mean(dim=1)
+        self._sums[layer] = self._sums[layer] + mean if layer in self._sums else mean
+
+    def mean(self, size: int) -> torch.Tensor | None:
+        """Mean over heads, calls and layers.
+
+        Args:
+            size: height and width of the result; the layers' maps, which are square, are interpolated to it.
+
+        Returns:
+            (b, n, size, size), which sums to 1 over the n tokens at each place; None where nothing was recorded.
+        """
+        maps = []
+        for total in self._sums.values():
+            weights = total / total.sum(dim=-1, keepdim=True)  # in place of the number of calls
+            square = rearrange(weights, "b (h w) n -> b n h w", h=isqrt(weights.shape[1]))
+            maps.append(F.interpolate(square, (size, size), mode="bilinear", align_corners=False))
+        return torch.stack(maps).mean(dim=0) if maps else None
+
+
+@contextmanager
+def recording(network: nn.Module) -> Iterator[AttentionMaps]:
+    """Record where a network's cross attention looks, inside the block; then weights are computed one by one.
+
+    Compiled code is left aside meanwhile, and is as it was afterwards.
+    """
+    maps = AttentionMaps()
+    layers = [block.attn2 for block in network.modules() if isinstance(block, BasicTransformerBlock)]
+    for number, layer in enumerate(layers):
+        layer.record = partial(maps.add, number)
+    try:
+        # Naming a stance imports the compiler, which takes seconds: not where nothing was compiled.
+        compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield maps
+    finally:
+        for layer in layers:
+            layer.record = None

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.compat.checkpoints import fit_to
 from ldm.models.autoencoder import IdentityFirstStage, build_schedule
 from ldm.models.checkpoint import load_weights
+from ldm.models.diffusion.concepts import ConceptMethods
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.latents import LatentCache
@@ -46,7 +47,7 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t, tokens, **options)
 
 
-class LatentDiffusion(pl.LightningModule):
+class LatentDiffusion(ConceptMethods, pl.LightningModule):
     """Concept encoder and U-Net, trained together on the noise-prediction loss alone (paper, Eq. 3).
 
     Args:
