@@ -67,3 +67,24 @@ def test_an_error_ends_the_recording():
     with pytest.raises(ValueError, match="concept tokens"), recording(network):
         network(torch.randn(1, 3, 8, 8), torch.tensor([1]))
     assert all(layer.record is None for layer in network.cross_attentions)
+
+
+def test_a_token_changes_more_where_it_is_attended_to():
+    """Another token in place of one: the layer's output moves where the map says, and not by another token's map."""
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(32, 4, 8, context_dim=16)
+    layer, x, tokens = block.attn2, 3 * torch.randn(64, 16, 32), torch.randn(64, 5, 16)
+    with torch.no_grad(), recording(nn.ModuleList([block])) as maps:
+        before = layer(x, tokens)
+    changes = []
+    for number in range(5):
+        other = tokens.clone()
+        other[:, number] = tokens.roll(1, 0)[:, number]
+        with torch.no_grad():
+            changes.append((layer(x, other) - before).norm(dim=-1))
+    change, found = torch.stack(changes, dim=1), maps.mean(4)
+    assert found is not None
+    correlations = [
+        torch.corrcoef(torch.stack([change.flatten(), found.roll(shift, 1).flatten()]))[0, 1] for shift in range(5)
+    ]
+    assert correlations[0] > 0.3 and max(correlations[1:]) < 0.1, correlations
