@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import __version__ as OMEGACONF
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -24,6 +25,8 @@ SECTIONS = {
     "data": ("target", "params"),
     "lightning": ("trainer", "logger", "modelcheckpoint", "callbacks", "seed", "scale_lr"),
 }
+# Parts of a file that serves both stages, each a configuration, of which one is taken; see `of_stage`.
+STAGES = ("first_stage", "encdiff")
 # What an overlay may say of other files in its folder, by name or pattern, each with a reason.
 RELATIONS = ("excludes", "precedes", "follows")
 
@@ -147,6 +150,48 @@ def merge(configs: Sequence[DictConfig]) -> DictConfig:
         except (OmegaConfBaseException, TypeError) as error:
             raise UserError(f"the configurations do not fit together: {' '.join(str(error).split())}") from error
     return merged
+
+
+def of_stage(configs: Sequence[DictConfig]) -> list[DictConfig]:
+    """The configurations with those of their parts `first_stage` and `encdiff` that the model asks for: the latter if
+    one of them has a `model.params.first_stage_config`. The part is merged over the rest of its file.
+
+    Raises:
+        UserError: a part that is not a configuration.
+    """
+    second = any("first_stage_config" in (_params_of_model(config) or ()) for config in configs)
+    found = []
+    for config in configs:
+        part = config.get(STAGES[second])
+        for name in STAGES:
+            if config.get(name) is not None and not isinstance(config[name], DictConfig):
+                raise UserError(f"expected sections such as model and data, found {config[name]!r}", name)
+        rest = OmegaConf.masked_copy(config, [str(key) for key in config if key not in STAGES])
+        found.append(rest if part is None else merge([rest, part]))
+    return found
+
+
+def _params_of_model(config: DictConfig) -> Any:
+    """`model.params`, if it is there; interpolations may not be resolved yet."""
+    model = config.get("model")
+    return model.get("params") if isinstance(model, DictConfig) else None
+
+
+def latent_size(ddconfig: DictConfig) -> int:
+    """In a YAML file `${latent_size:${...ddconfig}}`: height and width of the latents of a first stage, which halves
+    its resolution between its levels.
+
+    Raises:
+        UserError: the resolution cannot be halved so often.
+    """
+    resolution, least = ddconfig.resolution, 2 ** (len(ddconfig.ch_mult) - 1)
+    if type(resolution) is not int or resolution < least or resolution % least:
+        raise UserError(f"expected an image size that is a multiple of {least}, for this first stage, got {resolution}")
+    return resolution // least
+
+
+_register = OmegaConf.register_new_resolver if OMEGACONF < "2.4" else OmegaConf.register_resolver
+_register("latent_size", latent_size, replace=True)
 
 
 def _shared_nodes(old: DictConfig, new: DictConfig, where: str = "") -> Iterator[tuple[str, DictConfig, DictConfig]]:

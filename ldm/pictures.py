@@ -3,11 +3,23 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ldm.util import UserError
 
-CHANGED = 2  # counts changes of what a picture becomes: earlier conversions are done again
+CHANGED = 3  # counts changes of what a picture becomes: earlier conversions are done again
+
+
+# What turns a picture upright, by its EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -16,7 +28,12 @@ def open_picture(data: bytes) -> Image.Image:
     Raises:
         Exception: of many kinds, for something else than a picture, or a damaged one.
     """
-    image = Image.open(io.BytesIO(data))
+    if not data:
+        raise ValueError("it is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no picture of a format that is known here") from error
     if image.format == "PNG":
         image.verify()  # after which it cannot be decoded any more
         image = Image.open(io.BytesIO(data))
@@ -24,15 +41,27 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: str) -> tuple[Image.Image, bool]:
-    """A picture as 8-bit RGB, and whether parts of it were transparent, which become white.
+    """A picture as 8-bit RGB, upright, and whether parts of it were transparent, which become white.
 
     Args:
-        image: grey of 8 or 16 bits, a palette, RGB, CMYK, …, with or without transparency.
+        image: grey of 8 or 16 bits, a palette, RGB, CMYK, …, with or without transparency; an EXIF orientation is
+            followed, as by every viewer. Of several frames or pages, the one that is open (the first).
         name: of its file, for the error.
 
     Raises:
         UserError: grey levels of 32 bits, or floating-point ones.
     """
+    image.load()  # which turns a TIFF file upright, and takes the note of it away
+    rgb, transparent = _as_rgb(image, name)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged notes, of many kinds; the picture may be whole
+        orientation = 1
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb, transparent
+
+
+def _as_rgb(image: Image.Image, name: str) -> tuple[Image.Image, bool]:
+    """A picture as RGB, as it is stored."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _from_16_bits(image)
     if image.mode in ("I", "F"):

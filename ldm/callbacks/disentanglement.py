@@ -18,7 +18,7 @@ from ldm.evaluation.heatmaps import write_heatmaps
 from ldm.evaluation.matching import ranges_of
 from ldm.evaluation.scores import score_codes
 from ldm.factors import factors_of
-from ldm.metrics.evaluate import HEADLINES, SUITE, check_seed, check_settings
+from ldm.metrics.evaluate import HEADLINES, SUITE, check_seed, check_settings, defined_metrics
 from ldm.metrics.sampling import Factors, Scores
 from ldm.util import UserError
 
@@ -36,7 +36,8 @@ class DisentanglementCallback(Callback):
     matrices behind them as pictures beside it, and into the log as a table.
 
     Args:
-        metrics: names from `ldm.metrics.evaluate`; an empty list turns scoring off.
+        metrics: names from `ldm.metrics.evaluate`; an empty list turns scoring off; None takes what the validation set
+            allows: TAD for binary attributes, the release's four for other factors, nothing without factors.
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
         every_n_validations: score every N validations.
         weights: `live`, as released, or `ema`.
@@ -51,7 +52,7 @@ class DisentanglementCallback(Callback):
 
     def __init__(
         self,
-        metrics: Iterable[str] = SUITE,
+        metrics: Iterable[str] | None = SUITE,
         settings: Mapping[str, Any] | None = None,
         every_n_validations: int = 1,
         weights: str = "live",
@@ -66,7 +67,8 @@ class DisentanglementCallback(Callback):
             raise UserError(f"expected live or ema, got {weights!r}", "weights")
         if every_n_validations < 1:
             raise UserError(f"expected at least 1, got {every_n_validations}", "every_n_validations")
-        self.metrics, self.settings = tuple(metrics), settings or {}
+        self.metrics, self.settings = tuple(metrics or ()), settings or {}
+        self.by_data = metrics is None
         self.every_n_validations, self.weights, self.seed = every_n_validations, weights, seed
         self.score_tokens, self.dtype, self.logdir = score_tokens, dtype, logdir
         self.score_ema = score_ema and weights == "live"
@@ -106,6 +108,8 @@ class DisentanglementCallback(Callback):
             UserError: no concept encoder, or no EMA weights for it; no validation set; no factors; or a limit on the
                 validation batches.
         """
+        if self.by_data:
+            self.metrics = suited(datasets.get("validation"))
         if not self.metrics:
             return
         off = f"set {PARAMS}.metrics=[] to train without scores"
@@ -123,7 +127,8 @@ class DisentanglementCallback(Callback):
         self.factors = factors_of(dataset)
         if self.factors is None:
             raise UserError(
-                f"{type(dataset).__name__} has neither a factor grid nor attributes to score against: {off}",
+                f"{type(dataset).__name__} has neither a factor grid nor attributes to score against: {off}"
+                " (an ImageFolder takes attributes from a table=)",
                 "data.params.validation",
             )
         limit = trainer_options.get("overfit_batches") or trainer_options.get("limit_val_batches")
@@ -272,3 +277,17 @@ class DisentanglementCallback(Callback):
             if kind in told:
                 log.warning(told[kind])
         return scores, told.get("scalars", "")
+
+
+def suited(dataset: Any) -> tuple[str, ...]:
+    """The metrics to score a data set's scalars with, where none are named; says in a line why there are none."""
+    factors, reason = None if dataset is None else factors_of(dataset), "there are no factors to score against"
+    if factors is not None:
+        metrics = ("tad",) if "tad" in defined_metrics(factors) else SUITE
+        try:
+            check_settings(metrics, None, factors)
+            return metrics
+        except ValueError as error:
+            reason = str(error)
+    log.info("no scores: %s", reason)
+    return ()

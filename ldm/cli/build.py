@@ -175,7 +175,7 @@ def best_checkpoints(config: dict[str, Any], given: dict[str, Any]) -> dict[str,
 def scored_dci(config: dict[str, Any]) -> str | None:
     """The monitor of a model that names none: DCI, where every validation gives it."""
     scorer = (config["lightning"]["callbacks"].get("disentanglement") or {}).get("params") or {}
-    scored = "dci" in scorer.get("metrics", SUITE) and scorer.get("every_n_validations", 1) == 1
+    scored = "dci" in (scorer.get("metrics", SUITE) or ()) and scorer.get("every_n_validations", 1) == 1
     validated = (config["data"].get("params") or {}).get("validation")
     return "val/dci" if "disentanglement" in config["lightning"]["callbacks"] and scored and validated else None
 

@@ -16,7 +16,7 @@ from ldm.cli.arguments import Arguments
 from ldm.cli.early import check_names, check_writable
 from ldm.compat.translate import rename, translate
 from ldm.compat.whole import damage, instead_of, newest_whole
-from ldm.config import check_sections, drop_empty, find_config, from_dotlist, load_bases, load_yaml, merge
+from ldm.config import check_sections, drop_empty, find_config, from_dotlist, load_bases, load_yaml, merge, of_stage
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def compose(
     """
     files = load_bases([find_config(path) for path in paths])
     given = [rename(config) for config in (*saved, *files, from_dotlist(overrides))]
+    given = of_stage(given)
     for config in given:
         drop_empty(config)
     config = translate(merge([OmegaConf.create(DEFAULTS), *given]))
@@ -100,6 +101,8 @@ def compose(
         if complete:
             OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):  # of `latent_size`
+            raise UserError(error.__cause__.message, str(error.full_key)) from error
         raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from error
     return config
 

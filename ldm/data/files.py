@@ -55,18 +55,25 @@ def find(path: str | os.PathLike | None, relative: str, title: str, source: str,
 
 
 def listed(folder: Path, extensions: tuple[str, ...], title: str, pattern: str = "*") -> list[Path]:
-    """The files of a folder that match a glob pattern and have one of the extensions (lower case), sorted by path.
+    """The files of a folder that match a glob pattern and have one of the extensions (lower case), sorted by path;
+    without hidden ones, such as macOS leaves beside pictures.
 
     Raises:
         UserError: no such file exists; or a folder, or a link to nowhere, has such a name.
     """
-    files = sorted(file for file in folder.glob(pattern) if file.suffix.lower() in extensions)
+    found = (file for file in folder.glob(pattern) if file.suffix.lower() in extensions)
+    files = sorted(file for file in found if not is_hidden(file, folder))
     wrong = next((file for file in files if not file.is_file()), None)
     if wrong is not None:
         raise UserError(f"{title}: {wrong} is not a file, although its name ends in {wrong.suffix}")
     if not files:
         raise UserError(f"{title}: there are no files ending in {', '.join(extensions)} in {folder}")
     return files
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether the name of a file, or of a folder below `folder` that it lies in, begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 @contextmanager

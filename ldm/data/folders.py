@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.cache import Fill, converted, fingerprint
-from ldm.data.files import data_root, find, listed, reading
+from ldm.data.files import data_root, find, is_hidden, listed, reading
 from ldm.data.images import ImageDataset, Pixels, resized_shape
 from ldm.data.lmdb_file import LMDBReader, Value
+from ldm.data.table import read_table
 from ldm.pictures import CHANGED, as_rgb, central_square, open_picture
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+# Pictures all the same, of kinds that are not read here.
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".eps", ".dng", ".cr2", ".nef", ".arw")
 ALIGNED_SIZE = (178, 218)  # width and height of CelebA's aligned pictures
 CROP = (25, 57, 153, 185)  # Diff-AE's: left, top, right, bottom
 TABLE = "list_attr_celeba.txt"
@@ -38,27 +42,52 @@ def _fill(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, 
     """A converter that decodes pictures on all cores, 256 at a time to bound the memory."""
 
     def fill(out: np.ndarray, bar: tqdm) -> None:
-        transparent: list[str] = []
+        found = _Told()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             row, pending = 0, []
             for name, data in encoded():
                 pending.append((name, pool.submit(_decode, name, data, prepare, title)))
                 if len(pending) == 256:
-                    row, pending = _collect(out, row, pending, bar, transparent), []
-            _collect(out, row, pending, bar, transparent)
-        if transparent:
-            told = "%s: %d pictures have transparent pixels, which become white; the first is %s"
-            logger.warning(told, title, len(transparent), transparent[0])
+                    row, pending = _collect(out, row, pending, bar, found), []
+            _collect(out, row, pending, bar, found)
+        found.tell(title, out)
 
     return fill
 
 
-def _collect(out: np.ndarray, row: int, pending: list, bar: tqdm, transparent: list[str]) -> int:
-    """Write finished pictures to `out`, the first at `row`, and the names of transparent ones to `transparent`; returns
-    the row after the last one."""
+@dataclass
+class _Told:
+    """What is told of pictures once all are decoded: those that cannot be read, and names of transparent ones."""
+
+    broken: list[UserError] = field(default_factory=list)
+    transparent: list[str] = field(default_factory=list)
+
+    def tell(self, title: str, out: np.ndarray) -> None:
+        """Warn of transparent pictures.
+
+        Raises:
+            UserError: some cannot be read; names all of them in the log.
+        """
+        if len(self.broken) == 1:
+            raise self.broken[0]
+        if self.broken:
+            for error in self.broken:
+                logger.error(error.message)
+            told = f"{title}: {len(self.broken)} of {len(out)} pictures cannot be read, and are named in the log above"
+            raise UserError(f"{told}: mend them, or take them away; the first: {self.broken[0].message}")
+        if self.transparent:
+            told = "%s: %d pictures have transparent pixels, which become white; the first is %s"
+            logger.warning(told, title, len(self.transparent), self.transparent[0])
+
+
+def _collect(out: np.ndarray, row: int, pending: list, bar: tqdm, told: _Told) -> int:
+    """Write finished pictures to `out`, the first at `row`; returns the row after the last one."""
     for name, future in pending:
-        out[row], clear = future.result()
-        transparent += [name] if clear else []
+        try:
+            out[row], clear = future.result()
+            told.transparent += [name] if clear else []
+        except UserError as error:
+            told.broken.append(error)
         row += 1
     bar.update(len(pending))
     return row
@@ -77,29 +106,72 @@ def _file_contents(files: Sequence[Path], title: str) -> Callable[[], Iterator[t
 
 
 class ImageFolder(ImageDataset):
-    """Any folder of images, including its subfolders, sorted by path; without factors.
+    """Any folder of pictures, including its subfolders, sorted by path; with a table of attributes, or without.
+
+    Hidden files are left out; so are, with a line in the log, pictures of kinds that are not in `EXTENSIONS`.
 
     Args:
         path: the folder.
         image_size: each picture is cropped to its central square and resized to this (Lanczos).
+        table: a CSV file, in the folder or by its path, with a column `file` and one per attribute; see
+            `ldm.data.table`.
+        attributes: the columns of the table to take; all if left out.
 
     Attributes:
         files: paths below the folder, one per row.
+        attributes: (n, k) int64, values by their numbers, with k `attribute_names`; None without a table.
     """
 
-    def __init__(self, path: str | os.PathLike, image_size: int = 64) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        image_size: int = 64,
+        table: str | os.PathLike | None = None,
+        attributes: Sequence[str] | None = None,
+    ) -> None:
         title = "ImageFolder"
         folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"there is no folder '{folder}'", "path")
         files = listed(folder, EXTENSIONS, title, "**/*")
-        self.files = [str(file.relative_to(folder)) for file in files]
+        self.files = [file.relative_to(folder).as_posix() for file in files]
         shape = resized_shape((len(files), 1, 1, 3), image_size)
+        self.attributes: np.ndarray | None = None
+        self.attribute_names: tuple[str, ...] = ()
+        if table is not None:
+            place = folder / table if (folder / table).is_file() else Path(table).expanduser()
+            if not place.is_file():
+                raise UserError(f"there is no file '{table}', neither in {folder} nor by that path", "table")
+            self.attribute_names, self.attributes = read_table(place, self.files, title, attributes)
+        elif attributes is not None:
+            raise UserError("columns of which table? give table=", "attributes")
+
+        small: list[str] = []
 
         def prepare(image: Image.Image, name: str) -> Image.Image:
+            if min(image.size) < image_size:
+                small.append(name)
             return central_square(image, image_size)
 
         state = fingerprint(files, self.files, image_size, CHANGED)
         fill = _fill(_file_contents(files, title), prepare, title)
-        super().__init__(converted(folder, state, shape, fill, title), None)
+
+        def tell_and_fill(out: np.ndarray, bar: tqdm) -> None:
+            _tell_of_others(folder, title)
+            fill(out, bar)
+            if small:
+                told = "%s: %d pictures are smaller than %d pixels, and enlarged; the first is %s"
+                logger.warning(told, title, len(small), image_size, min(small))
+
+        super().__init__(converted(folder, state, shape, tell_and_fill, title), None)
+
+
+def _tell_of_others(folder: Path, title: str) -> None:
+    """Name files of a folder that are pictures, but not of a kind that is read."""
+    others = sorted(file for file in folder.rglob("*") if file.suffix.lower() in UNREAD and not is_hidden(file, folder))
+    if others:
+        told = "%s: left out %d pictures of kinds that are not read (%s): save them as PNG or JPEG"
+        logger.warning(told, title, len(others), ", ".join(sorted({file.suffix for file in others})))
 
 
 class CelebA(ImageDataset):
