@@ -101,8 +101,11 @@ def compose(
         if complete:
             OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, UserError):  # of `latent_size`
-            raise UserError(error.__cause__.message, str(error.full_key)) from error
+        context: BaseException | None = error
+        while context is not None and not isinstance(context, UserError):
+            context = context.__context__
+        if context is not None:  # of `latent_size`
+            raise UserError(context.message, str(error.full_key)) from error
         raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from error
     return config
 
