@@ -20,6 +20,7 @@ from ldm.evaluation.matching import concepts_of_record
 from ldm.evaluation.matching import match as match_codes
 from ldm.evaluation.scores import score_codes
 from ldm.factors import factors_of
+from ldm.hub import located, read_concepts
 from ldm.metrics.sampling import Scores
 from ldm.models.checkpoint import load_weights
 from ldm.models.diffusion.concepts import ConceptMethods, Concepts
@@ -33,13 +34,13 @@ def load_config(path: str | Path) -> DictConfig:
     """The configuration of a run.
 
     Args:
-        path: log directory, checkpoint in one, or safetensors file with its configuration beside it (`model.yaml`
-            beside `model.safetensors`).
+        path: log directory, checkpoint in one, folder or address of an exported model (see `load`), or safetensors
+            file with its configuration beside it (`model.yaml` beside `model.safetensors`).
 
     Raises:
         UserError: no such path, or no configuration there.
     """
-    path = Path(path)
+    path = located(path)
     if path.suffix == ".safetensors" and path.is_file():
         if not path.with_suffix(".yaml").is_file():
             raise UserError(f"there is no configuration '{path.with_suffix('.yaml')}' beside '{path}'")
@@ -81,8 +82,9 @@ def load(
     """A trained model, in evaluation mode. Nothing that lies in its folder is run.
 
     Args:
-        path: log directory (its `checkpoints/last.ckpt` is taken), checkpoint in one, or safetensors file with its
-            configuration beside it.
+        path: log directory (its `checkpoints/last.ckpt` is taken), checkpoint in one, safetensors file with its
+            configuration beside it, a folder that `scripts/export.py` wrote, or one on the Hugging Face Hub,
+            `hf://user/name` or `hf://user/name@revision`.
         device: to put the model on.
         weights: `live`, or `ema` for the EMA weights in their place.
         allow: modules whose classes its configuration may name too; of the working directory's, only these.
@@ -101,9 +103,10 @@ def load(
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"'{device}' cannot be used: {reason_of(error)}", "device") from error
+    path = located(path)
     with allowing(allow):
         model: Any = instantiate_from_config(model_node(load_config(path), path), "model", "Lightning module")
-    checkpoint = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
+    checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     absent = load_weights(model, checkpoint)
     if weights == "ema":
         if not getattr(model, "use_ema", False) or any(prefix.endswith("_ema.") for prefix in absent):
@@ -112,12 +115,23 @@ def load(
         if getattr(model, "ema_parameters", "") == "all":
             model.cond_stage_model_ema.copy_to(model.cond_stage_model)
     if isinstance(model, ConceptMethods):
-        model.concepts = known_concepts(Path(path), weights)
+        model.concepts = known_concepts(path, weights, model.cond_stage_model)
     return model.to(device).eval()
 
 
-def known_concepts(path: Path, weights: str) -> Concepts | None:
-    """What the latest scores of a run say of its concepts; None where there are none that can be read."""
+def known_concepts(path: Path, weights: str, encoder: Any = None) -> Concepts | None:
+    """What an exported folder, or the latest scores of a run, say of a model's concepts; None where they say nothing.
+
+    Raises:
+        UserError: an exported folder names concepts that its encoder does not have.
+    """
+    if path.suffix == ".safetensors" and (fields := read_concepts(path.parent)) is not None:
+        count = getattr(encoder, "latent_unit", 0)
+        if len(fields["low"]) not in (0, count) or any(
+            n >= count for numbers in fields["tokens"].values() for n in numbers
+        ):
+            raise UserError(f"'{path.parent}' names other concepts than its model's {count}: export it again")
+        return Concepts(**fields)
     records = sorted((logdir_of(path) / "metrics").glob("*.json"))
     try:
         return concepts_of_record(json.loads(records[-1].read_text()), weights) if records else None
@@ -186,7 +200,7 @@ def score(
         UserError: no such run, no concept encoder, or no factors.
         ValueError: unknown metrics or settings.
     """
-    path = Path(model) if isinstance(model, str | Path) else None
+    path = located(model) if isinstance(model, str | Path) else None
     if path is not None:
         model = load(path)
     dataset = _set_of(model, dataset, path)

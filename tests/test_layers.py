@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "signatures": set(),
     "signals": set(),
     "config": {"util", "signatures"},
+    "hub": {"util"},
     "compat": {"util"},
     "data": {"util", "factors", "pictures"},
     "modules": {"util"},

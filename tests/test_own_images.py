@@ -55,8 +55,9 @@ def test_what_is_left_open_is_named():
 
 def test_parts_of_a_file():
     file = OmegaConf.create({"data": {"x": 1}, "first_stage": {"data": {"x": 2}}, "encdiff": {"data": {"y": 3}}})
-    first, second = OmegaConf.create({"model": {"params": {}}}), OmegaConf.create(
-        {"model": {"params": {"first_stage_config": {}}}}
+    first, second = (
+        OmegaConf.create({"model": {"params": {}}}),
+        OmegaConf.create({"model": {"params": {"first_stage_config": {}}}}),
     )
     assert of_stage([first, file])[1] == {"data": {"x": 2}}
     assert of_stage([second, file])[1] == {"data": {"x": 1, "y": 3}}
@@ -98,7 +99,9 @@ def test_both_stages(cli, pictures):
     saved = [load_yaml(next(run.logdir.glob(f"configs/*-{kind}.yaml"))) for kind in ("project", "lightning")]
     again = resolved([], (), saved)  # as a run that is resumed, or loaded, reads it
     assert again["data"]["params"]["validation"]["params"]["table"] == table
-    assert again["model"]["params"]["image_size"] == again["model"]["params"]["unet_config"]["params"]["image_size"] == 8
+    assert (
+        again["model"]["params"]["image_size"] == again["model"]["params"]["unet_config"]["params"]["image_size"] == 8
+    )
 
 
 def test_factors_that_cannot_be_scored_stop_nothing(caplog):

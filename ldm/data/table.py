@@ -85,7 +85,9 @@ def _lines(path: Path, title: str) -> list[tuple[int, list[str]]]:
     return lines
 
 
-def _check_files(path: Path, files: Sequence[str], rows: Mapping[str, tuple[int, Mapping[str, str]]], title: str) -> None:
+def _check_files(
+    path: Path, files: Sequence[str], rows: Mapping[str, tuple[int, Mapping[str, str]]], title: str
+) -> None:
     """Refuse pictures without a line, and lines without a picture."""
     known = {plain(name) for name in files}
     unknown = [(number, row[KEY]) for key, (number, row) in rows.items() if key not in known]

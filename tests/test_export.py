@@ -1,0 +1,228 @@
+"""scripts/export.py and what `ldm.load` makes of its folder, here or in the hub's cache."""
+
+import builtins
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from command_line import ROOT
+from PIL import Image
+from safetensors import safe_open
+
+import ldm
+from ldm.api import known_concepts
+from ldm.hub import located
+from ldm.util import UserError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+_spec = importlib.util.spec_from_file_location("export", ROOT / "scripts" / "export.py")
+assert _spec is not None and _spec.loader is not None
+script = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(script)
+IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def run(trained_encdiff, tmp_path_factory) -> Path:
+    """A log directory, with figures."""
+    logdir = tmp_path_factory.mktemp("share") / "run"
+    shutil.copytree(trained_encdiff.logdir, logdir)
+    (logdir / "figures").mkdir()
+    Image.new("RGB", (30, 20)).save(logdir / "figures" / "swaps.png")
+    (logdir / "figures" / "swaps.pdf").write_bytes(b"%PDF")
+    return logdir
+
+
+@pytest.fixture(scope="module")
+def exported(run) -> Path:
+    folder = run.parent / "my-model"
+    assert script.main([str(run), str(folder)]) == 0
+    return folder
+
+
+def test_the_same_model_comes_back(run, exported):
+    ours, theirs = ldm.load(run), ldm.load(exported)
+    assert torch.equal(ours.scalars(IMAGES), theirs.scalars(IMAGES))
+    assert torch.equal(ours.reconstruct(IMAGES, steps=2), theirs.reconstruct(IMAGES, steps=2))
+    assert theirs.concepts == ours.concepts and ours.concepts is not None and ours.concepts.tokens
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert names == {name for name in state if not name.startswith("model_ema.")}
+        assert all(torch.equal(file.get_tensor(name), state[name]) for name in names)
+
+
+def test_averages_instead(run, tmp_path):
+    assert script.main([str(run), str(tmp_path / "ema"), "--weights", "ema"]) == 0
+    ours, theirs = ldm.load(run, weights="ema"), ldm.load(tmp_path / "ema")
+    assert torch.equal(ours.reconstruct(IMAGES, steps=2), theirs.reconstruct(IMAGES, steps=2))
+    assert not torch.equal(ldm.load(run).reconstruct(IMAGES, steps=2), theirs.reconstruct(IMAGES, steps=2))
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "weights: averages (EMA)" in card and "## Scores" not in card, "the scores are the live weights'"
+
+
+def test_a_first_stage(trained, tmp_path):
+    assert script.main([str(trained.logdir), str(tmp_path / "stage")]) == 0
+    ours, theirs = ldm.load(trained.logdir), ldm.load(tmp_path / "stage")
+    assert torch.equal(ours(IMAGES)[0], theirs(IMAGES)[0]) and not (tmp_path / "stage" / "concepts.json").exists()
+
+
+def test_the_card(run, exported):
+    card = (exported / "README.md").read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["library_name"] == "encdiff" and "disentanglement" in header["tags"] and "license" not in header
+    assert 'ldm.load("my-model")' in card and "16×16 pixels, 4 concepts, tokens of 8 numbers" in card
+    assert "`Shapes3DTrain`" in card and "- steps: 8" in card and "- images per batch and process: 16" in card
+    record = json.loads(max((run / "metrics").glob("*.json")).read_text())
+    for metric, entry in (("factor_vae", "eval_accuracy"), ("mig", "discrete_mig")):
+        assert f"| {metric} | {entry} | {record['scores'][metric][entry]:.3f} |" in card
+    assert f"- torch {torch.__version__}" in card
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", card)
+    assert pictures == ["figures/swaps.png"] and (exported / pictures[0]).is_file()
+    assert "Swaps (30×20 pixels)" in card
+
+
+def test_nothing_of_the_machine_is_in_it(run, exported):
+    """No paths: data, log directory, first stage."""
+    files = sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file())
+    assert files == ["README.md", "concepts.json", "figures/swaps.png", "model.safetensors", "model.yaml"]
+    for name in ("README.md", "concepts.json", "model.yaml"):
+        text = (exported / name).read_text()
+        assert "/" + str(run).split("/")[1] + "/" not in text and "last.ckpt" not in text, name
+    assert set(yaml.safe_load((exported / "model.yaml").read_text())) == {"model"}
+
+
+def test_mistakes(run, exported, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for argv, message in [
+        ([run, exported], "is not empty: give another folder, or --force"),
+        ([run, tmp_path / "file"], "is a file"),
+        ([tmp_path / "none", tmp_path / "new"], "there is no log directory"),
+    ]:
+        assert script.main(list(map(str, argv))) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "new").exists()
+    assert script.main([str(run), str(exported), "--force"]) == 0
+
+
+def test_an_export_that_differs_is_told(run, tmp_path, monkeypatch, capsys):
+    load = ldm.load
+
+    def other(path, **options):
+        model = load(path, **options)
+        if (Path(path) / "model.safetensors").exists():
+            with torch.no_grad():
+                model.cond_stage_model.encoder[0].bias[0] += 1e-6
+        return model
+
+    monkeypatch.setattr(ldm, "load", other, raising=False)
+    assert script.main([str(run), str(tmp_path / "new")]) == 2
+    assert "computes other numbers" in capsys.readouterr().err
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def hub(exported, tmp_path, monkeypatch) -> Path:
+    """The exported folder as the hub's client caches it, without a network."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--user--name"
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "refs").mkdir()
+    for revision in ("main", "v1"):
+        (cache / "refs" / revision).write_text(commit)
+    for name in ("model.safetensors", "model.yaml", "concepts.json"):
+        shutil.copy(exported / name, cache / "blobs" / name)
+        (cache / "snapshots" / commit / name).symlink_to(cache / "blobs" / name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return cache / "snapshots" / commit
+
+
+@pytest.mark.parametrize(
+    "address", ["hf://user/name", "hf://user/name@v1", "hf://user/name@" + "0123456789abcdef" * 2 + "01234567"]
+)
+def test_from_the_hub(address, hub, exported):
+    assert located(address).parent.resolve() == hub.resolve()
+    ours, theirs = ldm.load(exported), ldm.load(address)
+    assert torch.equal(ours.scalars(IMAGES), theirs.scalars(IMAGES)) and theirs.concepts == ours.concepts
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://user/other", "'hf://user/other' is not in the hub's cache, and cannot be downloaded: .*copy the folder"),
+        ("hf://user/name@v2", "'hf://user/name@v2' is not in the hub's cache"),
+        ("hf://user", "expected hf://user/name, or hf://user/name@revision, got 'hf://user'"),
+        ("hf://user/name@", "expected hf://user/name"),
+        ("hf://user/name/file", "expected hf://user/name"),
+        ("hf://../x", "cannot be downloaded"),
+    ],
+)
+def test_addresses_that_lead_nowhere(address, message, hub):
+    with pytest.raises(UserError, match=message):
+        ldm.load(address)
+
+
+def test_something_else_on_the_hub(hub):
+    (hub / "model.yaml").unlink()
+    with pytest.raises(UserError, match=r"is not a model that scripts/export\.py wrote: it has no model\.yaml"):
+        ldm.load("hf://user/name")
+
+
+def test_without_the_client(monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("huggingface_hub"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"needs huggingface-hub: pip install 'encdiff\[hub\]'"):
+        ldm.load("hf://user/name")
+
+
+def test_nothing_of_a_folder_is_run(exported, tmp_path, monkeypatch):
+    """Neither what its configuration names, nor what lies beside it."""
+    folder = tmp_path / "theirs"
+    shutil.copytree(exported, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: pass\n")
+    text = (folder / "model.yaml").read_text()
+    monkeypatch.chdir(folder)
+    for target in ("evil.Model", "os.system", "subprocess.Popen"):
+        (folder / "model.yaml").write_text(text.replace("ldm.models.diffusion.ddpm.LatentDiffusion", target))
+        with pytest.raises(UserError, match="classes are taken from"):
+            ldm.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"tokens": {"a": [0]}, "share": {}, "low": [], "high": []}',
+        '{"tokens": {"a": [true]}, "share": {"a": 1}, "low": [], "high": []}',
+        '{"tokens": {"a": [4]}, "share": {"a": 1}, "low": [], "high": []}',
+        '{"tokens": {"a": []}, "share": {"a": 1}, "low": [], "high": []}',
+        '{"tokens": {}, "share": {}, "low": [1, 2], "high": [1, 2]}',
+        '{"tokens": {}, "share": {}, "low": [1, 2, 3, 4], "high": ["x"]}',
+    ],
+)
+def test_damaged_names_of_concepts(content, tmp_path):
+    (tmp_path / "concepts.json").write_text(content)
+    with pytest.raises(UserError, match="damaged|names other concepts"):
+        known_concepts(tmp_path / "model.safetensors", "live", SimpleNamespace(latent_unit=4))
