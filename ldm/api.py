@@ -127,9 +127,8 @@ def known_concepts(path: Path, weights: str, encoder: Any = None) -> Concepts | 
     """
     if path.suffix == ".safetensors" and (fields := read_concepts(path.parent)) is not None:
         count = getattr(encoder, "latent_unit", 0)
-        if len(fields["low"]) not in (0, count) or any(
-            n >= count for numbers in fields["tokens"].values() for n in numbers
-        ):
+        named = [number for numbers in fields["tokens"].values() for number in numbers]
+        if len(fields["low"]) not in (0, count) or any(number >= count for number in named):
             raise UserError(f"'{path.parent}' names other concepts than its model's {count}: export it again")
         return Concepts(**fields)
     records = sorted((logdir_of(path) / "metrics").glob("*.json"))

@@ -202,8 +202,8 @@ def what_it_is(model: Any) -> list[str]:
         return [f"A first stage (`{type(model).__name__}`) of EncDiff: {count:.1f} million parameters."]
     encoder = model.cond_stage_model
     return [
-        "EncDiff ([arXiv 2402.09712](https://arxiv.org/abs/2402.09712)): an image becomes scalars, each scalar becomes a"
-        " concept token, and the tokens steer a latent diffusion U-Net by cross attention.",
+        "EncDiff ([arXiv 2402.09712](https://arxiv.org/abs/2402.09712)): an image becomes scalars, each scalar becomes"
+        " a concept token, and the tokens steer a latent diffusion U-Net by cross attention.",
         "",
         f"Images of {encoder.image_size}×{encoder.image_size} pixels, {encoder.latent_unit} concepts, tokens of"
         f" {encoder.context_dim} numbers, {count:.1f} million parameters.",

@@ -26,6 +26,7 @@ _spec = importlib.util.spec_from_file_location("export", ROOT / "scripts" / "exp
 assert _spec is not None and _spec.loader is not None
 script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(script)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -136,24 +137,21 @@ def hub(exported, tmp_path, monkeypatch) -> Path:
     """The exported folder as the hub's client caches it, without a network."""
     from huggingface_hub import constants
 
-    commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub" / "models--user--name"
-    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "snapshots" / COMMIT).mkdir(parents=True)
     (cache / "blobs").mkdir()
     (cache / "refs").mkdir()
     for revision in ("main", "v1"):
-        (cache / "refs" / revision).write_text(commit)
+        (cache / "refs" / revision).write_text(COMMIT)
     for name in ("model.safetensors", "model.yaml", "concepts.json"):
         shutil.copy(exported / name, cache / "blobs" / name)
-        (cache / "snapshots" / commit / name).symlink_to(cache / "blobs" / name)
+        (cache / "snapshots" / COMMIT / name).symlink_to(cache / "blobs" / name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return cache / "snapshots" / commit
+    return cache / "snapshots" / COMMIT
 
 
-@pytest.mark.parametrize(
-    "address", ["hf://user/name", "hf://user/name@v1", "hf://user/name@" + "0123456789abcdef" * 2 + "01234567"]
-)
+@pytest.mark.parametrize("address", ["hf://user/name", "hf://user/name@v1", "hf://user/name@" + COMMIT])
 def test_from_the_hub(address, hub, exported):
     assert located(address).parent.resolve() == hub.resolve()
     ours, theirs = ldm.load(exported), ldm.load(address)
@@ -224,5 +222,5 @@ def test_nothing_of_a_folder_is_run(exported, tmp_path, monkeypatch):
 )
 def test_damaged_names_of_concepts(content, tmp_path):
     (tmp_path / "concepts.json").write_text(content)
-    with pytest.raises(UserError, match="damaged|names other concepts"):
+    with pytest.raises(UserError, match=r"damaged|names other concepts"):
         known_concepts(tmp_path / "model.safetensors", "live", SimpleNamespace(latent_unit=4))

@@ -30,7 +30,7 @@ def table(folder, text, encoding="utf-8"):
 
 RIGHT = {
     "plain": 'file,colour,n\na.png,red,10\nb/ü ñ.png,blue,9\n"we,ird.png",red,9\n',
-    "another order, spaces, an empty line": 'n, file ,colour\n9,"we,ird.png",red\n\n 9 ,b/ü ñ.png, blue\n10,a.png,red\n',
+    "another order, an empty line": 'n, file ,colour\n9,"we,ird.png",red\n\n 9 ,b/ü ñ.png, blue\n10,a.png,red\n',
     "Excel's": "\ufefffile;colour;n\r\na.png;red;10\r\nb\\ü ñ.png;blue;9\r\nwe,ird.png;red;9\r\n",
     "tabs, and macOS's ü": unicodedata.normalize("NFD", "file\tcolour\tn\n./a.png\tred\t10\nb/ü ñ.png\tblue\t9\n")
     + "we,ird.png\tred\t9\n",
@@ -61,7 +61,7 @@ WRONG = {
     "too many values": ("file,colour\na.png,red,blue\n", ["line 2: 3 values for 2 columns"]),
     "a line twice": ("file,colour\n" + ROWS + "\n./a.png,red\n", ["line 6: './a.png' is in line 2 too"]),
     "no line": ("file,colour\na.png,red\n", ["t.csv has no line for the picture 'b/ü ñ.png', nor for 1 more"]),
-    "no picture": ("file,colour\n" + ROWS + "c.png,red\nd.png,red\n", ["line 5: there is no picture 'c.png'", "1 more"]),
+    "no picture": ("file,colour\n" + ROWS + "c.png,x\nd.png,x\n", ["line 5: there is no picture 'c.png'", "1 more"]),
     "another name": ("file,colour\n" + ROWS.replace("a.png", "A.png"), ["line 2", "'A.png'", "'a.png' is a picture"]),
     "continuous": ("file,x\n" + ROWS.replace("red", "1.5", 1).replace("blue", "2.5").replace("red", "3"),
                    ["t.csv", "'x' has 3 values in 3 rows", "attributes=[...]"]),
