@@ -115,7 +115,8 @@ def load(
         if getattr(model, "ema_parameters", "") == "all":
             model.cond_stage_model_ema.copy_to(model.cond_stage_model)
     if isinstance(model, ConceptMethods):
-        model.concepts = known_concepts(path, weights, model.cond_stage_model)
+        encoder: Any = model
+        model.concepts = known_concepts(path, weights, encoder.cond_stage_model)
     return model.to(device).eval()
 
 

@@ -16,6 +16,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ def export(
     if concepts is not None:
         files[folder / CONCEPTS] = lambda path: path.write_text(concepts_text(concepts), encoding="utf-8")
     for picture in pictures:
-        content = picture.read_bytes()
-        files[folder / "figures" / picture.name] = lambda path, content=content: path.write_bytes(content)
+        files[folder / "figures" / picture.name] = partial(copied, picture)
     if concepts is None:
         (folder / CONCEPTS).unlink(missing_ok=True)  # of an earlier export
     write(files)
@@ -93,6 +93,11 @@ def export(
     ]
 
 
+def copied(source: Path, path: Path) -> None:
+    """Copy a file's content."""
+    path.write_bytes(source.read_bytes())
+
+
 def plain_node(node: dict[str, Any], model: LightningModule) -> dict[str, Any]:
     """The node `model` without what only training needs: averages of weights, schedules, monitors."""
     params = {key: value for key, value in node["params"].items() if key not in TRAINING}
@@ -102,15 +107,13 @@ def plain_node(node: dict[str, Any], model: LightningModule) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare(model: LightningModule, again: LightningModule) -> None:
+def compare(model: Any, again: Any) -> None:
     """Compare what two models compute of the same images, bit by bit.
 
     Raises:
         UserError: it differs.
     """
     generator = torch.Generator().manual_seed(0)
-    for kind in (model, again):
-        kind.eval()
     if hasattr(model, "scalars"):
         encoder: Any = model.cond_stage_model
         size = (4, encoder.num_channels, encoder.image_size, encoder.image_size)
@@ -118,8 +121,7 @@ def compare(model: LightningModule, again: LightningModule) -> None:
         pairs = [(getattr(model, what)(images), getattr(again, what)(images)) for what in ("scalars", "tokens")]
         pairs.append((model.reconstruct(images[:1], steps=1), again.reconstruct(images[:1], steps=1)))
     else:
-        first: Any = model
-        images = torch.rand((2, first.encoder.conv_in.in_channels, 64, 64), generator=generator) * 2 - 1
+        images = torch.rand((2, model.encoder.conv_in.in_channels, 64, 64), generator=generator) * 2 - 1
         pairs = [(model(images)[0], again(images)[0])]
     if not all(torch.equal(one, other) for one, other in pairs):
         raise UserError("the export, loaded back, computes other numbers than the model: do not share it")
@@ -221,7 +223,8 @@ def how_to_load(name: str, model: Any) -> list[str]:
 
 def trained_on(config: Any, weights: str, about: Mapping[str, str]) -> list[str]:
     """Data, steps, batch size."""
-    data: Any = OmegaConf.to_container(config, resolve=True).get("data", {}).get("params", {})
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    data = plain.get("data", {}).get("params", {})
     train = data.get("train") or {}
     params = {
         key: value for key, value in (train.get("params") or {}).items() if key not in PLACES and value is not None

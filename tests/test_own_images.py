@@ -90,7 +90,7 @@ def test_both_stages(cli, pictures):
     first = cli.run("--base", cli.vq, OWN, *given)
     assert first.status == 0, first.err
     given.append(f"{CHECKPOINT}={first.logdir / 'checkpoints' / 'last.ckpt'}")
-    for table, metrics in ((None, set()), ("attributes.csv", {"tad"})):
+    for table, metrics in ((None, set()), ("attributes.csv", {"tad", "mig"})):
         run = cli.run("--base", cli.enc, OWN, *given, f"{TRAIN}.table={table or 'null'}", score=True)
         assert run.status == 0, run.err
         files = list(run.logdir.glob("metrics/*.json"))

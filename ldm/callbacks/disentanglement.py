@@ -37,7 +37,7 @@ class DisentanglementCallback(Callback):
 
     Args:
         metrics: names from `ldm.metrics.evaluate`; an empty list turns scoring off; None takes what the validation set
-            allows: TAD for binary attributes, the release's four for other factors, nothing without factors.
+            allows: TAD and MIG for binary attributes, the release's four for other factors, nothing without factors.
         settings: per metric, what differs from the release's settings, e.g. `{"dci": {"num_train": 2000}}`.
         every_n_validations: score every N validations.
         weights: `live`, as released, or `ema`.
@@ -283,7 +283,8 @@ def suited(dataset: Any) -> tuple[str, ...]:
     """The metrics to score a data set's scalars with, where none are named; says in a line why there are none."""
     factors, reason = None if dataset is None else factors_of(dataset), "there are no factors to score against"
     if factors is not None:
-        metrics = ("tad",) if "tad" in defined_metrics(factors) else SUITE
+        # MIG's matrix tells which concept stands for which attribute.
+        metrics = ("tad", "mig") if "tad" in defined_metrics(factors) else SUITE
         try:
             check_settings(metrics, None, factors)
             return metrics
