@@ -1,6 +1,7 @@
 """Models that others share: a folder that `scripts/export.py` wrote, here or on the Hugging Face Hub."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ def located(path: str | Path) -> Path:
     Raises:
         UserError: an address of another form, no `huggingface-hub`, nothing there, or not an exported model.
     """
-    if str(path).startswith(SCHEME):
-        return _downloaded(str(path)) / WEIGHTS
+    address = re.sub(r"^hf:/+", SCHEME, str(path))  # a `Path` holds one slash in place of two
+    if address.startswith(SCHEME):
+        return _downloaded(address) / WEIGHTS
     path = Path(path)
     exported = path.is_dir() and (path / WEIGHTS).is_file() and not (path / "configs").is_dir()
     return path / WEIGHTS if exported else path

@@ -153,7 +153,7 @@ def hub(exported, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("address", ["hf://user/name", "hf://user/name@v1", "hf://user/name@" + COMMIT])
 def test_from_the_hub(address, hub, exported):
-    assert located(address).parent.resolve() == hub.resolve()
+    assert located(address).parent.resolve() == located(Path(address)).parent.resolve() == hub.resolve()
     ours, theirs = ldm.load(exported), ldm.load(address)
     assert torch.equal(ours.scalars(IMAGES), theirs.scalars(IMAGES)) and theirs.concepts == ours.concepts
 
