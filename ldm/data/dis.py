@@ -13,8 +13,8 @@ import numpy as np
 from ldm.data.cars import cars3d_pixels
 from ldm.data.files import find, listed
 from ldm.data.folders import CelebA
-from ldm.data.folders import ImageFolder as ImageFolder
 from ldm.data.formats import h5_array, h5_pixels, npz_pixels, open_h5
+from ldm.data.image_folder import ImageFolder as ImageFolder
 from ldm.data.images import ImageDataset, make_grid
 from ldm.factors import FactorGrid
 from ldm.util import UserError, nearest

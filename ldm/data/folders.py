@@ -1,4 +1,4 @@
-"""Data sets with one file per picture: CelebA (as JPEG files or an LMDB) and any folder of images."""
+"""Decoding pictures, one file each; and CelebA, as JPEG files or an LMDB. Any other folder: `image_folder.py`."""
 
 import logging
 import os
@@ -12,18 +12,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.cache import Fill, converted, fingerprint
-from ldm.data.files import data_root, find, is_hidden, listed, reading
+from ldm.data.files import data_root, find, listed, reading
 from ldm.data.images import ImageDataset, Pixels, resized_shape
 from ldm.data.lmdb_file import LMDBReader, Value
-from ldm.data.table import read_table
-from ldm.pictures import CHANGED, as_rgb, central_square, open_picture
+from ldm.pictures import CHANGED, as_rgb, open_picture
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-# Pictures all the same, of kinds that are not read here.
-UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".eps", ".dng", ".cr2", ".nef", ".arw")
 ALIGNED_SIZE = (178, 218)  # width and height of CelebA's aligned pictures
 CROP = (25, 57, 153, 185)  # Diff-AE's: left, top, right, bottom
 TABLE = "list_attr_celeba.txt"
@@ -38,7 +35,7 @@ def _decode(name: str, data: bytes, prepare: Prepare, title: str) -> tuple[np.nd
         return np.asarray(prepare(rgb, name)), transparent
 
 
-def _fill(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, title: str) -> Fill:
+def filling(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, title: str) -> Fill:
     """A converter that decodes pictures on all cores, 256 at a time to bound the memory."""
 
     def fill(out: np.ndarray, bar: tqdm) -> None:
@@ -93,7 +90,7 @@ def _collect(out: np.ndarray, row: int, pending: list, bar: tqdm, told: _Told) -
     return row
 
 
-def _file_contents(files: Sequence[Path], title: str) -> Callable[[], Iterator[tuple[str, bytes]]]:
+def file_contents(files: Sequence[Path], title: str) -> Callable[[], Iterator[tuple[str, bytes]]]:
     """Names and contents of files, read one after another."""
 
     def contents() -> Iterator[tuple[str, bytes]]:
@@ -103,75 +100,6 @@ def _file_contents(files: Sequence[Path], title: str) -> Callable[[], Iterator[t
             yield str(file), data
 
     return contents
-
-
-class ImageFolder(ImageDataset):
-    """Any folder of pictures, including its subfolders, sorted by path; with a table of attributes, or without.
-
-    Hidden files are left out; so are, with a line in the log, pictures of kinds that are not in `EXTENSIONS`.
-
-    Args:
-        path: the folder.
-        image_size: each picture is cropped to its central square and resized to this (Lanczos).
-        table: a CSV file, in the folder or by its path, with a column `file` and one per attribute; see
-            `ldm.data.table`.
-        attributes: the columns of the table to take; all if left out.
-
-    Attributes:
-        files: paths below the folder, one per row.
-        attributes: (n, k) int64, values by their numbers, with k `attribute_names`; None without a table.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        image_size: int = 64,
-        table: str | os.PathLike | None = None,
-        attributes: Sequence[str] | None = None,
-    ) -> None:
-        title = "ImageFolder"
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"there is no folder '{folder}'", "path")
-        files = listed(folder, EXTENSIONS, title, "**/*")
-        self.files = [file.relative_to(folder).as_posix() for file in files]
-        shape = resized_shape((len(files), 1, 1, 3), image_size)
-        self.attributes: np.ndarray | None = None
-        self.attribute_names: tuple[str, ...] = ()
-        if table is not None:
-            place = folder / table if (folder / table).is_file() else Path(table).expanduser()
-            if not place.is_file():
-                raise UserError(f"there is no file '{table}', neither in {folder} nor by that path", "table")
-            self.attribute_names, self.attributes = read_table(place, self.files, title, attributes)
-        elif attributes is not None:
-            raise UserError("columns of which table? give table=", "attributes")
-
-        small: list[str] = []
-
-        def prepare(image: Image.Image, name: str) -> Image.Image:
-            if min(image.size) < image_size:
-                small.append(name)
-            return central_square(image, image_size)
-
-        state = fingerprint(files, self.files, image_size, CHANGED)
-        fill = _fill(_file_contents(files, title), prepare, title)
-
-        def tell_and_fill(out: np.ndarray, bar: tqdm) -> None:
-            _tell_of_others(folder, title)
-            fill(out, bar)
-            if small:
-                told = "%s: %d pictures are smaller than %d pixels, and enlarged; the first is %s"
-                logger.warning(told, title, len(small), image_size, min(small))
-
-        super().__init__(converted(folder, state, shape, tell_and_fill, title), None)
-
-
-def _tell_of_others(folder: Path, title: str) -> None:
-    """Name files of a folder that are pictures, but not of a kind that is read."""
-    others = sorted(file for file in folder.rglob("*") if file.suffix.lower() in UNREAD and not is_hidden(file, folder))
-    if others:
-        told = "%s: left out %d pictures of kinds that are not read (%s): save them as PNG or JPEG"
-        logger.warning(told, title, len(others), ", ".join(sorted({file.suffix for file in others})))
 
 
 class CelebA(ImageDataset):
@@ -211,7 +139,7 @@ class CelebA(ImageDataset):
             paths = listed(folder, (".jpg", ".jpeg"), title)
             table, files = folder.parent / TABLE, [file.name for file in paths]
             shape = resized_shape((len(paths), 1, 1, 3), size)
-            fill = _fill(_file_contents(paths, title), _prepare_face(size, title), title)
+            fill = filling(file_contents(paths, title), _prepare_face(size, title), title)
             pixels = converted(folder, fingerprint(paths, size), shape, fill, title)
         self.attributes: np.ndarray | None = None
         self.attribute_names: tuple[str, ...] = ()
@@ -316,7 +244,7 @@ def _lmdb_pixels(database: Path, resolution: int | None, size: int, title: str) 
             for index, place in enumerate(places()):  # all are looked up before the first is decoded
                 yield f"'{_key(resolution, index).decode()}' in {database}", reader.read(place)
 
-        fill = _fill(encoded, _prepare_face(size, title), title)
+        fill = filling(encoded, _prepare_face(size, title), title)
         shape = resized_shape((count, 1, 1, 3), size)
         return converted(database, fingerprint([file], resolution, size, CHANGED), shape, fill, title)
 

@@ -1,6 +1,7 @@
 """A table of attributes beside a folder of pictures: a CSV file with a column `file` and one per attribute."""
 
 import csv
+import io
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -78,7 +79,7 @@ def _lines(path: Path, title: str) -> list[tuple[int, list[str]]]:
     first = text.split("\n", 1)[0]
     delimiter = max(DELIMITERS, key=first.count)  # of several, the first: a comma
     with reading(path, title):
-        reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [(reader.line_num, values) for values in reader if any(value.strip() for value in values)]
     if len(lines) < 2:
         raise UserError(f"{title}: {path}: expected a line of names, '{KEY}' first, and a line per picture")
