@@ -31,7 +31,8 @@ def table(folder, text, encoding="utf-8"):
 RIGHT = {
     "plain": 'file,colour,n\na.png,red,10\nb/ü ñ.png,blue,9\n"we,ird.png",red,9\n',
     "another order, an empty line": 'n, file ,colour\n9,"we,ird.png",red\n\n 9 ,b/ü ñ.png, blue\n10,a.png,red\n',
-    "odd characters": 'file,colour,n,note\na.png,red,10,\u2028\x85x\nb/ü ñ.png,blue,9,y\n"we,ird.png",red,9,"y\nz"\n',
+    "odd characters": 'file,colour,n,note\na.png,red,10,"y\nz"\nb/ü ñ.png,blue,9,v\u2028\x85w\n'
+    + '"we,ird.png",red,9,"y\nz"\n',
     "Excel's": "\ufefffile;colour;n\r\na.png;red;10\r\nb\\ü ñ.png;blue;9\r\nwe,ird.png;red;9\r\n",
     "tabs, and macOS's ü": unicodedata.normalize("NFD", "file\tcolour\tn\n./a.png\tred\t10\nb/ü ñ.png\tblue\t9\n")
     + "we,ird.png\tred\t9\n",
