@@ -60,9 +60,12 @@ def test_the_same_model_comes_back(run, exported):
         assert all(torch.equal(file.get_tensor(name), state[name]) for name in names)
 
 
+@pytest.mark.slow
 def test_averages_instead(run, tmp_path):
     assert script.main([str(run), str(tmp_path / "ema"), "--weights", "ema"]) == 0
     ours, theirs = ldm.load(run, weights="ema"), ldm.load(tmp_path / "ema")
+    with pytest.raises(UserError, match="no EMA weights: .*exported without them"):
+        ldm.load(tmp_path / "ema", weights="ema")
     assert torch.equal(ours.reconstruct(IMAGES, steps=2), theirs.reconstruct(IMAGES, steps=2))
     assert not torch.equal(ldm.load(run).reconstruct(IMAGES, steps=2), theirs.reconstruct(IMAGES, steps=2))
     card = (tmp_path / "ema" / "README.md").read_text()
