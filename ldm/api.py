@@ -110,7 +110,9 @@ def load(
     absent = load_weights(model, checkpoint)
     if weights == "ema":
         if not getattr(model, "use_ema", False) or any(prefix.endswith("_ema.") for prefix in absent):
-            raise UserError(f"'{path}' has no EMA weights: it was trained with use_ema: false, or exported without them")
+            raise UserError(
+                f"'{path}' has no EMA weights: it was trained with use_ema: false, or exported without them"
+            )
         model.model_ema.copy_to(model.model if hasattr(model, "model") else model)
         if getattr(model, "ema_parameters", "") == "all":
             model.cond_stage_model_ema.copy_to(model.cond_stage_model)

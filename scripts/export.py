@@ -12,7 +12,7 @@ figures. No paths and no names of your machine are among it. To upload it:
 """
 
 import argparse
-import io
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -26,20 +26,24 @@ import torch
 import yaml
 from convert_checkpoint import write, write_safetensors
 from omegaconf import OmegaConf
-from PIL import Image
 from pytorch_lightning import LightningModule
 
 import ldm
 from ldm.api import load_config, model_node
 from ldm.callbacks.start import newest_config, read_start
 from ldm.cli.configure import logdir_of
+from ldm.data.images import evenly_spaced
+from ldm.evaluation.matching import ranges_of
 from ldm.hub import CONCEPTS, CONFIG, WEIGHTS, concepts_text
 from ldm.metrics.evaluate import HEADLINES
+from ldm.models.diffusion.concepts import Concepts
 from ldm.signals import as_command
 from ldm.signatures import parameters_of
-from ldm.util import UserError
+from ldm.targets import allowing
+from ldm.util import UserError, instantiate_from_config
 
 CARD = "README.md"
+ROWS = 5000  # of the data, by which ranges are told
 PICTURES = (".png", ".gif")
 # Of a data set's arguments, those that say where it is on this machine.
 PLACES = ("path", "table")
@@ -69,6 +73,7 @@ def export(
     logdir = logdir_of(source)
     scored = scores_of(logdir, weights)
     pictures = figures_of(logdir)
+    unknown = "" if not hasattr(model, "scalars") else add_ranges(model, config, allow)
     concepts = getattr(model, "concepts", None)
     card = model_card(folder.resolve().name, model, config, weights, about, scored, pictures, run_of(logdir))
     files: dict[Path, Callable[[Path], Any]] = {
@@ -88,9 +93,34 @@ def export(
     return [
         f"{folder}: {len(state)} weights ({weights}, {size / 1e6:.1f} MB), {len(pictures)} figures",
         "loaded it back: the same, bit by bit",
-        *([] if scored else [f"the card has no scores: the run has none of its {weights} weights"]),
+        *([] if scored else [f"the card has no scores: those of the {weights} weights are not in the run's metrics/"]),
+        *([unknown] if unknown else []),
         f"say in {CARD} under which license you share it",
     ]
+
+
+def add_ranges(model: Any, config: Any, allow: tuple[str, ...]) -> str:
+    """Let the model know how far its scalars go over the data that it was trained with, unless it does.
+
+    Who loads the export may not have the data, and cannot go along a scalar without this.
+
+    Returns:
+        Why it stays unknown; "" otherwise.
+    """
+    known = model.concepts or Concepts()
+    if known.low:
+        return ""
+    try:
+        with allowing(allow):
+            data = instantiate_from_config(config.data, "data", "data module")
+            data.setup()
+        dataset = data.datasets.get("validation") or data.datasets["train"]
+        rows = evenly_spaced(len(dataset), ROWS)
+        low, high = ranges_of(model.scalars(dataset.fetch(rows)["image"].numpy()).numpy())
+    except (UserError, OSError, AttributeError, KeyError) as error:
+        return f"how far each scalar goes is not in {CONCEPTS}, as the run's data cannot be read: {error}"
+    model.concepts = dataclasses.replace(known, low=low, high=high)
+    return ""
 
 
 def copied(source: Path, path: Path) -> None:
@@ -144,7 +174,10 @@ def steps_of(source: Path) -> dict[str, Any]:
 def scores_of(logdir: Path, weights: str) -> dict[str, Any]:
     """The newest record of scores of these weights; empty without one."""
     for path in sorted((logdir / "metrics").glob("*.json"), reverse=True):
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"'{path}' is damaged: {error}") from error
         if record.get("weights") == weights:
             return record
         if weights == "ema" and "scores_of_ema" in record:
@@ -188,11 +221,9 @@ def model_card(
     if getattr(model, "concepts", None) is not None and model.concepts.tokens:
         lines += ["## Concepts", "", *concept_lines(model.concepts), ""]
     for picture in pictures:
-        title = picture.stem.replace("_", " ")
-        with Image.open(io.BytesIO(picture.read_bytes())) as image:
-            size = f"{image.width}×{image.height}"
-        lines += [*(["## Figures", ""] if picture == pictures[0] else []), f"![{title}](figures/{picture.name})", "",
-                  f"*{title.capitalize()} ({size} pixels)*", ""]  # fmt: skip
+        title = picture.stem.replace("_", " ").capitalize() + (", moving" if picture.suffix == ".gif" else "")
+        lines += [*(["## Figures", ""] if picture == pictures[0] else []), f"*{title}*", "",
+                  f"![{title}](figures/{picture.name})", ""]  # fmt: skip
     made = made_with(run)
     return "\n".join([*lines, *(["## Made with", "", *made, ""] if made else [])])
 
