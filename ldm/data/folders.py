@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ldm.bars import Bar
 from ldm.data.cache import Fill, converted, fingerprint
 from ldm.data.files import data_root, find, listed, reading
 from ldm.data.images import ImageDataset, Pixels, resized_shape
@@ -37,7 +37,7 @@ def _decode(name: str, data: bytes, prepare: Prepare, title: str) -> tuple[np.nd
 def _fill(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, title: str) -> Fill:
     """A converter that decodes pictures on all cores, 256 at a time to bound the memory."""
 
-    def fill(out: np.ndarray, bar: tqdm) -> None:
+    def fill(out: np.ndarray, bar: Bar) -> None:
         transparent: list[str] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             row, pending = 0, []
@@ -53,7 +53,7 @@ def _fill(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, 
     return fill
 
 
-def _collect(out: np.ndarray, row: int, pending: list, bar: tqdm, transparent: list[str]) -> int:
+def _collect(out: np.ndarray, row: int, pending: list, bar: Bar, transparent: list[str]) -> int:
     """Write finished pictures to `out`, the first at `row`, and the names of transparent ones to `transparent`; returns
     the row after the last one."""
     for name, future in pending:
