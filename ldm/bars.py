@@ -47,19 +47,30 @@ def short(value: float) -> str:
 
 
 class Bar(tqdm):
-    """tqdm's bar on stderr, gone when it is full. Where stderr is a file, a line a minute in its place.
+    """tqdm's bar on stderr, gone when it is full. Where stderr is a file, a line a minute.
 
     Args:
         items, options: of `tqdm`. `unit`: what is counted, in the plural; empty to show only a percentage.
         progress: whether to show anything.
+        every: seconds between two drawings, or lines; by default those of the terminal or of the file.
+        slowly: seconds between two drawings in a terminal.
     """
 
-    def __init__(self, items: Iterable[Any] | None = None, progress: bool = True, unit: str = "", **options: Any):
+    def __init__(
+        self,
+        items: Iterable[Any] | None = None,
+        progress: bool = True,
+        unit: str = "",
+        every: float | None = None,
+        slowly: float = TERMINAL,
+        **options: Any,
+    ) -> None:
         stream = options.setdefault("file", sys.stderr)
         self.terminal = stream is not None and stream.isatty()
+        self.every = every if every is not None else slowly if self.terminal else FILE
         self.begun = self.drawn = clock()
         self.counted = options.get("initial", 0)  # at the last line
-        options = {"leave": False, "mininterval": TERMINAL, "dynamic_ncols": True, **options}
+        options = {"leave": False, "mininterval": min(TERMINAL, self.every), "dynamic_ncols": True, **options}
         super().__init__(items, disable=not progress or stream is None, unit=unit, **options)
         if not self.disable:
             _shown.add(self)
@@ -70,8 +81,8 @@ class Bar(tqdm):
         if self.disable:
             return False
         if self.terminal:
-            return clock() - self.drawn >= TERMINAL + late
-        return clock() - _last_line >= FILE + late and clock() - self.begun >= WORTH
+            return clock() - self.drawn >= self.every + late
+        return clock() - _last_line >= self.every + late and clock() - self.begun >= min(WORTH, self.every)
 
     def state(self) -> str:
         """Where it stands, to read: `1,234 of 4,000 images, 56 images/s, 2 min left, loss .123`."""

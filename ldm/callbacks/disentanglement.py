@@ -200,7 +200,7 @@ class DisentanglementCallback(Callback):
                 for entry, value in entries.items():
                     headline = HEADLINES.get(metric) == entry
                     name = f"{prefix}{metric}" if headline else f"{prefix}{metric}_{entry}"
-                    pl_module.log(name, float(value), prog_bar=headline and kind == "scalars")
+                    pl_module.log(name, float(value))
         if problem:
             raise UserError(problem)
 
