@@ -22,6 +22,9 @@ WORTH = 5.0
 # What runs long without an update, such as one metric, is drawn this many seconds after it is due.
 PULSE = {True: 2.0, False: 10.0}
 
+# For messages that are for the log file alone: `log.info("...", extra=DETAIL)`.
+DETAIL = {"screen": False}
+
 clock = time.monotonic
 _last_line = clock()  # when a line was last written into a file, by any bar
 _shown: "weakref.WeakSet[Bar]" = weakref.WeakSet()
@@ -170,12 +173,18 @@ def above() -> Iterator[None]:
 
 
 class Screen(logging.StreamHandler):
-    """Messages on stderr, above the bars."""
+    """Messages on stderr, above the bars, but for those that were logged with `extra=DETAIL`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write."""
-        with above():
-            super().emit(record)
+        if getattr(record, "screen", True):
+            with above():
+                super().emit(record)
+
+
+def log_to_screen(level: int = logging.INFO) -> None:
+    """Show messages from a level on, unless the process has its own way of logging."""
+    logging.basicConfig(level=level, format="%(message)s", handlers=[Screen(sys.stderr)])
 
 
 class _Pulse(threading.Thread):
