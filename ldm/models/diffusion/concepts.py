@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from ldm.bars import bar
 from ldm.models.images import as_images
 from ldm.modules.attention import recording
 from ldm.modules.mode import evaluating
@@ -247,11 +247,11 @@ class ConceptMethods:
         shape = (self.channels, self.image_size, self.image_size)
         generator = torch.Generator(self.device).manual_seed(seed)
         start = torch.randn(1, *shape, generator=generator, device=self.device)
-        bar = tqdm(total=steps * -(-len(tokens) // batch_size), desc=progress, leave=False, disable=not progress)
-        with evaluating(self), bar:
+        shown = bar(total=steps * len(tokens), progress=bool(progress), desc=progress)
+        with evaluating(self), shown:
             for part in tokens.split(batch_size):
                 x_T = start.expand(len(part), *shape)
                 options: dict[str, Any] = {"x_T": x_T, "generator": generator, "log_every_t": self.num_timesteps}
-                options |= {"eta": eta, "verbose": False, "callback": lambda _: bar.update()}
+                options |= {"eta": eta, "verbose": False, "callback": lambda _, size=len(part): shown.update(size)}
                 latents, _ = chosen.sample(steps, len(part), shape, part.to(self.device), **options)
                 yield self.decode_first_stage(latents).clamp(-1, 1).float().cpu()
