@@ -59,6 +59,8 @@ class Bar(tqdm):
         slowly: seconds between two drawings in a terminal.
     """
 
+    disable: bool
+
     def __init__(
         self,
         items: Iterable[Any] | None = None,

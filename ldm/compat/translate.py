@@ -171,7 +171,8 @@ def translate(config: DictConfig, notes: Notes | None = None) -> DictConfig:
         params, target = _plain(node, "params"), str(_plain(node, "target"))
         if not isinstance(params, DictConfig):
             continue
-        _drop(params, UNUSED.get("ldm.data.dis." if target.startswith("ldm.data.dis.") else target), f"{where}.params", notes)
+        kind = "ldm.data.dis." if target.startswith("ldm.data.dis.") else target
+        _drop(params, UNUSED.get(kind), f"{where}.params", notes)
         _drop(_plain(params, "ddconfig"), UNUSED["ddconfig"], f"{where}.params.ddconfig", notes)
         if _plain(params, "cond_stage_config") == UNCONDITIONAL:
             params.update({"cond_stage_config": None, "conditioning_key": "none"})

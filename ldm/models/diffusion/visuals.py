@@ -143,7 +143,7 @@ def diffusion_images(
                 mask[:, :, quarter:-quarter, quarter:-quarter] = 0
                 latents, _ = draw("samples_inpainting", tokens, count, mask=mask, x0=z)
                 pictures["samples_inpainting"] = model.decode_first_stage(latents)
-            if swapped:
+            if tokens is not None and swapped:
                 pictures["swap"] = _swap_grid(model, x, tokens, swapped, draw, noise(1, *shape))
     except Stopped as stop:
         stop.pictures = pictures
