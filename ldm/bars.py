@@ -74,10 +74,16 @@ class Bar(tqdm):
         self.terminal = stream is not None and stream.isatty()
         self.every = every if every is not None else slowly if self.terminal else FILE
         self.begun = self.drawn = clock()
-        self.counted = options.get("initial", 0)  # at the last line
+        self._before = options.get("initial", 0), 0.0  # count and seconds of own work at the last line
+        self._inner: set[int] = set()  # bars of what runs in between, such as a validation
+        self._idle, self._waits = 0.0, 0.0  # seconds that such took so far; since when one runs
         options = {"leave": False, "mininterval": min(TERMINAL, self.every), "dynamic_ncols": True, **options}
+        if not self.terminal:
+            options["delay"] = 1e-9  # no line at the start
         super().__init__(items, disable=not progress or stream is None, unit=unit, **options)
         if not self.disable:
+            for outer in list(_shown):
+                outer._wait(id(self))
             _shown.add(self)
             _Pulse.start_once()
 
@@ -91,17 +97,11 @@ class Bar(tqdm):
 
     def state(self) -> str:
         """Where it stands, to read: `1,234 of 4,000 images, 56 images/s, 2 min left, loss .123`."""
-        done, elapsed = self.n - self.initial, clock() - self.begun
+        done, elapsed, rate = self.n - self.initial, clock() - self.begun, self._rate()
         parts = []
         if self.unit:
-            count = f"{self.n:,} of {self.total:,}" if self.total else f"{self.n:,}"
-            parts.append(f"{count} {self.unit}")
-            since = clock() - self.drawn
-            recent = self._ema_dn() / self._ema_dt() if self.terminal and self._ema_dt() else None
-            if not self.terminal and since > 0 and self.n > self.counted:
-                recent = (self.n - self.counted) / since
-            if recent or (done and elapsed > 0):
-                parts.append(f"{short(recent or done / elapsed)} {self.unit}/s")
+            parts.append((f"{self.n:,} of {self.total:,}" if self.total else f"{self.n:,}") + f" {self.unit}")
+            parts += [f"{short(rate)} {self.unit}/s"] if rate else []
         elif self.total and not self.terminal:
             parts.append(f"{100 * self.n / self.total:.0f} %")
         if self.total and done > 0:
@@ -109,6 +109,12 @@ class Bar(tqdm):
         elif elapsed >= 1:
             parts.append(f"{duration(elapsed)} so far")
         return ", ".join([*parts, self.postfix] if self.postfix else parts)
+
+    def _rate(self) -> float | None:
+        """How many in a second: on average in a terminal, since the last line in a file."""
+        count, seconds = (self.initial, 0.0) if self.terminal or self.n == self._before[0] else self._before
+        worked = self._worked() - seconds
+        return (self.n - count) / worked if self.n > count and worked > 0 else None
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -122,7 +128,7 @@ class Bar(tqdm):
     @property
     def title(self) -> str:
         """What is done, in words."""
-        return self.desc.removesuffix(": ") if self.desc else ""
+        return (getattr(self, "desc", "") or "").removesuffix(": ")
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:  # type: ignore[override]
         """Draw, or write the line if it is time."""
@@ -135,8 +141,23 @@ class Bar(tqdm):
             self.fp.write(f"{self.title}: {self.state()}\n")
             self.fp.flush()
             _last_line = self.drawn = clock()
-            self.counted = self.n
+            self._before = self.n, self._worked()
         return True
+
+    def _worked(self) -> float:
+        """Seconds so far, without what ran in between."""
+        now = clock()
+        return now - self.begun - self._idle - (now - self._waits if self._inner else 0.0)
+
+    def _wait(self, inner: int) -> None:
+        if not self._inner:
+            self._waits = clock()
+        self._inner.add(inner)
+
+    def _go_on(self, inner: int) -> None:
+        if inner in self._inner:
+            self._inner.remove(inner)
+            self._idle += 0.0 if self._inner else clock() - self._waits
 
     def clear(self, nolock: bool = False) -> None:
         """Make room for a message; nothing to do in a file."""
@@ -146,6 +167,8 @@ class Bar(tqdm):
     def close(self) -> None:
         """Gone; in a file, without a trace."""
         _shown.discard(self)
+        for outer in list(_shown):
+            outer._go_on(id(self))
         if self.disable or self.terminal:
             super().close()
         else:

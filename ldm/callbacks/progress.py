@@ -62,6 +62,8 @@ class ProgressBar(LightningBar):
             shown.total, shown.desc = steps_of_run(trainer), f"epoch {trainer.current_epoch}"
             shown.postfix = ", ".join(f"{name} {value}" for name, value in self._values(trainer).items())
             shown.refresh()
+        if shown.total is not None and shown.n >= shown.total:
+            self.on_train_end(trainer, pl_module)
 
     def _values(self, trainer: pl.Trainer) -> dict[str, str]:
         """The loss of the last batch, and what a model of your own logs with `prog_bar`."""
@@ -77,23 +79,25 @@ class ProgressBar(LightningBar):
             self._training.close()
             self._training = None
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
         """A bar that counts images, where the loader tells how many there are, else batches."""
+        if self._validation is not None:
+            return
         batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
         scored = any(getattr(callback, "encoding", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         name = "trying validation" if trainer.sanity_checking else "encoding" if scored else "validation"
         self._count(trainer, name, trainer.val_dataloaders, batches)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
         """The same for the test set."""
-        self._count(trainer, "testing", trainer.test_dataloaders, sum(trainer.num_test_batches))
+        if self._validation is None:
+            self._count(trainer, "testing", trainer.test_dataloaders, sum(trainer.num_test_batches))
 
     def _count(self, trainer: pl.Trainer, name: str, loader: Any, batches: float) -> None:
         size, dataset = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
         known = isinstance(size, int) and hasattr(dataset, "__len__")
         self._images = size * trainer.world_size if known else 0  # type: ignore[operator]
         total = min(len(dataset), self._images * batches) if known else batches  # type: ignore[arg-type]
-        self._close_validation()
         self._validation = self._bar(
             total=int(total) if math.isfinite(total) else None, desc=name, unit="images" if known else "batches"
         )

@@ -25,8 +25,8 @@ def model_in_words(model: pl.LightningModule, device: torch.device) -> str:
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     total = sum(p.numel() for p in model.parameters())
     for name, part in model.named_children():
-        for trained, found in counts.items():
-            count = sum(p.numel() for p in part.parameters() if p.requires_grad is trained)
+        for wanted, found in counts.items():
+            count = sum(p.numel() for p in part.parameters() if p.requires_grad is wanted)
             if count > total / 100:
                 found[PARTS.get(name, name)] = count
     where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on {device.type.upper()}"

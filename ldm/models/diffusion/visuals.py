@@ -168,7 +168,7 @@ class _DrawingBar:
 
     def begin(self, name: str) -> Callable[[int], None]:
         """The next picture; gives what the sampler calls after each step."""
-        place, said = list(self.sizes).index(name) + 1, self.names.get(name, name).replace("_", " ")
+        place, said = list(self.sizes).index(name) + 1, self.names.get(name, f"{name} grid").replace("_", " ")
         self.shown.set_description(f"drawing {said}, picture {place} of {len(self.sizes)}")
         return lambda done: self.shown.update(self.sizes[name] if done < self.steps else 0)
 
