@@ -102,9 +102,10 @@ def factors_in_words(record: Mapping[str, Any], room: int) -> str:
     """`4 of 6 factors above .9: wall hue 1.00 on 3+7, …`: accuracies of DCI's predictions, the best first, and the
     concepts that stand for each factor, as far as there is room; empty without DCI's matrices."""
     accuracy = record.get("matrices", {}).get("dci", {}).get("accuracy")
-    concepts = concepts_of_record(record)
-    if accuracy is None or concepts is None:
+    if accuracy is None or None in accuracy:
         return ""
+    concepts = concepts_of_record(record)
+    assert concepts is not None  # the matrix of importances is there where the accuracies are
     names = list(record["factors"])
     told = f"{sum(value > KNOWN for value in accuracy)} of {len(names)} factors above .9"
     for place, k in enumerate(np.argsort(-np.array(accuracy, dtype=float), kind="stable")):
