@@ -87,6 +87,8 @@ def _files(trainer: pl.Trainer, logdir: Path, scored: int) -> list[tuple[str, st
         newest = max(path.stem.partition("_gs-")[2] for path in pictures)
         names = [path.stem.partition("_gs-")[0] for path in pictures if path.stem.endswith(f"_gs-{newest}")]
         rows.append(("pictures", f"{logdir / 'images' / 'train'}: {', '.join(names)}"))
+    drawn = [logdir / "figures", *sorted((logdir / "images" / "figures").glob("*"), reverse=True)]
+    rows += [("figures", str(folder)) for folder in drawn if folder.is_dir()][:1]
     metrics = logdir / "metrics" / f"{scored:06}.json"
     rows += [("metrics", str(metrics))] if metrics.is_file() else []
     rows += [("TensorBoard", f"tensorboard --logdir {logdir}")] if list(logdir.rglob("events.out.tfevents.*")) else []
