@@ -17,10 +17,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import scipy.io
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ldm.bars import bar
 from ldm.data.cache import CACHE_VARIABLE
 from ldm.data.checksums import check_content, read_checksums
 from ldm.data.files import data_root, reading
@@ -83,7 +83,7 @@ def check_lmdb(path: Path) -> str:
     """An LMDB of pictures: its tree, and every picture."""
     with path.open("rb") as file:
         reader = LMDBReader(file)
-        for key, value in tqdm(reader.items(), desc=str(path), unit="values", leave=False, disable=None):
+        for key, value in bar(reader.items(), desc=str(path), unit="values"):
             if key != b"length":
                 with reading(f"'{key.decode(errors='replace')}'", path.name), open_picture(reader.read(value)) as image:
                     image.load()

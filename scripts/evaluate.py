@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ldm.bars import log_to_screen
 from ldm.evaluation.files import read_codes, read_factors, write_codes
 from ldm.evaluation.scores import CodeScores, package_versions, rank_codes, score_codes
 from ldm.factors import FactorGrid, factors_of
@@ -244,7 +245,7 @@ def run(opt: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after a mistake, or 130 after an interruption."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log_to_screen(logging.WARNING)
     try:
         run(arguments(argv))
     except (ValueError, OSError) as error:  # UserError is a ValueError

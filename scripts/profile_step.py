@@ -20,6 +20,8 @@ from bench_training import ENCDIFF, FAST, FIRST_STAGE, job, overrides
 from pytorch_lightning.callbacks import Callback
 from torch.profiler import ProfilerActivity, profile
 
+from ldm.bars import log_to_screen
+
 
 class Profile(Callback):
     """Profiles some steps after a warm-up, and ends the training."""
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=20 if cuda else 1)
     parser.add_argument("--steps", type=int, default=50 if cuda else 3)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_screen(logging.INFO)
     stage, file = ("train", ENCDIFF) if options.stage == "encdiff" else ("first_stage", FIRST_STAGE)
     with tempfile.TemporaryDirectory() as folder:
         where, size = Path(folder), options.batch_size

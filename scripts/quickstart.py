@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytorch_lightning as pl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.api import load, load_config
+from ldm.bars import log_to_screen
 from ldm.callbacks.start import newest_run
 from ldm.cli.main import main as train
 from ldm.config import load_yaml
@@ -40,7 +40,8 @@ def run_stage(configs: list[Path], logdir: Path, seed: int, score: bool, overrid
     before = set(logdir.glob("*"))
     bases = [str(config) for config in configs]
     name = ["-n", configs[0].stem]
-    status = train(["--base", *bases, "-t", *name, "-l", str(logdir), "-s", str(seed), *overrides], score=score)
+    argv = ["--base", *bases, "-t", *name, "-l", str(logdir), "-s", str(seed), *overrides]
+    status = train(argv, score=score, summary=False)  # the table at the end says it all
     if status:
         sys.exit(status)
     made = newest_run(sorted(set(logdir.glob("*")) - before))
@@ -70,7 +71,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the quickstart."""
     opt = arguments()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_screen()
     start = time.perf_counter()
     first_stage, encdiff = [opt.first_stage], [opt.encdiff]
     if opt.longer:
@@ -131,9 +132,9 @@ def report(opt, dataset, first, second, mse, before, record, start, marks) -> No
         f"first stage   {first / 'checkpoints' / 'last.ckpt'}",
         f"EncDiff       {second / 'checkpoints' / 'last.ckpt'}",
     ]
-    for name in ("reconstruction", "samples", "denoise_row", "swap"):
+    for name in ("first_stage_reconstruction", "encdiff_reconstruction", "denoise_row", "swap"):
         pictures = sorted((second / "images" / "train").glob(f"{name}_gs-*.png"))
-        lines += [f"{name:<16}{pictures[-1]}"] if pictures else []
+        lines += [f"{name:<28}{pictures[-1]}"] if pictures else []
     lines.append(f"scores          {second / 'metrics'}")
     lines.append(f"TensorBoard     tensorboard --logdir {opt.logdir}")
     text = "\n".join(lines)

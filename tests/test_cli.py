@@ -351,7 +351,8 @@ def test_log_directory_of_encdiff(trained_encdiff):
     assert {"checkpoints/last.ckpt", "metrics/000004.json", "metrics/000008.json"} <= found
     pictures = {name.split("_gs-")[0] for name in found if name.startswith("images/train/")}
     assert pictures == {
-        f"images/train/{kind}" for kind in ("inputs", "reconstruction", "samples", "denoise_row", "swap")
+        f"images/train/{kind}"
+        for kind in ("inputs", "first_stage_reconstruction", "encdiff_reconstruction", "denoise_row", "swap")
     }
     assert all("gs-000008" in name for name in found if name.startswith("images/")), "the frequency is 1000"
     swap = next(logdir.glob("images/train/swap_*.png"))

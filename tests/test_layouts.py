@@ -78,7 +78,7 @@ def test_both_stages(layout, cli, tmp_path, monkeypatch):
         assert result.status == 0 and result.logdir == logdir, (result.err, result.log)
         assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
         drawn = {path.name.split("_gs-")[0] for path in (logdir / "images" / "train").glob("*_gs-000004_*.png")}
-        assert {"samples", "swap"} <= drawn if score else {"inputs", "reconstructions"} <= drawn, drawn
+        assert {"encdiff_reconstruction", "swap"} <= drawn if score else {"inputs", "reconstructions"} <= drawn, drawn
     record = json.loads((logdir / "metrics" / "000004.json").read_text())
     if not has_grid:
         assert set(record["scores"]) == {"tad"} and len(record["factors"]) == 40

@@ -146,7 +146,7 @@ def test_finished_pictures_are_kept(runs):
     pictures = "lightning.callbacks.image_logger.params.batch_frequency=2"
     logdir = r.run(*stop(2, "drawing"), pictures, status=143)
     kept = {path.name.split("_gs")[0] for path in (logdir / "images" / "train").iterdir()}
-    assert {"inputs", "reconstruction"} <= kept and "swap" not in kept
+    assert {"inputs", "first_stage_reconstruction"} <= kept and "swap" not in kept
 
 
 def test_a_stopped_script_tidies_up(tmp_path):

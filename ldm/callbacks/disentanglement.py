@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm import signals
+from ldm.bars import DETAIL
 from ldm.evaluation.codes import CodeEncoder, check_dtype
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
@@ -205,7 +206,7 @@ class DisentanglementCallback(Callback):
                 for entry, value in entries.items():
                     headline = HEADLINES.get(metric) == entry
                     name = f"{prefix}{metric}" if headline else f"{prefix}{metric}_{entry}"
-                    pl_module.log(name, float(value), prog_bar=headline and kind == "scalars")
+                    pl_module.log(name, float(value))
         if problem:
             raise UserError(problem)
 
@@ -252,7 +253,7 @@ class DisentanglementCallback(Callback):
         scores: dict[str, dict[str, Scores]] = {}
         problems: dict[str, str] = {}
         for kind, values in codes.items():
-            log.info("scoring the %s of %d images: %s", KINDS[kind], len(values), ", ".join(self.metrics))
+            log.info("scoring the %s of %s images: %s", KINDS[kind], f"{len(values):,}", ", ".join(self.metrics))
             try:
                 found = score_codes(values, self.factors, self.metrics, self.settings, self.seed, tell=told)
             except ValueError as error:
@@ -260,7 +261,7 @@ class DisentanglementCallback(Callback):
                 continue
             scores[kind] = found.scores
             problems[kind] = "; ".join(f"{metric}: {reason}" for metric, reason in found.not_computed.items())
-            log.info("scores of the %s at step %d\n%s", KINDS[kind], step, found.table())
+            log.info("scores of the %s at step %d\n%s", KINDS[kind], step, found.table(), extra=DETAIL)
             record |= found.summary() if kind == "scalars" else {f"scores_of_{kind}": found.scores}
             if kind == "scalars" and values.ndim == 2:
                 record["ranges"] = dict(zip(("low", "high"), ranges_of(values), strict=True))

@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
+from ldm.bars import above
+
 NAME = "log.txt"
 # A library that was imported before the command line keeps its messages to itself.
 LOGGERS = ("", "pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric")
@@ -85,7 +87,8 @@ class LogFile(logging.Handler):
         sys.stderr.write(f"{NAME} cannot be written ({error.strerror}): going on without it\n")
 
     def _warned(self, message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
-        self._show(message, category, filename, lineno, *rest)
+        with above():
+            self._show(message, category, filename, lineno, *rest)
         self.note(f"{category.__name__}: {message} ({filename}:{lineno})", logging.WARNING)
 
 

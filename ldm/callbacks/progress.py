@@ -1,112 +1,146 @@
-"""The progress bar."""
+"""Progress of training, validation and scoring, by `ldm.bars`."""
 
 import math
-import sys
-import time
 from typing import Any
 
-from pytorch_lightning.callbacks import TQDMProgressBar
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar as LightningBar
 
-from ldm.evaluation.bars import interval
+from ldm.bars import Bar, bar, short
+
+# Seconds between two drawings in a terminal: for the loss, the host waits for the device.
+TERMINAL = 1.0
 
 
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, drawn every few seconds instead of every few batches, and with the right number of batches.
+class ProgressBar(LightningBar):
+    """One bar for all steps of the run, and one for the validation that runs: images, then metric after metric.
 
-    A batch takes milliseconds on a GPU, where reading the loss for the bar waits for the device, and may take a minute
-    on a CPU: an interval in seconds suits both. The models log their loss without `prog_bar`, for which Lightning would
-    read it in every batch, drawn or not; the bar reads it here. Where `max_steps` ends training, Lightning's bar counts
-    steps, not batches. Validation has one bar, which counts images, and then names the metric that is computed.
+    Where stderr is a file, a line a minute in its place. A batch takes milliseconds on a GPU, where reading the loss
+    waits for the device, and may take a minute on a CPU: an interval in seconds suits both. The models log their loss
+    without `prog_bar`, for which Lightning would read it in every batch, drawn or not; it is read here.
 
     Args:
-        seconds: the shortest time between two updates; by default 1 in a terminal, and 30 in a file, which keeps them.
-        options: of `TQDMProgressBar`; `refresh_rate` counts batches.
+        seconds: the shortest time between two updates; by default 1 in a terminal, and 60 in a file, which keeps them.
     """
 
-    def __init__(self, seconds: float | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.seconds = max(1.0, interval(sys.stdout)) if seconds is None else seconds
-        self._drawn, self._first = -math.inf, False
-        self._images = 0  # in validation; 0 where their number is not known
-        self._loss: dict[str, float] = {}
+    def __init__(self, seconds: float | None = None) -> None:
+        super().__init__()
+        self.seconds, self.enabled = seconds, True
+        self._training: Bar | None = None
+        self._validation: Bar | None = None
+        self._images = 0  # in a batch of validation; 0 where batches are counted
 
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        """What is shown beside the bar: the loss of the last batch that was drawn, and what Lightning shows."""
-        if trainer.training and "loss" in trainer.callback_metrics:
-            self._loss = {"loss": float(trainer.callback_metrics["loss"])}
-        return {**self._loss, **super().get_metrics(trainer, pl_module)}
+    def enable(self) -> None:
+        """Show it."""
+        self.enabled = True
 
-    def _batches(self, done: int) -> int | float:
-        """Number of batches in this epoch, `done` of which are over."""
-        trainer, model = self.trainer, self.trainer.lightning_module
-        if trainer.max_epochs != -1 or trainer.max_steps <= 0:
-            return trainer.num_training_batches
-        accumulate = max(trainer.accumulate_grad_batches, getattr(model, "accumulate_grad_batches", 1))
-        return min(trainer.num_training_batches, done + (trainer.max_steps - trainer.global_step) * accumulate)
+    def disable(self) -> None:
+        """Show nothing: Lightning's call in all processes but the first."""
+        self.enabled = False
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """Number of batches in the epoch that starts."""
-        return self._batches(0)
+    def print(self, *args: Any, sep: str = " ", **options: Any) -> None:
+        """Write above the bars; `LightningModule.print` comes here."""
+        Bar.write(sep.join(map(str, args)), **options)
 
-    def on_train_start(self, *args: Any) -> None:
-        """Show the bar."""
-        super().on_train_start(*args)
-        self._first = True
+    def _bar(self, **options: Any) -> Bar:
+        return bar(progress=self.enabled, every=self.seconds, slowly=TERMINAL, **options)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Name the epoch when a run resumes within it; Lightning's bar does so only at an epoch's start."""
-        if self._first and batch_idx > 0:
-            total = self._batches(batch_idx)
-            self.train_progress_bar.total = total if isinstance(total, int) else None
-            self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
-        self._first = False
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A bar from the step at which the run begins or resumes."""
+        total, epoch = steps_of_run(trainer), f"epoch {trainer.current_epoch}"
+        self._training = self._bar(total=total, initial=trainer.global_step, desc=epoch, unit="steps")
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Name what is counted: images, where the loader tells how many there are."""
-        if batch_idx == 0:
-            size, images = self._validation_size(trainer)
-            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-            self._images = min(images, size * sum(batches))
-        if self._images == 0:
-            super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        elif batch_idx == 0 and self.has_dataloader_changed(dataloader_idx):
-            encoding = any(getattr(callback, "encoding", False) for callback in trainer.callbacks)
-            self.val_progress_bar.unit = " images"
-            self.val_progress_bar.reset(self._images)
-            self.val_progress_bar.set_description("encoding" if encoding else "validation")
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Count."""
-        if not self._images:
-            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        """Draw, if it is time."""
+        shown = self._training
+        if shown is None:
             return
-        if self._should_update(batch_idx + 1, int(self.total_val_batches_current_dataloader)):
-            self.val_progress_bar.n = min(self._images, (batch_idx + 1) * self._validation_size(trainer)[0])
-            self.val_progress_bar.refresh()
+        shown.n = trainer.global_step
+        if shown.due():
+            shown.total, shown.desc = steps_of_run(trainer), f"epoch {trainer.current_epoch}"
+            shown.postfix = ", ".join(f"{name} {value}" for name, value in self._values(trainer).items())
+            shown.refresh()
+        if shown.total is not None and shown.n >= shown.total:
+            self.on_train_end(trainer, pl_module)
 
-    @staticmethod
-    def _validation_size(trainer: Any) -> tuple[int, int]:
-        """Images in a batch of all processes, and in the validation set; zeros where they are not known."""
-        loader = trainer.val_dataloaders
+    def _values(self, trainer: pl.Trainer) -> dict[str, str]:
+        """The loss of the last batch, and what a model of your own logs with `prog_bar`."""
+        found: dict[str, Any] = {}
+        if "loss" in trainer.callback_metrics:
+            found["loss"] = float(trainer.callback_metrics["loss"])
+        found |= {name: float(value) for name, value in trainer.progress_bar_metrics.items()}  # type: ignore[arg-type]
+        return {name: short(value) for name, value in found.items()}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gone."""
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
+        """A bar that counts images, where the loader tells how many there are, else batches."""
+        if self._validation is not None:
+            return
+        batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+        scored = any(getattr(callback, "encoding", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        name = "trying validation" if trainer.sanity_checking else "encoding" if scored else "validation"
+        self._count(trainer, name, trainer.val_dataloaders, batches)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
+        """The same for the test set."""
+        if self._validation is None:
+            self._count(trainer, "testing", trainer.test_dataloaders, sum(trainer.num_test_batches))
+
+    def _count(self, trainer: pl.Trainer, name: str, loader: Any, batches: float) -> None:
         size, dataset = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
-        if not isinstance(size, int) or not hasattr(dataset, "__len__"):
-            return 0, 0
-        return size * trainer.world_size, len(dataset)  # type: ignore[arg-type]
+        known = isinstance(size, int) and hasattr(dataset, "__len__")
+        self._images = size * trainer.world_size if known else 0  # type: ignore[operator]
+        total = min(len(dataset), self._images * batches) if known else batches  # type: ignore[arg-type]
+        self._validation = self._bar(
+            total=int(total) if math.isfinite(total) else None, desc=name, unit="images" if known else "batches"
+        )
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
+        """Count."""
+        shown = self._validation
+        if shown is not None:
+            shown.n += self._images or 1
+            shown.n = shown.n if shown.total is None else min(shown.n, shown.total)
+            if shown.due():
+                shown.refresh()
+
+    on_test_batch_end = on_validation_batch_end
 
     def scoring(self, metric: str, done: int, total: int) -> None:
-        """Say on the bar of validation which metric is being computed, and how many are done."""
-        shown = self.val_progress_bar
-        shown.n, shown.total, shown.unit = done, total, " metrics"
-        shown.set_description(f"scoring {metric}")
+        """Say in the place of validation's bar which metric is being computed."""
+        self._close_validation()
+        self._validation = self._bar(desc=f"scoring {metric}, metric {done + 1} of {total}")
 
-    def _should_update(self, current: int, total: int) -> bool:
-        now = time.monotonic()
-        due = current == total or (now - self._drawn >= self.seconds and super()._should_update(current, total))
-        if due:
-            self._drawn = now
-        return due
+    def _close_validation(self) -> None:
+        if self._validation is not None:
+            self._validation.close()
+            self._validation = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gone."""
+        self._close_validation()
+
+    on_test_end = on_validation_end
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Both are gone, so that the message has a line of its own."""
+        self.on_validation_end(trainer, pl_module)
+        self.on_train_end(trainer, pl_module)
+
+
+def steps_of_run(trainer: pl.Trainer) -> int | None:
+    """The step at which a run ends; None where time or a signal ends it."""
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    batches = trainer.num_training_batches
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(batches):
+        model = trainer.lightning_module
+        accumulate = max(trainer.accumulate_grad_batches, getattr(model, "accumulate_grad_batches", 1))
+        limits.append(trainer.max_epochs * math.ceil(batches / accumulate))
+    return min(limits, default=None)

@@ -11,10 +11,13 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 
 from ldm.callbacks.checkpoint_io import AtomicCheckpointIO
+from ldm.callbacks.clock import Clock
+from ldm.callbacks.learned import Learned
 from ldm.callbacks.logs import ResumableLogs
 from ldm.callbacks.setup import SeedEachBatch, SetupCallback
 from ldm.callbacks.start import described
 from ldm.callbacks.stop import LastCheckpoint, OpenValidation, StopCallback
+from ldm.callbacks.summary import model_in_words
 from ldm.cli.checks import check
 from ldm.cli.configure import Run, saved_run, without_checkpoints
 from ldm.cli.early import check_trainer, check_writable, device_numbers
@@ -65,7 +68,7 @@ def build(run: Run, score: bool) -> Job:
     record = {"started": run.started, **described(run.argv, "main_val.py" if score else "main.py")}
     record |= {"seed": lightning["seed"], "checkpoint": str(run.checkpoint) if run.checkpoint else None}
     first = [SetupCallback(run.logdir, run.now, run.config, run.resumed, record), SeedEachBatch(lightning["seed"])]
-    first += [validation, ResumableLogs(validation)]
+    first += [validation, ResumableLogs(validation), Clock(), Learned(run.logdir)]
     last = [StopCallback(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints / "last.ckpt", **rhythm)]
     for name, node in lightning["callbacks"].items():
         keep_chosen(run, name, node)
@@ -242,10 +245,12 @@ def build_trainer(
     if isinstance(model, FirstStage | LatentDiffusion):
         # Two batches before the first step would show nothing that `dry_run` has not tried with an image.
         options.setdefault("num_sanity_val_steps", 0)
+    options.setdefault("enable_model_summary", False)  # `model_in_words` is shorter
     try:
         trainer = pl.Trainer(**options, callbacks=callbacks)
     except Exception as error:  # Lightning raises many kinds for invalid arguments
         raise UserError(" ".join(str(error).split()), "lightning.trainer") from error
+    log.info("%s", model_in_words(model, trainer.strategy.root_device))
     check_batches(options, datasets, config["data"], trainer.world_size)
     set_learning_rate(model, config, accumulate, trainer.world_size, datasets.get("train"))
     return trainer

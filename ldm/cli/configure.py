@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.callbacks.start import newest_config
 from ldm.cli.arguments import Arguments
 from ldm.cli.early import check_names, check_writable
-from ldm.compat.translate import rename, translate
+from ldm.compat.translate import Notes, rename, translate
 from ldm.compat.whole import damage, instead_of, newest_whole
 from ldm.config import check_sections, drop_empty, find_config, from_dotlist, load_bases, load_yaml, merge, of_stage
 from ldm.util import UserError
@@ -88,11 +88,11 @@ def compose(
         UserError: a file that cannot be read, files that do not go together, or an invalid section.
     """
     files = load_bases([find_config(path) for path in paths])
-    given = [rename(config) for config in (*saved, *files, from_dotlist(overrides))]
-    given = of_stage(given)
+    notes = Notes()
+    given = of_stage([rename(config, notes) for config in (*saved, *files, from_dotlist(overrides))])
     for config in given:
         drop_empty(config)
-    config = translate(merge([OmegaConf.create(DEFAULTS), *given]))
+    config = translate(merge([OmegaConf.create(DEFAULTS), *given]), notes)
     try:
         check_sections(config)
         for key in sorted(OmegaConf.missing_keys(config)) if complete else []:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.bars import above, log_to_screen
 from ldm.callbacks.log_file import LogFile, note
 from ldm.cli.arguments import Arguments, parse
 from ldm.cli.configure import Run, configure, logdir_of
@@ -39,21 +40,35 @@ QUIET = (
     ".*Please add the following callbacks.*RandomState.*",  # of an earlier version's checkpoints
     ".*You have overridden `on_before_batch_transfer` in `LightningModule` but.*",  # the data module has none
     ".*The dirpath has changed from.*",  # --resume_from_checkpoint continues in a new directory
+    ".*is smaller than the logging interval.*",  # a short run is not wrong
 )
+# Messages of Lightning's that say nothing, or what is said here in other words.
+SILENT = re.compile(
+    r"For seamless cloud"  # an advertisement
+    r"|^(GPU|TPU|IPU|HPU) available|^LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES"  # `model_in_words` names the device
+    r"|`Trainer\.fit` stopped: `max_"  # `closing` says where it ended
+    r"|^Restoring states from|^Restored all states from|^Loaded model weights from"
+)
+SPEAKERS = ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda")
 
 
-def main(argv: Sequence[str] | None = None, score: bool = False) -> int:
+def main(argv: Sequence[str] | None = None, score: bool = False, summary: bool = True) -> int:
     """Entry point of `main.py` and, with `score`, of `main_val.py`.
+
+    Args:
+        argv: the command line; by default this process's.
+        score: with scores at validation.
+        summary: say at the end where everything is, and what to do next.
 
     Returns:
         The exit status: 0; 2 after a mistake in the input; 128 + N after signal N.
     """
     set_up_logging()
     with handled(), LogFile(wanted=not is_follower()):
-        return run_all(sys.argv[1:] if argv is None else argv, score)
+        return run_all(sys.argv[1:] if argv is None else argv, score, summary)
 
 
-def run_all(argv: Sequence[str], score: bool) -> int:
+def run_all(argv: Sequence[str], score: bool, summary: bool) -> int:
     """Run all phases, and report a mistake or a stop in one line.
 
     Returns:
@@ -67,7 +82,7 @@ def run_all(argv: Sequence[str], score: bool) -> int:
         # The run that is resumed may be somebody else's: what lies in its folder is not taken.
         resumed = logdir_of(Path(options.resume)) if options.resume else None
         with allowing(options.allow, working_directory=True, outside=resumed):
-            return build_and_fit(configure(arguments), score)
+            return build_and_fit(configure(arguments), score, summary)
     except UserError as error:
         if debug:
             raise
@@ -91,7 +106,7 @@ def run_all(argv: Sequence[str], score: bool) -> int:
         raise
 
 
-def build_and_fit(run: Run, score: bool) -> int:
+def build_and_fit(run: Run, score: bool, summary: bool) -> int:
     """Phases 3 and 4.
 
     Returns:
@@ -105,7 +120,7 @@ def build_and_fit(run: Run, score: bool) -> int:
     from ldm.cli.build import build
 
     try:
-        fit(build(run, score))
+        fit(build(run, score), summary)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
@@ -138,7 +153,7 @@ def stopped(stop: Stopped, arguments: Arguments | None) -> int:
     return stop.status
 
 
-def fit(job: "Job") -> None:
+def fit(job: "Job", summary: bool) -> None:
     """Phase 4, fit: train, then test where there is a test set.
 
     Before the first step Lightning calls, in this order: `SetupCallback.on_fit_start` (makes the log directory),
@@ -150,13 +165,24 @@ def fit(job: "Job") -> None:
     """
     from ldm.callbacks.setup import hold
     from ldm.callbacks.stop import Interrupted
+    from ldm.callbacks.summary import closing
+
+    def tell(ended: bool) -> None:
+        if summary and run.logdir.is_dir():
+            log.info("%s", "\n".join(["", *closing(job.trainer, run.logdir, run.argv, ended)]))
 
     run, checkpoint = job.run, str(job.run.checkpoint) if job.run.checkpoint else None
     if run.train:
         log.info("logging to %s", run.logdir)
         with hold(run.logdir, run.resumed and not is_follower()):
-            job.trainer.fit(job.model, job.data, ckpt_path=checkpoint, weights_only=True)
+            try:
+                job.trainer.fit(job.model, job.data, ckpt_path=checkpoint, weights_only=True)
+            except Interrupted as stop:
+                if stop.checkpoint is not None:
+                    tell(ended=False)
+                raise
         if state.stop is not None:  # it came when there was nothing left to train
+            tell(ended=False)
             raise Interrupted(state.stop, run.logdir / "checkpoints" / "last.ckpt")
     else:
         log.info("built everything; add -t to train")
@@ -165,6 +191,8 @@ def fit(job: "Job") -> None:
         results = job.trainer.test(job.model, job.data, ckpt_path=checkpoint, weights_only=True, verbose=False)
         for name, value in results[0].items():
             log.info("%s %.5g", name, value)
+    if run.train:
+        tell(ended=True)
 
 
 def is_follower() -> bool:
@@ -178,15 +206,16 @@ def is_follower() -> bool:
 
 def set_up_logging() -> None:
     """Messages on stderr, from the first process only, without advice that does not apply."""
-    logging.basicConfig(level=logging.ERROR if is_follower() else logging.INFO, format="%(message)s", stream=sys.stderr)
-    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    if not lightning.filters:
-        lightning.addFilter(lambda record: "For seamless cloud" not in record.getMessage())  # an advertisement
+    log_to_screen(logging.ERROR if is_follower() else logging.INFO)
+    for lightning in map(logging.getLogger, SPEAKERS):
+        if not lightning.filters:
+            lightning.addFilter(lambda record: SILENT.search(record.getMessage()) is None)
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
 
 
 def report(line: str) -> None:
     """One line on stderr and in the log file, however long the message."""
-    sys.stderr.write(f"{' '.join(line.split())}\n")
+    with above():
+        sys.stderr.write(f"{' '.join(line.split())}\n")
     note(" ".join(line.split()))

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
+# For the log file alone; see `ldm.bars`.
+DETAIL = {"screen": False}
 
 LOSS = "VQLPIPSWithDiscriminator"
 TARGETS = {
@@ -91,29 +93,70 @@ TRAIN_STEPS = {
 UNCONDITIONAL = "__is_unconditional__"
 
 
-def rename(config: DictConfig) -> DictConfig:
-    """A copy of one YAML file with today's targets, so that files can be merged; a warning line for each.
+class Notes:
+    """What is translated or left out. Each is a line for the log file; the screen gets one line on all of them."""
+
+    def __init__(self) -> None:
+        self.targets, self.renamed, self.without_effect = 0, list[str](), list[str]()
+
+    def target(self, where: str, old: str, new: str) -> None:
+        """A class has another name here."""
+        self.targets += 1
+        log.info("%s.target: %s is %s here", where, old, new, extra=DETAIL)
+
+    def rename(self, key: str, meaning: str) -> None:
+        """A key is written in another way here."""
+        self.renamed.append(key)
+        log.info("%s %s", key, meaning, extra=DETAIL)
+
+    def leave_out(self, key: str, reason: str) -> None:
+        """A key has no effect here."""
+        self.without_effect.append(key)
+        log.info("%s has no effect: %s", key, reason, extra=DETAIL)
+
+    def tell(self) -> None:
+        """One line on everything."""
+        renamed, without = (
+            list(dict.fromkeys(key.rpartition(".")[2] for key in keys)) for keys in (self.renamed, self.without_effect)
+        )
+        targets = [f"{self.targets} target{'s' if self.targets > 1 else ''}"] if self.targets else []
+        parts = [f"{', '.join([*targets, *renamed])} translated"] if targets or renamed else []
+        if without:
+            parts.append(f"{', '.join(without)} left out, without effect here (docs/differences.md says why)")
+        if parts:
+            log.warning("names of the first release, LDM or Lightning 1: %s", "; ".join(parts))
+
+
+def rename(config: DictConfig, notes: Notes | None = None) -> DictConfig:
+    """A copy of one YAML file with today's targets, so that files can be merged.
+
+    Args:
+        config: of one file.
+        notes: to add to; without, they are told at once.
 
     Raises:
         UserError: a data set of the release that this project does not have.
     """
-    config = config.copy()
+    config, own = config.copy(), notes or Notes()
     for where, node in _nodes(config):
         target = str(_plain(node, "target"))
         if target in TARGETS:
             node.target = TARGETS[target]
-            log.warning("%s.target: %s is %s here", where, target, node.target)
+            own.target(where, target, node.target)
         elif target.startswith(DATASETS):
             message = f"'{target}' is a data set of the first release that this project does not have"
             raise UserError(message, f"{where}.target")
+    if notes is None:
+        own.tell()
     return config
 
 
-def translate(config: DictConfig) -> DictConfig:
-    """A configuration in this project's words; each thing that is translated or left out is one warning line.
+def translate(config: DictConfig, notes: Notes | None = None) -> DictConfig:
+    """A configuration in this project's words; one warning line says what is translated or left out.
 
     Args:
         config: all files, merged; it is not changed.
+        notes: of `rename`, for each of the files, which the line tells too.
 
     Returns:
         A copy with today's targets and Trainer arguments, and without keys that have no effect.
@@ -121,17 +164,20 @@ def translate(config: DictConfig) -> DictConfig:
     Raises:
         UserError: see `rename`; or a key with a value that would mean something that is not built here.
     """
-    config = rename(config)
-    _lightning(config)
+    notes = notes or Notes()
+    config = rename(config, notes)
+    _lightning(config, notes)
     for where, node in _nodes(config):
         params, target = _plain(node, "params"), str(_plain(node, "target"))
         if not isinstance(params, DictConfig):
             continue
-        _drop(params, UNUSED.get("ldm.data.dis." if target.startswith("ldm.data.dis.") else target), f"{where}.params")
-        _drop(_plain(params, "ddconfig"), UNUSED["ddconfig"], f"{where}.params.ddconfig")
+        kind = "ldm.data.dis." if target.startswith("ldm.data.dis.") else target
+        _drop(params, UNUSED.get(kind), f"{where}.params", notes)
+        _drop(_plain(params, "ddconfig"), UNUSED["ddconfig"], f"{where}.params.ddconfig", notes)
         if _plain(params, "cond_stage_config") == UNCONDITIONAL:
             params.update({"cond_stage_config": None, "conditioning_key": "none"})
-            log.warning("%s.params.cond_stage_config: %s is conditioning_key none here", where, UNCONDITIONAL)
+            notes.rename(f"{where}.params.cond_stage_config", f"{UNCONDITIONAL} is conditioning_key none here")
+    notes.tell()
     return config
 
 
@@ -152,7 +198,7 @@ def _nodes(config: DictConfig, where: str = "") -> list[tuple[str, DictConfig]]:
     return found
 
 
-def _drop(params: Any, unused: dict[str, Unused] | None, where: str) -> None:
+def _drop(params: Any, unused: dict[str, Unused] | None, where: str, notes: Notes) -> None:
     """Leave out keys that have no effect."""
     for key in [key for key in unused or {} if isinstance(params, DictConfig) and key in params]:
         reason, allowed = unused[key]  # type: ignore[index]
@@ -160,27 +206,28 @@ def _drop(params: Any, unused: dict[str, Unused] | None, where: str) -> None:
         if allowed is not None and value not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise UserError(f"{value!r} is not supported: {reason}; leave it out, or give {expected}", f"{where}.{key}")
-        log.warning("%s.%s has no effect: %s", where, key, reason)
+        notes.leave_out(f"{where}.{key}", reason)
 
 
-def _lightning(config: DictConfig) -> None:
+def _lightning(config: DictConfig, notes: Notes) -> None:
     """Callbacks that LDM's YAML files write out, and Lightning 1's arguments of the Trainer."""
     callbacks = OmegaConf.select(config, "lightning.callbacks")
     for name in list(map(str, callbacks)) if isinstance(callbacks, DictConfig) else []:
         if _plain(callbacks[name], "target") in LEFT_OUT:
             del callbacks[name]
-            log.warning("lightning.callbacks.%s has no effect: every run has what it does", name)
+            notes.leave_out(f"lightning.callbacks.{name}", "every run has what it does")
         elif name == "metrics_over_trainsteps_checkpoint":
             callbacks[name] = OmegaConf.merge(TRAIN_STEPS, callbacks[name] or {})
-            log.warning("lightning.callbacks.%s: weights are kept every N steps, as LDM's main.py does", name)
+            notes.rename(f"lightning.callbacks.{name}", "keeps weights every N steps, as LDM's main.py does")
     trainer = OmegaConf.select(config, "lightning.trainer")
     if not isinstance(trainer, DictConfig):
         return
     for old, new in TRAINER.items():
         if old in trainer:
             trainer[new] = bool(trainer.pop(old))
-            log.warning("lightning.trainer.%s is %s here", old, new)
+            notes.rename(f"lightning.trainer.{old}", f"is {new} here")
     accelerator = _plain(trainer, "accelerator")
     if accelerator in STRATEGIES:
         del trainer["accelerator"]
-        log.warning("lightning.trainer.accelerator: %s has no effect: several devices train by DDP anyway", accelerator)
+        reason = "several devices train by DDP anyway"
+        notes.leave_out(f"lightning.trainer.accelerator: {accelerator}", reason)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ldm.bars import Bar, bar
 from ldm.data.checksums import add_checksums, check_content
 from ldm.data.files import atomic_output, make_folder, remove_leftovers, require_space
 from ldm.data.images import Pixels
@@ -31,7 +31,7 @@ AGAIN = "delete it, and it will be converted again"
 ADVICE = f"name another folder for converted files in the environment variable {CACHE_VARIABLE}"
 
 # Fills an array (n, h, w, c) or (n, h, w) uint8; the progress bar counts images.
-Fill = Callable[[np.ndarray, tqdm], None]
+Fill = Callable[[np.ndarray, Bar], None]
 
 
 def fingerprint(sources: Iterable[Path], *parameters: object) -> str:
@@ -145,8 +145,9 @@ def _convert(path: Path, shape: tuple[int, ...], fill: Fill, title: str) -> None
             require_space(temporary, offset + size, needs, ADVICE, claim=True)
             file.truncate(offset + size)
             out = np.memmap(file, np.uint8, "r+", offset, tuple(shape))
-        with tqdm(total=shape[0], desc=f"{title}: converting once", unit="images", disable=size < 1 << 24) as bar:
-            fill(out, bar)
+        told = f"{title}: converting once"
+        with bar(total=shape[0], progress=size >= 1 << 24, desc=told, unit="images") as shown:
+            fill(out, shown)
         out.flush()
         del out
         add_checksums(temporary)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import scipy.io
-from tqdm import tqdm
 
+from ldm.bars import Bar
 from ldm.data.cache import converted, fingerprint, resize
 from ldm.data.files import reading, require_name
 from ldm.data.images import Pixels, resized_shape
@@ -41,7 +41,7 @@ def cars3d_pixels(folder: Path, files: list[Path], grid: FactorGrid, image_size:
     """
     shape = resized_shape((len(grid), 128, 128, 3), image_size)
 
-    def fill(out: np.ndarray, bar: tqdm) -> None:
+    def fill(out: np.ndarray, bar: Bar) -> None:
         by_factor = out.reshape(*grid.sizes, *shape[1:])
         for car, file in enumerate(files):
             pictures = read_car(file, grid, title)

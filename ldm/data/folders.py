@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ldm.bars import Bar
 from ldm.data.cache import Fill, converted, fingerprint
 from ldm.data.files import data_root, find, listed, reading
 from ldm.data.images import ImageDataset, Pixels, resized_shape
@@ -38,7 +38,7 @@ def _decode(name: str, data: bytes, prepare: Prepare, title: str) -> tuple[np.nd
 def filling(encoded: Callable[[], Iterator[tuple[str, bytes]]], prepare: Prepare, title: str) -> Fill:
     """A converter that decodes pictures on all cores, 256 at a time to bound the memory."""
 
-    def fill(out: np.ndarray, bar: tqdm) -> None:
+    def fill(out: np.ndarray, bar: Bar) -> None:
         found = _Told()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             row, pending = 0, []
@@ -77,7 +77,7 @@ class _Told:
             logger.warning(told, title, len(self.transparent), self.transparent[0])
 
 
-def _collect(out: np.ndarray, row: int, pending: list, bar: tqdm, told: _Told) -> int:
+def _collect(out: np.ndarray, row: int, pending: list, bar: Bar, told: _Told) -> int:
     """Write finished pictures to `out`, the first at `row`; returns the row after the last one."""
     for name, future in pending:
         try:

@@ -8,8 +8,8 @@ from typing import IO
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
+from ldm.bars import Bar
 from ldm.data.cache import converted, fingerprint, resize
 from ldm.data.checksums import check_content, read_checksums
 from ldm.data.files import reading, require_name
@@ -62,7 +62,7 @@ def h5_pixels(path: Path, key: str, image_size: int | None, grid: FactorGrid | N
             check_place(file, array, path)
             return Pixels(path, offset, shape)
 
-        def fill(out: np.ndarray, bar: tqdm) -> None:
+        def fill(out: np.ndarray, bar: Bar) -> None:
             rows = _block_rows(array.shape, array.chunks[0] if array.chunks else 1)
             for start in range(0, len(array), rows):
                 _put(out, start, array[start : start + rows], bar)
@@ -112,7 +112,7 @@ def _block_rows(shape: tuple[int, ...], multiple: int = 1) -> int:
     return max(min(rows, 16 * BLOCK_BYTES // image_bytes), 1)
 
 
-def _put(out: np.ndarray, start: int, block: np.ndarray, bar: tqdm, scale: int = 1) -> None:
+def _put(out: np.ndarray, start: int, block: np.ndarray, bar: Bar, scale: int = 1) -> None:
     """Write a block of images into `out` from row `start`, multiplied by `scale` and resized to its size."""
     if scale != 1:
         block = block * np.uint8(scale)
@@ -167,7 +167,7 @@ def npz_pixels(
         if info.compress_type == zipfile.ZIP_STORED and shape == found and not binary:
             return Pixels(path, _member_offset(path, info) + header_bytes, shape)
 
-        def fill(out: np.ndarray, bar: tqdm) -> None:
+        def fill(out: np.ndarray, bar: Bar) -> None:
             with archive.open(info) as stream:
                 stream.read(header_bytes)
                 _stream_images(stream, found, out, bar, where, 255 if binary else 1)
@@ -192,7 +192,7 @@ def _member_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _stream_images(
-    stream: IO[bytes], shape: tuple[int, ...], out: np.ndarray, bar: tqdm, where: str, scale: int
+    stream: IO[bytes], shape: tuple[int, ...], out: np.ndarray, bar: Bar, where: str, scale: int
 ) -> None:
     """Read images of `shape` from a stream into `out`, block by block."""
     rows = _block_rows(shape)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ldm.bars import Bar
 from ldm.data.cache import converted, fingerprint
 from ldm.data.files import is_hidden, listed
 from ldm.data.folders import EXTENSIONS, file_contents, filling
@@ -74,7 +74,7 @@ class ImageFolder(ImageDataset):
         state = fingerprint(files, self.files, image_size, CHANGED)
         fill = filling(file_contents(files, title), prepare, title)
 
-        def tell_and_fill(out: np.ndarray, bar: tqdm) -> None:
+        def tell_and_fill(out: np.ndarray, bar: Bar) -> None:
             _tell_of_others(folder, title)
             fill(out, bar)
             if small:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
+from ldm.bars import bar
 from ldm.data.checksums import add_checksums, check_content
 from ldm.data.files import atomic_output, data_root, make_folder, other_root, reading, remove_leftovers, require_space
 from ldm.data.formats import CHECKED, h5_pixels
@@ -89,7 +89,7 @@ def render_blocks(
     floors, walls, things, scales, shapes, angles = factor_values(sizes)
     scenes = [(scale, SHAPES[int(shape)], angle) for scale in scales for shape in shapes for angle in angles]
     planes = np.empty((4, len(scenes), image_size, image_size, 1), dtype=np.float32)
-    for k, (scale, shape, angle) in enumerate(tqdm(scenes, desc="ray casting", leave=False, disable=len(scenes) < 50)):
+    for k, (scale, shape, angle) in enumerate(bar(scenes, len(scenes) >= 50, desc="ray casting", unit="scenes")):
         planes[:, k, ..., 0] = np.moveaxis(geometry_buffer(shape, scale, angle, image_size, samples), -1, 0) * 255
     floor_plane, wall_plane, thing_plane, white_plane = planes
     white_plane += 0.5  # so that the cast to integers rounds
@@ -161,10 +161,10 @@ def write_shapes3d(
                 file.seek(offsets["labels"])
                 file.write(labels(grid.sizes).tobytes())
                 file.seek(offsets["images"])
-                with tqdm(total=len(grid), desc=f"rendering {path.name}", unit="images", disable=not progress) as bar:
+                with bar(total=len(grid), progress=progress, desc=f"rendering {path.name}", unit="images") as shown:
                     for _, block in render_blocks(grid.sizes, image_size):
                         file.write(block.data)
-                        bar.update(len(block))
+                        shown.update(len(block))
                 file.truncate(length)  # what was claimed is more
             add_checksums(temporary)
     logger.info("rendered %d images of %d×%d into %s", len(grid), image_size, image_size, path)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from ldm.evaluation.bars import bar
+from ldm.bars import bar
 from ldm.util import UserError
 
 
@@ -28,7 +28,7 @@ def image_batches(
     if not hasattr(dataset, "fetch"):
         kind = type(dataset).__name__
         raise UserError(f"{kind} has no method fetch(rows), by which images are read: derive it from ImageDataset")
-    with bar(total=len(rows), progress=progress, desc=title, unit=" images") as shown:
+    with bar(total=len(rows), progress=progress, desc=title, unit="images") as shown:
         for start in range(0, len(rows), batch_size):
             images = dataset.fetch(rows[start : start + batch_size])["image"]
             yield rearrange(images, "b h w c -> b c h w")

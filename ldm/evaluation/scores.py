@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.evaluation.bars import bar
+from ldm.bars import bar
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
 from ldm.factors import FactorGrid
@@ -114,7 +114,7 @@ def score_codes(
     save()  # a folder that cannot be written to is reported before anything is computed
     shown = bar(resolved, progress, desc="scoring")
     for done, name in enumerate(shown):
-        shown.set_postfix_str(name)
+        shown.set_description(f"scoring {name}, metric {done + 1} of {len(resolved)}")
         if tell is not None:
             tell(name, done, len(resolved))
         start = time.perf_counter()

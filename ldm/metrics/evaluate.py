@@ -25,6 +25,8 @@ from ldm.metrics.tad import tad
 from ldm.metrics.unsupervised import unsupervised
 
 log = logging.getLogger(__name__)
+# For the log file alone; see `ldm.bars`.
+DETAIL = {"screen": False}
 
 METRICS: dict[str, Callable[..., Scores]] = {
     "beta_vae": beta_vae,
@@ -116,7 +118,7 @@ def evaluate(
     for name, values in resolved.items():
         start = time.perf_counter()
         scores[name] = METRICS[name](codes, grid, np.random.RandomState(seed), **values)
-        log.info("%s took %.1f s", name, time.perf_counter() - start)
+        log.info("%s took %.1f s", name, time.perf_counter() - start, extra=DETAIL)
     return scores
 
 

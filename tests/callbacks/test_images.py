@@ -174,3 +174,53 @@ def test_a_full_disk_leaves_no_half_pictures(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "images" / "train").iterdir())
+
+
+def drawn_by(options, device="cpu", **attributes):
+    """Arguments with which an EncDiff on a device is asked for pictures, and how that is told."""
+
+    class On(LatentDiffusion):
+        device = torch.device("cpu")
+
+    On.device = torch.device(device)
+    return ImageLogger(1, log_images_kwargs=options)._options(unbuilt(On, **{"use_ema": True, **attributes}))
+
+
+def test_fewer_steps_without_a_gpu():
+    few = {"N": 8, "sampler": "dpm", "dpm_steps": 10, "ddim_eta": 0.0}
+    assert drawn_by({}) == (few, "DPM-Solver++ in 10 steps, as there is no GPU, with the EMA weights")
+    assert drawn_by({"plot_ema": False, "sample_swap": False})[1].endswith("no GPU, with the live weights")
+    assert drawn_by({}, "cuda") == ({"N": 8}, "DDIM in 200 steps, with the EMA weights")
+    for given, told in (
+        ({"ddim_steps": 50}, "DDIM in 50 steps"),
+        ({"ddim_steps": None}, "DDIM in 1000 steps"),
+        ({"sampler": "dpm"}, "DPM-Solver++ in 20 steps"),
+        ({"sampler": "ddim"}, "DDIM in 200 steps"),
+        ({"dpm_steps": 5, "sampler": "dpm"}, "DPM-Solver++ in 5 steps"),
+    ):
+        options, way = drawn_by(given, num_timesteps=1000)
+        assert options == {"N": 8, **given} and way == f"{told}, with the EMA weights"
+    assert ImageLogger(1)._options(Model()) == ({"N": 8}, ""), "a model of your own"
+
+
+def test_names_and_descriptions_say_what_is_shown(tmp_path, caplog):
+    """Files and loggers; `log_images` keeps LDM's names."""
+
+    class Named(Model):
+        picture_names = {"beyond": "far_away"}
+
+    told = []
+    run = trainer(tmp_path, 3)
+    run.loggers = [SimpleNamespace(experiment=SimpleNamespace(add_image=lambda name, *_, **__: told.append(name)))]
+    callback = ImageLogger(batch_frequency=1, max_images=1)
+    with caplog.at_level("INFO"):
+        callback.log_pictures(run, Named())
+        run.global_step = 4
+        callback.log_pictures(run, Named())
+    path = tmp_path / "images" / "train" / "far_away_gs-000003_e-000000.png"
+    assert Image.open(path).info["Description"] == "far_away at step 3" and told[:2] == [
+        "train/inputs",
+        "train/far_away",
+    ]
+    assert caplog.messages == [f"pictures are in {path.parent}: inputs, far_away"], "once"
+    assert callback.drawing_seconds > 0

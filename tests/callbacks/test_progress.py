@@ -1,69 +1,83 @@
-"""The bar counts batches, also under accumulation and after a resume, and is drawn by the clock."""
+"""Training's bar counts steps, also under accumulation and after a resume; validation's counts images, then metrics."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 from command_line import CHECKPOINT
 
-from ldm.callbacks.progress import ProgressBar
+from ldm import bars
 
 SECONDS = "lightning.callbacks.progress_bar.params.seconds"
+EACH = f"{SECONDS}=0"  # a line at every step
 
 
-def shown(out: str) -> list[str]:
-    """Batches done, and their total, of the first epoch's bar at each drawing."""
-    return re.findall(r"Epoch 0:[^\r\n]*?\| (\d+/\d+) \[", out)
+def shown(err: str) -> list[str]:
+    """Steps done, and their total, in each line on training."""
+    return re.findall(r"^epoch \d+: (\d+ of \d+) steps", err, re.M)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_batches_under_accumulation(cli, steps):
+def test_steps_under_accumulation(cli, steps):
     """Four batches in an epoch, in groups of two."""
-    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_steps", steps, "--accumulate_grad_batches", 2)
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_steps", steps, "--accumulate_grad_batches", 2, EACH)
     assert result.status == 0, result.err
-    assert shown(result.out)[-1] == f"{2 * steps}/{2 * steps}"
+    assert shown(result.err)[-1] == f"{steps} of {steps}" and "\r" not in result.err
+    assert re.search(r"^epoch 0: .* 0 s left, loss -?\d*\.\d+$", result.err, re.M)
 
 
 def test_after_a_resume(cli):
     signal = "lightning.callbacks.signal"
     first = cli.run("--base", cli.vq, "-t", "--gpus", 0, f"{signal}.target=run_callbacks.SignalAt",
-                    f"{signal}.params.batch=1")  # fmt: skip
+                    f"{signal}.params.batch=1", EACH)  # fmt: skip
     assert first.status == 130, first.err
-    second = cli.run("-r", first.logdir, "-t", "--max_steps", 3, f"{signal}.params.batch=1000")
+    second = cli.run("-r", first.logdir, "-t", "--max_steps", 3, f"{signal}.params.batch=1000", EACH)
     assert second.status == 0, second.err
-    assert shown(second.out)[-1:] == ["3/3"], repr(second.out)
+    assert shown(second.err) == ["2 of 3", "3 of 3"]
 
 
-@pytest.mark.parametrize(("seconds", "drawings"), [(0.0, 4), (3600.0, 2)])
-def test_the_clock_decides(cli, seconds, drawings):
-    """With an hour between two drawings, only the first and the last remain."""
-    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_epochs", 1, "--num_sanity_val_steps", 0,
-                     "--limit_val_batches", 0, "model.params.monitor=train/epoch_num",
-                     f"{SECONDS}={seconds}")  # fmt: skip
+@pytest.mark.parametrize(("limit", "total"), [(["--max_epochs", 2], 8), (["--max_epochs", 2, "--max_steps", 5], 5)])
+def test_epochs_are_steps_too(cli, limit, total):
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, *limit, "--limit_val_batches", 0,
+                     "model.params.monitor=train/epoch_num", EACH)  # fmt: skip
     assert result.status == 0, result.err
-    done = {int(item.split("/")[0]) for item in shown(result.out)} - {0}
-    assert len(done) == drawings and 4 in done
+    assert shown(result.err) == [f"{step} of {total}" for step in range(1, total + 1)]
 
 
-def test_validation_has_one_bar(cli, first_stage):
-    """Images that are encoded, then metric after metric."""
+def test_a_short_run_leaves_no_line(cli):
+    """By default a minute passes before the first one, and between two."""
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_epochs", 1)
+    assert result.status == 0, result.err
+    assert shown(result.err) == [] and "validation:" not in result.err and "\r" not in result.err + result.out
+
+
+def test_validation_counts_images(cli, first_stage):
     result = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_epochs", 1, f"{CHECKPOINT}={first_stage}",
-                     "data.params.val_batch_size=24", f"{SECONDS}=0", score=True)  # fmt: skip
+                     "data.params.val_batch_size=24", EACH, score=True)  # fmt: skip
     assert result.status == 0, result.err
-    counts = re.findall(r"encoding:[^\r\n]*?\| (\d+/\d+) \[", result.out)
-    assert list(dict.fromkeys(counts)) == ["0/64", "24/64", "48/64", "64/64"]
-    metrics = re.findall(r"scoring (\w+):[^\r\n]*?\| (\d/\d) \[", result.out)
-    assert list(dict.fromkeys(metrics)) == [("factor_vae", "0/2"), ("mig", "1/2")]
-    assert "DataLoader" not in result.out
+    counts = re.findall(r"^encoding: (\d+ of \d+) images", result.err, re.M)
+    assert counts == ["24 of 64", "48 of 64", "64 of 64"]
 
 
 def test_validation_without_scores_counts_images_too(cli):
-    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_epochs", 1, f"{SECONDS}=0")
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, "--max_epochs", 1, EACH)
     assert result.status == 0, result.err
-    assert re.findall(r"validation:[^\r\n]*?\| (\d+/\d+) \[", result.out)[-1] == "64/64"
+    assert re.findall(r"^validation: (\d+ of \d+) images", result.err, re.M)[-1] == "64 of 64"
 
 
-@pytest.mark.parametrize(("terminal", "seconds"), [(True, 1.0), (False, 30.0)])
-def test_a_file_gets_few_lines(monkeypatch, terminal, seconds):
-    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: terminal))
-    assert ProgressBar().seconds == seconds and ProgressBar(5).seconds == 5
+def test_what_runs_has_a_bar(cli, first_stage, monkeypatch):
+    """One after the other, each closed when it is over."""
+    written = []
+
+    class Seen(bars.Bar):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            if not self.disable:
+                written.append(self)
+
+    monkeypatch.setattr(bars, "Bar", Seen)
+    result = cli.run("--base", cli.enc, "-t", "--gpus", 0, "--max_steps", 1, f"{CHECKPOINT}={first_stage}", score=True)
+    assert result.status == 0, result.err
+    titles = [shown.title for shown in written if shown.title]
+    assert titles == ["epoch 0", "encoding", "scoring factor_vae, metric 1 of 2", "scoring mig, metric 2 of 2",
+                      "drawing swap grid, picture 2 of 2"]  # fmt: skip
+    assert all(shown.disable for shown in written), "closed"

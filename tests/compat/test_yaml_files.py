@@ -149,14 +149,31 @@ def test_translating_changes_nothing_of_ours(caplog):
     assert not caplog.messages
 
 
-def test_each_thing_is_one_warning_and_the_file_stays(caplog):
+def test_one_line_on_the_screen_and_the_rest_in_the_log(caplog):
     config = load_yaml(ENCDIFF)
     before = OmegaConf.to_yaml(config)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         once = translate(config)
     assert OmegaConf.to_yaml(config) == before
-    assert len(caplog.messages) == len(set(caplog.messages)) == 7 + 7 + 1, caplog.messages  # targets, keys, Record
-    assert translate(once) == once and len(caplog.messages) == 15
+    details = [record.message for record in caplog.records if not getattr(record, "screen", True)]
+    assert len(details) == len(set(details)) == 7 + 7 + 1, details  # targets, keys, Record
+    (line,) = [record.message for record in caplog.records if getattr(record, "screen", True)]
+    assert line.startswith("names of the first release, LDM or Lightning 1: 8 targets translated; ")
+    keys = ("eval_name", "num_timesteps_cond", "concat_mode", "verbosity_interval", "use_checkpoint", "wrap")
+    assert all(key in line for key in (*keys, "plot_image")) and "left out, without effect here" in line
+    assert translate(once) == once and len(caplog.messages) == 16
+
+
+def test_a_run_tells_all_of_it_in_one_line(caplog):
+    """Files, flags and overrides together."""
+    with caplog.at_level(logging.WARNING):
+        compose([ENCDIFF], ["data.params.wrap=true", "lightning.trainer.progress_bar_refresh_rate=0"])
+    assert len(caplog.messages) == 1 and "8 targets, progress_bar_refresh_rate translated" in caplog.text
+
+
+def test_the_docs_say_why_keys_are_left_out():
+    text = (ROOT / "docs" / "differences.md").read_text()
+    assert all(f"`{key}`" in text for keys in UNUSED.values() for key in keys)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +228,7 @@ def test_unconditional_in_ldms_words():
 def test_arguments_of_lightning_1(caplog):
     trainer = {"gpus": "0", "accelerator": "ddp", "checkpoint_callback": False, "progress_bar_refresh_rate": 0,
                "weights_summary": None, "precision": 32}  # fmt: skip
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("INFO"):
         config = translate(OmegaConf.create({"lightning": {"trainer": trainer}}))
     assert trainer_options(OmegaConf.to_container(config.lightning.trainer)) == {
         "accelerator": "cpu",
@@ -222,7 +239,7 @@ def test_arguments_of_lightning_1(caplog):
         "precision": 32,
         "max_epochs": 1000,
     }
-    assert len(caplog.messages) == 4 and "accelerator: ddp has no effect" in caplog.text
+    assert len(caplog.messages) == 4 + 1 and "accelerator: ddp has no effect" in caplog.text
 
 
 def test_flags_of_lightning_1(cli):

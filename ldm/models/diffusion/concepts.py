@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from ldm.bars import Bar, bar
 from ldm.models.images import as_images
 from ldm.modules.attention import recording
 from ldm.modules.mode import evaluating
@@ -35,6 +36,11 @@ class Concepts:
     share: Mapping[str, float] = field(default_factory=dict)
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+
+
+def _advance(shown: Bar, images: int, step: int) -> None:
+    """So many images have done a step."""
+    shown.update(images)
 
 
 class ConceptMethods:
@@ -247,11 +253,11 @@ class ConceptMethods:
         shape = (self.channels, self.image_size, self.image_size)
         generator = torch.Generator(self.device).manual_seed(seed)
         start = torch.randn(1, *shape, generator=generator, device=self.device)
-        bar = tqdm(total=steps * -(-len(tokens) // batch_size), desc=progress, leave=False, disable=not progress)
-        with evaluating(self), bar:
+        shown = bar(total=steps * len(tokens), progress=bool(progress), desc=progress)
+        with evaluating(self), shown:
             for part in tokens.split(batch_size):
                 x_T = start.expand(len(part), *shape)
                 options: dict[str, Any] = {"x_T": x_T, "generator": generator, "log_every_t": self.num_timesteps}
-                options |= {"eta": eta, "verbose": False, "callback": lambda _: bar.update()}
+                options |= {"eta": eta, "verbose": False, "callback": partial(_advance, shown, len(part))}
                 latents, _ = chosen.sample(steps, len(part), shape, part.to(self.device), **options)
                 yield self.decode_first_stage(latents).clamp(-1, 1).float().cpu()

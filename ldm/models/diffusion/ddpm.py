@@ -21,7 +21,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.latents import LatentCache
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import lvlb_weights, make_beta_schedule, q_sample, schedule_buffers
-from ldm.models.diffusion.visuals import diffusion_images
+from ldm.models.diffusion.visuals import NAMES, diffusion_images
 from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
@@ -538,6 +538,11 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         if not self.scale_by_std or "scale_factor" not in state:
             state["scale_factor"] = self.scale_factor.clone()
         fit_to(self.state_dict(), state)
+
+    @property
+    def picture_names(self) -> dict[str, str]:
+        """What the pictures of `log_images` show, by the name that they have there, for those that are saved."""
+        return NAMES if self.conditioned else {"reconstruction": NAMES["reconstruction"]}
 
     def log_images(self, batch: Mapping[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
         """Pictures of what the model does: see `ldm.models.diffusion.visuals.diffusion_images`."""

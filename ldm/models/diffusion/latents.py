@@ -71,7 +71,7 @@ class LatentCache:
             raise UserError(f"{KEY}: this first stage draws a new latent every time: turn it off")
         if self.latents is None:
             self.latents = encoded.new_empty((len(self.known), *encoded.shape[1:]))
-            log.info("keeping the latents of %d images, %.0f MB", len(self.known), self.latents.nbytes / 1e6)
+            log.info("keeping the latents of %s images, %.0f MB", f"{len(self.known):,}", self.latents.nbytes / 1e6)
         self.latents[index] = encoded[:count]
         self.known[self.rows] = True
         return self.latents[index]  # in the memory layout that they will have the next time

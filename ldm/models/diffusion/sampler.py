@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ldm import signals
+from ldm.bars import bar
 from ldm.models.diffusion.schedule import SamplingPlan
 
 
@@ -53,6 +53,7 @@ class Sampler:
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[torch.Tensor, int], None] | None = None,
         verbose: bool = True,
+        title: str = "",
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """Draw samples.
 
@@ -69,7 +70,7 @@ class Sampler:
             log_every_t: keep an intermediate result every N steps.
             quantize_x0: pass the predicted x_0 through the first stage's codebook in every step.
             callback: called after every step with its number. img_callback: with the predicted x_0 and the number.
-            verbose: show a progress bar.
+            verbose: show a progress bar. title: what it says is drawn.
 
         Returns:
             The samples (b, c, h, w), and the intermediate results {"x_inter": [...], "pred_x0": [...]}.
@@ -95,10 +96,10 @@ class Sampler:
         last_x0: torch.Tensor | None = None
         intermediates: dict[str, list[torch.Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         count = len(plan.timesteps)
-        bar = tqdm(range(count - 1, -1, -1), desc=self.title, leave=False, disable=not verbose)
+        told = title or f"drawing {batch_size} images by {self.title}"
         # Tokens are the same in every step, and so is what the U-Net computes from them alone.
         with nullcontext() if conditioning is None else model.conditioned_on(conditioning):
-            for done, index in enumerate(bar):
+            for done, index in enumerate(bar(range(count - 1, -1, -1), verbose, desc=told, unit="steps")):
                 signals.check()
                 t = torch.full((batch_size,), int(plan.timesteps[index]), device=like.device, dtype=torch.long)
                 if mask is not None and x0 is not None:

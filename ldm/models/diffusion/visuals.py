@@ -1,15 +1,25 @@
 """Pictures of a trained EncDiff: reconstructions, samples, denoising rows, the swap grid."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange, repeat
 
+from ldm.bars import bar
 from ldm.signals import Stopped
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
+
+# What the pictures show, where LDM's name says it only to those who know the code: for files, loggers and bars.
+# `log_images` keeps LDM's names, which users' own code asks for.
+NAMES = {
+    "reconstruction": "first_stage_reconstruction",
+    "samples": "encdiff_reconstruction",
+    "samples_x0_quantized": "encdiff_reconstruction_quantized",
+    "samples_inpainting": "encdiff_inpainting",
+}
 
 
 def _grid(images: torch.Tensor) -> torch.Tensor:
@@ -54,6 +64,7 @@ def diffusion_images(
     quantize_denoised: bool = False,
     plot_ema: bool = True,
     generator: torch.Generator | None = None,
+    progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """What the model makes of a batch of images.
 
@@ -70,9 +81,10 @@ def diffusion_images(
         inpaint: mask the middle, and fill it in. quantize_denoised: also sample with x_0 passed through the codebook.
         plot_ema: use the EMA weights.
         generator: source of the random numbers.
+        progress: show a bar.
 
     Returns:
-        Pictures (b, c, h, w) in [-1, 1] by name.
+        Pictures (b, c, h, w) in [-1, 1] by LDM's names; `NAMES` says what they show.
 
     Raises:
         UserError: another sampler.
@@ -90,9 +102,9 @@ def diffusion_images(
     def noise(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=model.device, dtype=z.dtype)
 
-    def draw(tokens: torch.Tensor | None, size: int, **options):
+    def draw(name: str, tokens: torch.Tensor | None, size: int, **options):
         options = {"eta": ddim_eta, "generator": generator, "log_every_t": model.log_every_t} | options
-        return chosen.sample(steps, size, shape, tokens, **options)
+        return chosen.sample(steps, size, shape, tokens, verbose=False, callback=shown.begin(name), **options)
 
     if plot_diffusion_rows:
         times = torch.linspace(0, model.num_timesteps - 1, 6).long().to(model.device)
@@ -100,36 +112,69 @@ def diffusion_images(
         rows = [model.decode_first_stage(step) for step in noised]
         pictures["diffusion_row"] = _grid(torch.stack(rows, dim=1))
 
+    rows_over_time = {"denoise_row": plot_denoise_rows, "progressive_row": plot_progressive_rows}
+    wanted = {
+        "samples": sample or any(rows_over_time.values()),
+        "samples_x0_quantized": quantize_denoised,
+        "samples_inpainting": inpaint,
+    }
+    shown = _DrawingBar(model, steps, progress)
     was_training = model.training
     model.eval()
     try:
         with model.ema_scope() if plot_ema else torch.no_grad():
             tokens = model.get_learned_conditioning(source) if model.conditioned else None
-            if sample or plot_denoise_rows or plot_progressive_rows:
-                latents, way = draw(tokens, count)
+            swapped = min(swap_images, count) if sample_swap and tokens is not None else 0
+            cells = {"swap": swapped * tokens.shape[1]} if tokens is not None and swapped else {}
+            shown.expect({name: count for name in wanted if wanted[name]} | cells)
+            if wanted["samples"]:
+                latents, way = draw("samples", tokens, count)
                 pictures["samples"] = model.decode_first_stage(latents)
-                for name, key, wanted in (
-                    ("denoise_row", "x_inter", plot_denoise_rows),
-                    ("progressive_row", "pred_x0", plot_progressive_rows),
-                ):
-                    if wanted:
+                for name, key in (("denoise_row", "x_inter"), ("progressive_row", "pred_x0")):
+                    if rows_over_time[name]:
                         rows = [model.decode_first_stage(step[:n_row]) for step in way[key]]
                         pictures[name] = _grid(torch.stack(rows, dim=1))
             if quantize_denoised:
-                pictures["samples_x0_quantized"] = model.decode_first_stage(draw(tokens, count, quantize_x0=True)[0])
+                latents, _ = draw("samples_x0_quantized", tokens, count, quantize_x0=True)
+                pictures["samples_x0_quantized"] = model.decode_first_stage(latents)
             if inpaint:
                 mask = torch.ones(count, 1, *shape[1:], device=model.device)
                 quarter = model.image_size // 4
                 mask[:, :, quarter:-quarter, quarter:-quarter] = 0
-                pictures["samples_inpainting"] = model.decode_first_stage(draw(tokens, count, mask=mask, x0=z)[0])
-            if sample_swap and tokens is not None:
-                pictures["swap"] = _swap_grid(model, x, tokens, min(swap_images, count), draw, noise(1, *shape))
+                latents, _ = draw("samples_inpainting", tokens, count, mask=mask, x0=z)
+                pictures["samples_inpainting"] = model.decode_first_stage(latents)
+            if tokens is not None and swapped:
+                pictures["swap"] = _swap_grid(model, x, tokens, swapped, draw, noise(1, *shape))
     except Stopped as stop:
         stop.pictures = pictures
         raise
     finally:
+        shown.close()
         model.train(was_training)
     return pictures
+
+
+class _DrawingBar:
+    """One bar for all pictures that are sampled: which is drawn, of how many, and the time that is left for them."""
+
+    def __init__(self, model: "LatentDiffusion", steps: int, progress: bool) -> None:
+        self.steps, self.sizes, self.names = steps, dict[str, int](), model.picture_names
+        self.shown = bar(total=1, progress=progress, desc="drawing")
+
+    def expect(self, sizes: dict[str, int]) -> None:
+        """How many images are sampled for each picture."""
+        self.sizes = sizes
+        self.shown.total = self.steps * sum(sizes.values())
+
+    def begin(self, name: str) -> Callable[[int], None]:
+        """The next picture; gives what the sampler calls after each step."""
+        place, said = list(self.sizes).index(name) + 1, self.names.get(name, f"{name} grid").replace("_", " ")
+        self.shown.set_description(f"drawing {said}, picture {place} of {len(self.sizes)}")
+        return lambda done: self.shown.update(self.sizes[name] if done < self.steps else 0)
+
+    def close(self) -> None:
+        """All are drawn."""
+        self.shown.close()
 
 
 def _swap_grid(
@@ -137,6 +182,6 @@ def _swap_grid(
 ) -> torch.Tensor:
     """The swap grid as one picture (1, c, (n + 1)·h, count·w)."""
     swapped = rearrange(swap_tokens(tokens[:count]), "k b n d -> (k b) n d")
-    latents, _ = draw(swapped, len(swapped), x_T=start.expand(len(swapped), -1, -1, -1), eta=0.0)
+    latents, _ = draw("swap", swapped, len(swapped), x_T=start.expand(len(swapped), -1, -1, -1), eta=0.0)
     rows = rearrange(model.decode_first_stage(latents), "(k b) c h w -> k b c h w", b=count)
     return _grid(torch.cat([x[None, :count], rows]))

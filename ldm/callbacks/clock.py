@@ -1,0 +1,55 @@
+"""How long a run takes, and how many images it trains on in a second."""
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+
+class Clock(Callback):
+    """Measures a start of a run.
+
+    Attributes:
+        first: step at which it began.
+    """
+
+    def __init__(self) -> None:
+        self.first, self._validated = 0, 0.0
+        self._begun = self._validation = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began, validation and pictures included."""
+        return time.monotonic() - self._begun
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin."""
+        self.first, self._validated, self._begun = trainer.global_step, 0.0, time.monotonic()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What follows is not training."""
+        self._validation = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training again."""
+        self._validated += time.monotonic() - self._validation
+
+    def images_per_second(self, trainer: pl.Trainer) -> float | None:
+        """Images of all processes in a second of training; None where batches have no size, or before the first one."""
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        drawn = sum(float(getattr(callback, "drawing_seconds", 0)) for callback in callbacks)
+        seconds, images = self.elapsed - self._validated - drawn, images_per_step(trainer)
+        steps = trainer.global_step - self.first
+        return steps * images / seconds if images and steps and seconds > 0 else None
+
+
+def images_per_step(trainer: pl.Trainer) -> int | None:
+    """Images in a step, those of accumulated batches and of all processes; None where batches have no size."""
+    loader: Any = trainer.train_dataloader
+    size, dataset = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+    if isinstance(size, int) and hasattr(dataset, "__len__"):
+        size = min(size, -(-len(dataset) // trainer.world_size))  # type: ignore[arg-type]
+    model: Any = trainer.lightning_module
+    accumulate = max(trainer.accumulate_grad_batches, getattr(model, "accumulate_grad_batches", 1))
+    return size * accumulate * trainer.world_size if isinstance(size, int) else None

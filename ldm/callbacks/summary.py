@@ -1,0 +1,133 @@
+"""What a run says of itself: of its model at the start, and at its end where everything is, and what to do next."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from ldm.bars import duration, short
+from ldm.callbacks.clock import Clock, images_per_step
+from ldm.callbacks.learned import WIDTH, factors_in_words, read_records, scores_in_words
+from ldm.callbacks.start import ROOT
+from ldm.models.autoencoder import FirstStage
+
+# Parts of the models, in words.
+PARTS = {"model": "U-Net", "cond_stage_model": "concept encoder", "first_stage_model": "first stage"}
+FIRST_STAGE = "model.params.first_stage_config.params.ckpt_path"
+LABEL = 13  # width of the first column
+
+
+def model_in_words(model: pl.LightningModule, device: torch.device) -> str:
+    """`training 1.7 M parameters on the CPU, 1 thread: U-Net .62 M, …; frozen: first stage .27 M`."""
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    total = sum(p.numel() for p in model.parameters())
+    for name, part in model.named_children():
+        for wanted, found in counts.items():
+            count = sum(p.numel() for p in part.parameters() if p.requires_grad is wanted)
+            if count > total / 100:
+                found[PARTS.get(name, name)] = count
+    where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on {device.type.upper()}"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        where = f"on the CPU, {threads} thread{'s' if threads > 1 else ''}"
+    told = {key: ", ".join(f"{name} {_count(n)}" for name, n in found.items()) for key, found in counts.items()}
+    frozen = f"; frozen: {told[False]}" if told[False] else ""
+    trained = _count(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return f"training {trained} parameters {where}: {told[True]}{frozen}"
+
+
+def _count(number: int) -> str:
+    """`1.70 M`, `180 k`."""
+    return f"{short(number / 1e6)} M" if number >= 999500 else f"{short(number / 1e3)} k"
+
+
+def closing(trainer: pl.Trainer, logdir: Path, argv: Sequence[str] = (), ended: bool = True) -> list[str]:
+    """What a run leaves, line by line.
+
+    Args:
+        trainer: after its `fit`.
+        logdir: the run's.
+        argv: the command line, of which the next command takes the configuration and the devices.
+        ended: False after a stop, where the next command is to resume, which is told elsewhere.
+    """
+    rows, records = [("trained", _trained(trainer))], read_records(logdir)
+    if records:
+        newest = max(records)
+        rows += [("scores", scores_in_words(records, newest))]
+        rows += [("factors", factors_in_words(records[newest], WIDTH - LABEL))]
+    rows += _files(trainer, logdir, max(records, default=-1))
+    if ended:
+        rows += [("next" if k == 0 else "", line) for k, line in enumerate(_next(trainer, logdir, argv))]
+    return [f"{label:<{LABEL}}{text}" for label, text in rows if text]
+
+
+def _trained(trainer: pl.Trainer) -> str:
+    clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), Clock())  # type: ignore[attr-defined]
+    images, rate, step = images_per_step(trainer), clock.images_per_second(trainer), trainer.global_step
+    steps = f"steps {clock.first:,} to {step:,}" if clock.first else f"{step:,} steps"
+    told = f"{steps}, {(step - clock.first) * images:,} images" if images else steps
+    return f"{told}, in {duration(clock.elapsed)}" + (f"; {short(rate)} images/s while training" if rate else "")
+
+
+def _files(trainer: pl.Trainer, logdir: Path, scored: int) -> list[tuple[str, str]]:
+    """Labels, and what there is; `scored` is the last step that was."""
+    rows = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
+            path, score = callback.best_model_path, callback.best_model_score
+            if path and Path(path).is_file() and score is not None:
+                rows.append(("best", f"{_short(Path(path), logdir)} ({callback.monitor} {short(float(score))})"))
+    last = logdir / "checkpoints" / "last.ckpt"
+    rows += [("last", str(last))] if last.is_file() else []
+    pictures = sorted((logdir / "images" / "train").glob("*_gs-*.png"))
+    if pictures:
+        newest = max(path.stem.partition("_gs-")[2] for path in pictures)
+        names = [path.stem.partition("_gs-")[0] for path in pictures if path.stem.endswith(f"_gs-{newest}")]
+        rows.append(("pictures", f"{logdir / 'images' / 'train'}: {', '.join(names)}"))
+    drawn = [logdir / "figures", *sorted((logdir / "images" / "figures").glob("*"), reverse=True)]
+    rows += [("figures", str(folder)) for folder in drawn if folder.is_dir()][:1]
+    metrics = logdir / "metrics" / f"{scored:06}.json"
+    rows += [("metrics", str(metrics))] if metrics.is_file() else []
+    rows += [("TensorBoard", f"tensorboard --logdir {logdir}")] if list(logdir.rglob("events.out.tfevents.*")) else []
+    named = (("report", "report.html"), ("log", "log.txt"))
+    return rows + [(label, str(logdir / name)) for label, name in named if (logdir / name).is_file()]
+
+
+def _short(path: Path, logdir: Path) -> Path:
+    """A path in the log directory as that is written on the command line."""
+    inside = path.absolute().is_relative_to(logdir.absolute())
+    return logdir / path.absolute().relative_to(logdir.absolute()) if inside else path
+
+
+def _next(trainer: pl.Trainer, logdir: Path, argv: Sequence[str]) -> list[str]:
+    """Commands that go on from here."""
+    last = logdir / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        return []
+    if isinstance(trainer.lightning_module, FirstStage):
+        gpus = [argv[k : k + 2] for k, item in enumerate(argv) if item == "--gpus"] + [
+            [item] for item in argv if item.startswith("--gpus=")
+        ]
+        devices = shlex.join(gpus[0]) + " " if gpus else ""
+        return [f"python main_val.py --base {second_stage(argv)} -t {devices}{FIRST_STAGE}={shlex.quote(str(last))}"]
+    run = shlex.quote(str(logdir))
+    commands = {
+        "scripts/evaluate.py": f"python scripts/evaluate.py {run}  # all metrics",
+        "scripts/figures.py": f"python scripts/figures.py {run}  # swaps, traversals, attention, …",
+    }
+    there = [command for script, command in commands.items() if (ROOT / script).is_file()]
+    return [*there, f'model = ldm.load("{logdir}")  # in Python']
+
+
+def second_stage(argv: Sequence[str]) -> str:
+    """The EncDiff that belongs to a first stage's configuration, by name: `latent-diffusion/x-vq-4-16.yaml` for
+    `autoencoder/x_vq_4_16.yaml`, and `encdiff.yaml` for `first_stage.yaml` beside it."""
+    for base in map(Path, (item for item in argv if item.endswith(".yaml"))):
+        name = base.stem.replace("_", "-")
+        for path in (base.parent.parent / "latent-diffusion" / f"{name}.yaml", base.with_name("encdiff.yaml")):
+            if path.is_file() and path != base:
+                return shlex.quote(str(path))
+    return "ENCDIFF.yaml"

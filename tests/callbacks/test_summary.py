@@ -1,0 +1,201 @@
+"""What a run says: of its model, at a validation, and at its end."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import CHECKPOINT
+from torch import nn
+
+from ldm.callbacks.learned import WIDTH, factors_in_words, hundredths, learned_line, losses_in_words, read_records
+from ldm.callbacks.summary import model_in_words, second_stage
+from ldm.cli.main import QUIET, SILENT
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["floor hue", "wall hue", "shape"]
+
+
+def record(step: int, dci: float, accuracy=(0.5, 1.0, 0.95)) -> dict:
+    """Scores of three factors and four concepts, two of which stand for the wall."""
+    importance = [[0.0, 0.0, 1.0], [0.1, 0.7, 0.0], [0.9, 0.0, 0.0], [0.0, 0.3, 0.0]]
+    scores = {"mig": {"discrete_mig": 0.2}, "dci": {"disentanglement": dci}, "factor_vae": {"eval_accuracy": 0.914}}
+    matrices = {"dci": {"importance": importance, "accuracy": list(accuracy)}}
+    return {"step": step, "factors": dict.fromkeys(NAMES, 4), "scores": scores, "matrices": matrices}
+
+
+def test_the_line_of_a_validation():
+    records = {1000: record(1000, 0.7), 4000: record(4000, 0.655)}
+    assert learned_line(4000, 64, records, "val loss .109") == (
+        "step 4,000 (256,000 images): FactorVAE .91, DCI .66 (best .70 at step 1,000); 2 of 3 factors above .9: "
+        "wall hue 1.00 on 1+3, shape .95 on 0, …; val loss .109"
+    )
+    assert "DCI .70 (best so far)" in learned_line(1000, 64, records, "")
+    assert learned_line(1, None, {1: record(1, 0.5)}, "").startswith("step 1: FactorVAE .91, DCI .50; 2 of 3")
+    assert learned_line(5, 64, records, "val loss .1") == "step 5 (320 images): val loss .1", "a step without scores"
+    assert learned_line(5, 64, {}, "") == ""
+
+
+@pytest.mark.parametrize("count", [1, 6, 40])
+def test_it_fits_into_a_line(count):
+    made = record(4000, 0.5)
+    made["factors"] = {f"attribute of number {k}": 2 for k in range(count)}
+    accuracy, importance = [1 - k / 100 for k in range(count)], torch.rand(20, count).tolist()
+    made["matrices"]["dci"] = {"importance": importance, "accuracy": accuracy}
+    line = learned_line(4000, 64, {1000: record(1000, 0.7), 4000: made}, "val loss .109")
+    assert len(line) <= WIDTH and line.endswith("val loss .109") and "factors above .9" in line
+
+
+def test_without_matrices_there_are_no_factors():
+    made = record(1, 0.5)
+    made["matrices"] = {"mig": {}}
+    assert factors_in_words(made, 100) == "" and "factors" not in learned_line(1, 64, {1: made}, "")
+    made["matrices"] = {"dci": {"importance": [[None]], "accuracy": [None]}}  # NaN, as JSON has it
+    assert learned_line(1, 64, {1: {**made, "factors": {"x": 2}}}, "").startswith("step 1 (64 images): FactorVAE .91")
+
+
+def test_losses():
+    values = {"val/rec_loss": 0.0123, "val/mse": 0.0047, "val/codes_in_use": 231.0}
+    assert losses_in_words(values, 256) == "val rec_loss .0123, mse .00470, 231 of 256 codes used"
+    assert losses_in_words({"val/loss_simple": 0.109, "val/loss_simple_ema": 0.2}) == "val loss .109"
+    assert losses_in_words({}) == ""
+
+
+def test_damaged_records_are_left_out(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "000001.json").write_text("{")
+    (tmp_path / "metrics" / "000002.json").write_text("[]")
+    (tmp_path / "metrics" / "000003.json").write_text('{"step": 3}')
+    assert list(read_records(tmp_path)) == [3]
+    assert learned_line(3, 64, read_records(tmp_path), "val loss .1") == "step 3 (192 images): val loss .1"
+
+
+def test_the_numbers_are_those_of_the_record(trained_encdiff):
+    logdir = trained_encdiff.logdir
+    for step in (4, 8):
+        scores = json.loads((logdir / "metrics" / f"{step:06}.json").read_text())["scores"]
+        (line,) = re.findall(rf"^step {step} \({16 * step} images\): (.*)$", trained_encdiff.log, re.M)
+        told = dict(re.findall(r"(FactorVAE|MIG) (\S+?)[,;]", line))
+        assert told == {
+            "FactorVAE": hundredths(scores["factor_vae"]["eval_accuracy"]),
+            "MIG": hundredths(scores["mig"]["discrete_mig"]),
+        }
+        assert re.search(r"; val loss \.\d{3}$|; val loss 1\.\d\d$", line), line
+
+
+def closing_rows(log: str) -> dict[str, list[str]]:
+    """The closing lines, by label."""
+    rows: dict[str, list[str]] = {}
+    label = ""
+    for line in log[log.rindex("trained  ") :].splitlines():
+        label = line[:13].strip() or label
+        rows.setdefault(label, []).append(line[13:])
+    return rows
+
+
+def test_the_end_of_a_first_stage(trained, cli):
+    rows = closing_rows(trained.log)
+    assert set(rows) == {"trained", "best", "last", "pictures", "TensorBoard", "log", "next"}
+    assert re.fullmatch(r"8 steps, 128 images, in \d+ s; [\d.,]+ images/s while training", rows["trained"][0])
+    best, score = re.fullmatch(r"(\S+) \(val/rec_loss (\S+)\)", rows["best"][0]).groups()
+    content = torch.load(trained.folder / best, weights_only=True)
+    assert content["global_step"] in (4, 8) and float(score) < 10
+    for label in ("last", "log"):
+        assert (trained.folder / rows[label][0]).is_file()
+    folder, _, names = rows["pictures"][0].partition(": ")
+    assert names == "inputs, reconstructions" and (trained.folder / folder).is_dir()
+    # The next command is one: it builds, from the checkpoint that it names.
+    (command,) = rows["next"]
+    argv = shlex.split(command)
+    assert argv[:5] == ["python", "main_val.py", "--base", "ENCDIFF.yaml", "-t"] and argv[5:7] == ["--gpus", "0"]
+    key, path = argv[7].split("=")
+    assert key == CHECKPOINT and (trained.folder / path).is_file()
+    run = cli.run("--base", cli.enc, f"{key}={trained.folder / path}", score=True)
+    assert run.status == 0 and "built everything" in run.log
+
+
+def test_the_end_of_encdiff(trained_encdiff):
+    rows = closing_rows(trained_encdiff.log)
+    assert rows["metrics"][0].endswith("metrics/000008.json") and rows["scores"][0].startswith("FactorVAE ")
+    assert "best" not in rows, "the monitor counts epochs"
+    for command in rows["next"]:
+        if command.startswith("python"):
+            script, run = shlex.split(command, comments=True)[1:]
+            assert (ROOT / script).is_file() and (trained_encdiff.folder / run).is_dir()
+    assert rows["next"][0].startswith("python scripts/evaluate.py") and "ldm.load(" in rows["next"][-1]
+    assert "swap" in rows["pictures"][0] and "encdiff_reconstruction" in rows["pictures"][0]
+
+
+def test_a_stop_says_where_things_are_and_how_to_resume(cli):
+    signal = "lightning.callbacks.signal"
+    result = cli.run("--base", cli.vq, "-t", "--gpus", 0, f"{signal}.target=run_callbacks.SignalAt",
+                     f"{signal}.params.batch=2")  # fmt: skip
+    assert result.status == 130, result.err
+    rows = closing_rows(result.log)
+    assert rows["trained"][0].startswith("2 steps, 32 images") and "next" not in rows
+    assert result.err.splitlines()[-1].startswith("stopped; saved logs/") and "Resume with -r logs/" in result.err
+
+
+def test_without_a_summary(cli):
+    """As scripts/quickstart.py asks for, which has a table of its own."""
+    from ldm.cli.main import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cli.folder)
+        told = []
+        patch.setattr("ldm.cli.main.log.info", lambda message, *rest, **options: told.append(message % rest))
+        assert main(["--base", cli.vq, "-t", "--gpus", "0", "--max_steps", "1"], summary=False) == 0
+    assert told and not any("trained" in line for line in told)
+
+
+# ---- silence
+
+
+def test_lines_that_say_nothing_are_gone(trained, trained_encdiff):
+    """Lightning's, of which some depend on the machine: by the rules, too."""
+    for result in (trained, trained_encdiff):
+        said = result.log + result.err + (result.logdir / "log.txt").read_text()
+        for nothing in (
+            "GPU available",
+            "TPU",
+            "HPU",
+            "`Trainer.fit` stopped",
+            "FLOPs",
+            "logging interval",
+            "in eval mode",
+        ):
+            assert nothing not in said, nothing
+    for line in ("GPU available: True (cuda), used: True", "HPU available: False, using: 0 HPUs",
+                 "LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]", "`Trainer.fit` stopped: `max_epochs=2` reached.",
+                 "Restoring states from the checkpoint path at x.ckpt"):  # fmt: skip
+        assert SILENT.search(line), line
+    for line in ("LOCAL_RANK: 1 - CUDA_VISIBLE_DEVICES: [0,1]", "`Trainer.fit` stopped: No training batches."):
+        assert not SILENT.search(line), line
+    advice = "The number of training batches (4) is smaller than the logging interval Trainer(log_every_n_steps=50)."
+    assert any(re.match(rule, advice) for rule in QUIET)
+
+
+def test_the_model_in_words():
+    model = nn.Module()
+    model.cond_stage_model, model.first_stage_model = nn.Linear(1999, 1000), nn.Linear(299, 1000)
+    model.tiny = nn.Linear(2, 2)
+    model.first_stage_model.requires_grad_(False)
+    told = model_in_words(model, torch.device("cpu"))
+    assert re.sub(r"\d+ threads?", "N threads", told) == (
+        "training 2.00 M parameters on the CPU, N threads: concept encoder 2.00 M; frozen: first stage 300 k"
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "next_one"),
+    [
+        ("configs/autoencoder/shapes3d_vq_4_16.yaml", "configs/latent-diffusion/shapes3d-vq-4-16.yaml"),
+        ("configs/quickstart/first_stage.yaml", "configs/quickstart/encdiff.yaml"),
+        ("configs/fast.yaml", "ENCDIFF.yaml"),
+    ],
+)
+def test_the_second_stage_of_a_first_one(monkeypatch, base, next_one):
+    monkeypatch.chdir(ROOT)
+    assert second_stage(["--base", base, "configs/fast.yaml", "-t"]) == next_one
