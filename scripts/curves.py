@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from table import TITLES, logdirs, name_of, read_csv, read_json
 
-from ldm.callbacks.start import newest_config
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
+from ldm.evaluation.runs import newest_config
 from ldm.metrics.dci import disentanglement
 from ldm.metrics.evaluate import HEADLINES
 from ldm.util import UserError
