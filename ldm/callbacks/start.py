@@ -1,8 +1,9 @@
-"""The record of every start of a run: what was started where, on what.
+"""The record of every start of a run: what was started where, on what, and how it ended.
 
 Without PyTorch, whose import takes seconds.
 """
 
+import datetime
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.files import atomic_output
+from ldm.evaluation.files import write_json
 from ldm.evaluation.runs import read_json, start_number
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,3 +104,28 @@ def write_start(folder: Path, now: str, record: Mapping[str, Any]) -> str:
     with atomic_output(folder / f"{stamp}-run.json") as part:
         part.write_text(json.dumps({"number": count, **record}, indent=1) + "\n")
     return stamp
+
+
+def described_data(datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """Class, number of images and factors of each data set, by split."""
+    found = {}
+    for split, dataset in datasets.items():
+        found[split] = {"class": type(dataset).__name__, "images": len(dataset)}
+        grid, attributes = getattr(dataset, "grid", None), getattr(dataset, "attribute_names", ())
+        if grid is not None:
+            found[split]["factors"] = dict(zip(grid.names, grid.sizes, strict=True))
+        elif attributes:
+            found[split]["attributes"] = list(attributes)
+    return found
+
+
+def write_end(path: Path, how: str, steps: int) -> None:
+    """Add to the record of a start how it ended.
+
+    Args:
+        path: `<time>-run.json`.
+        how: `finished`, the signal's name, or the error's.
+        steps: of the run so far.
+    """
+    ended = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    write_json(path, {**read_json(path), "end": {"how": how, "steps": steps, "at": ended}})
