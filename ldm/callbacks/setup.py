@@ -122,8 +122,8 @@ class SetupCallback(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Release the directory; after an exception Lightning does not call `teardown`."""
-        stopped = isinstance(exception, Stopped)
-        self._end(trainer, signal.Signals(exception.signum).name if stopped else type(exception).__name__)
+        stop = signal.Signals(exception.signum).name if isinstance(exception, Stopped) else ""
+        self._end(trainer, stop or type(exception).__name__)
         self.teardown(trainer, pl_module, "fit")
 
 

@@ -14,10 +14,14 @@ STARTED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_(.+)$")
 def read_json(path: Path) -> dict[str, Any]:
     """A record of a run; empty if there is none, or it is damaged."""
     try:
-        found = json.loads(path.read_text())
+        return as_dict(json.loads(path.read_text()))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A value that should be a mapping; empty if it is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def newest(folder: Path, pattern: str) -> Path | None:

@@ -15,7 +15,7 @@ from ldm.figures.report_charts import Line, chart, diagonal_order
 from ldm.figures.report_config import between
 from ldm.figures.report_data import KINDS, gather
 from ldm.figures.report_events import thinned
-from ldm.figures.report_facts import duration, facts_of, speed_words, stage_of
+from ldm.figures.report_facts import compared, duration, facts_of, speed_words, stage_of
 from ldm.metrics.evaluate import HEADLINES
 from ldm.util import UserError
 
@@ -61,6 +61,7 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
         "runs": runs,
         "several": len(runs) > 1,
         "title": runs[0]["title"] if len(runs) == 1 else f"{len(runs)} runs of EncDiff",
+        "facts": compared(runs),
         "scores": score_charts(runs),
         "losses": loss_charts(runs),
         "metrics": metrics_of(runs),
@@ -141,14 +142,15 @@ def score_charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 whose = kind_name(run, kind)
                 label, colour = (f"{run['title']}, {whose}", place % 6) if len(runs) > 1 else (whose, dash)
                 last = score_text(points[-1][1])
-                lines.append(Line(label, colour, dash, *map(list, zip(*points, strict=True)), last=last))
+                steps, values = zip(*points, strict=True)
+                lines.append(Line(label, colour, dash, steps, values, last=last))
         numbers = [run["paper"].get("scores", {}).get(metric) for run in runs] if lines else []
         for value in dict.fromkeys(map(str, (n for n in numbers if n is not None))):
             found = next(n for n in numbers if str(n) == value)
             mean = found[0] if isinstance(found, list) else found
             lines.append(Line("paper", 6, 2, flat=float(mean), last=number(found)))
-        values = [y for line in lines for y in line.y]
-        span = (0.0, 1.0) if values and all(0 <= y <= 1 for y in values) else None
+        drawn = [y for line in lines for y in line.y]
+        span = (0.0, 1.0) if drawn and all(0 <= y <= 1 for y in drawn) else None
         if lines:
             title = TITLES.get(metric, metric)
             charts.append({"title": title, "svg": chart(lines, title, span=span), "lines": lines})

@@ -109,12 +109,12 @@ def _axis(px, py, across: Sequence[float], up: Sequence[float], unit: str) -> Ma
     parts = []
     for value in up:
         y = py(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="tick" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="up" x="{LEFT - 6}" y="{y + 4:.1f}">{short(value)}</text>')
     for place, value in enumerate(across):
         x, end = px(value), place == len(across) - 1 and px(value) > WIDTH - 40
         last = f" {unit}" if place == len(across) - 1 else ""
-        parts.append(f'<path class="grid" d="M{x:.1f} {HEIGHT - BOTTOM}v4"/>')
+        parts.append(f'<path class="tick" d="M{x:.1f} {HEIGHT - BOTTOM}v4"/>')
         anchor = ' class="end"' if end else ""
         spot = WIDTH - RIGHT if end else x
         parts.append(f'<text{anchor} x="{spot:.1f}" y="{HEIGHT - 10}">{short(value)}{last}</text>')

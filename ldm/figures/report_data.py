@@ -5,18 +5,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.evaluation.paper import compared_values, paper_numbers
-from ldm.evaluation.runs import name_of, number_order, read_json, start_number
+from ldm.evaluation.runs import as_dict, name_of, number_order, read_json, start_number
 from ldm.figures.report_config import as_yaml, base_files, differences, overlays, read_config, shipped_files
 from ldm.figures.report_events import quantities, rate, read_curves
 from ldm.figures.report_pictures import pictures_of
 from ldm.metrics.evaluate import METRICS
 
-Found = TypeVar("Found")
 KINDS = {"scores": "", "scores_of_ema": "EMA", "scores_of_tokens": "tokens"}
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ")
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -30,12 +29,12 @@ def gather(logdir: Path) -> dict[str, Any]:
 
     Returns:
         `name`, `folder`, `status`, `steps`, `images` seen, `seconds`, `speed` in images/s; `starts` and `records`
-        (scores by step) as they are in the files; `paper` and `not_paper`; `quantities` (losses); `pictures`; `config`, `yaml`,
-        `overlays`, `shipped` (files), `changes`; `files`; and `notes`.
+        (scores by step) as they are in the files; `paper` and `not_paper`; `quantities` (losses); `pictures`; `config`,
+        `yaml`, `overlays`, `shipped` (files), `changes`; `files`; and `notes`.
     """
     notes: list[str] = []
 
-    def attempt(what: str, read: Callable[[], Found], default: Found) -> Found:
+    def attempt(what: str, read: Callable[[], Any], default: Any) -> Any:
         """A part of the page; a page without it is better than none."""
         try:
             return read()
@@ -64,7 +63,7 @@ def gather(logdir: Path) -> dict[str, Any]:
         else []
     )
     steps = [c.steps[-1] + 1 for tag, c in curves.items() if not tag.startswith("lr-")]
-    told = [_int(_dict(start.get("end")).get("steps")) for start in run["starts"]]
+    told = [_int(as_dict(start.get("end")).get("steps")) for start in run["starts"]]
     run["steps"] = int(max([*steps, *told, *(record["step"] for record in run["records"])], default=0))
     size = attempt("the batch size", lambda: images_per_step(config, run["starts"]), None)
     run["images"] = run["steps"] * size if size else None
@@ -76,10 +75,6 @@ def gather(logdir: Path) -> dict[str, Any]:
     run["status"] = status_of(run["starts"], log)
     run["files"] = attempt("files", lambda: files_of(logdir), [])
     return run
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _int(value: Any) -> int:
@@ -108,7 +103,7 @@ def read_records(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
             notes.append(f"metrics/{path.name} is damaged, or holds no scores")
             continue
         step = record.get("step") if isinstance(record.get("step"), int) else _int_of(path.stem)
-        factors = {str(k): v for k, v in _dict(record.get("factors")).items() if isinstance(v, int)}
+        factors = {str(k): v for k, v in as_dict(record.get("factors")).items() if isinstance(v, int)}
         found.append({**record, **scores, "step": step, "factors": factors})
     return sorted(found, key=lambda record: record["step"])
 
@@ -120,8 +115,8 @@ def _int_of(text: str) -> int:
 def clean_scores(node: Any) -> dict[str, dict[str, float | None]]:
     """`{metric: {entry: number or None}}` of what should be that."""
     found = {}
-    for metric, entries in _dict(node).items():
-        kept = {str(e): v for e, v in _dict(entries).items() if v is None or isinstance(v, int | float)}
+    for metric, entries in as_dict(node).items():
+        kept = {str(e): v for e, v in as_dict(entries).items() if v is None or isinstance(v, int | float)}
         if kept:
             found[str(metric)] = kept
     return found
@@ -143,7 +138,7 @@ def images_per_step(config: DictConfig, starts: Sequence[Mapping[str, Any]]) -> 
         return None
     latest = starts[-1] if starts else {}
     processes = max(1, _int(latest.get("processes")))
-    images = _int(_dict(_dict(latest.get("data")).get("train")).get("images"))
+    images = _int(as_dict(as_dict(latest.get("data")).get("train")).get("images"))
     batch = min(batch, -(-images // processes)) if images else batch
     accumulate = OmegaConf.select(config, "lightning.trainer.accumulate_grad_batches") or 1
     return batch * processes * (accumulate if isinstance(accumulate, int) else 1)
@@ -183,14 +178,14 @@ def seconds_of(starts: Sequence[Mapping[str, Any]], signs: Sequence[float]) -> f
     total = 0.0
     for place, (time, start) in enumerate(known):
         until = known[place + 1][0] if place + 1 < len(known) else math.inf
-        end = _seconds(_dict(start.get("end")).get("at"))
+        end = _seconds(as_dict(start.get("end")).get("at"))
         total += (end if end is not None else max([s for s in signs if time <= s < until], default=time)) - time
     return total
 
 
 def status_of(starts: Sequence[Mapping[str, Any]], log: Sequence[str]) -> str:
     """How a run ended, in words; empty if that is not known: it was killed, or is still running."""
-    how = str(_dict(starts[-1].get("end")).get("how", "")) if starts else ""
+    how = str(as_dict(starts[-1].get("end")).get("how", "")) if starts else ""
     if how:
         return "finished" if how == "finished" else f"stopped by {how}" if how in SIGNALS else f"ended by {how}"
     last = next((line for line in reversed(log) if line.strip()), "")

@@ -1,9 +1,11 @@
 """What was trained on what, in words and numbers, for the head of a report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from ldm.evaluation.runs import as_dict
 
 
 def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -27,6 +29,16 @@ def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Started", str(first.get("started", "")).replace("T", " ").replace("Z", " UTC")),
     ]
     return [(label, text) for label, text in rows if text]
+
+
+def compared(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Facts of several runs: `common` ones, labels of `differing` ones, and of `each` of these texts by run."""
+    each = [dict(run["facts"]) for run in runs]
+    labels = dict.fromkeys(label for facts in each for label in facts)
+    common = [label for label in labels if all(facts.get(label) == each[0].get(label) for facts in each)]
+    differing = [label for label in labels if label not in common]
+    texts = [{run["title"]: facts.get(label, "") for run, facts in zip(runs, each, strict=True)} for label in differing]
+    return {"common": [(label, each[0][label]) for label in common], "differing": differing, "each": texts}
 
 
 def chosen(config: DictConfig, key: str) -> Any:
@@ -94,8 +106,8 @@ def first_stage_words(config: DictConfig) -> str:
 
 def data_words(config: DictConfig, start: Mapping[str, Any], records: list[dict[str, Any]]) -> str:
     """`RenderedTrain, 4,096 images of 32 × 32; validated on 4,096`."""
-    data = start.get("data") if isinstance(start.get("data"), dict) else {}
-    train, validation = ({} if not isinstance(data.get(s), dict) else data[s] for s in ("train", "validation"))
+    data = as_dict(start.get("data"))
+    train, validation = as_dict(data.get("train")), as_dict(data.get("validation"))
     name = class_of(config, "data.params.train") or str(train.get("class", ""))
     images = train.get("images")
     if not isinstance(images, int) and records and records[-1].get("kind") == "grid":
@@ -114,16 +126,16 @@ def data_words(config: DictConfig, start: Mapping[str, Any], records: list[dict[
 
 def factor_words(start: Mapping[str, Any], records: list[dict[str, Any]]) -> str:
     """`floor hue 4 × wall hue 4 × …`."""
-    data = start.get("data") if isinstance(start.get("data"), dict) else {}
-    split = next((data[s] for s in ("validation", "train") if isinstance(data.get(s), dict)), {})
-    factors = split.get("factors") if isinstance(split.get("factors"), dict) else None
-    if factors is None and records:
+    data = as_dict(start.get("data"))
+    split = as_dict(data.get("validation")) or as_dict(data.get("train"))
+    factors = as_dict(split.get("factors"))
+    if not factors and records:
         factors = records[-1]["factors"]
     attributes = split.get("attributes")
     if not factors and isinstance(attributes, list):
         return f"{len(attributes)} attributes: {', '.join(map(str, attributes))}"
     grid = not records or records[-1].get("kind", "grid") == "grid"
-    return (" × " if grid else ", ").join(f"{name} {size}" for name, size in (factors or {}).items())
+    return (" × " if grid else ", ").join(f"{name} {size}" for name, size in factors.items())
 
 
 def trained_words(run: Mapping[str, Any]) -> str:
@@ -160,10 +172,10 @@ def duration(seconds: float) -> str:
 
 def machine_words(start: Mapping[str, Any]) -> str:
     """Processor or GPUs, and the number of processes."""
-    cpu = start.get("cpu") if isinstance(start.get("cpu"), dict) else {}
-    gpus = start.get("gpus") if isinstance(start.get("gpus"), list) else []
+    cpu, gpus = as_dict(start.get("cpu")), start.get("gpus")
     cores = f", {cpu['cores']} cores" if isinstance(cpu.get("cores"), int) else ""
-    words = [", ".join(map(str, gpus)) or (f"{cpu['model']}{cores}" if cpu.get("model") else "")]
+    names = ", ".join(map(str, gpus)) if isinstance(gpus, list) else ""
+    words = [names or (f"{cpu['model']}{cores}" if cpu.get("model") else "")]
     processes = start.get("processes")
     words += [f"{processes} processes"] if isinstance(processes, int) and processes > 1 else []
     return ", ".join(word for word in words if word)

@@ -38,7 +38,8 @@ def pictures_of(logdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The figures of a run, else those of its last validation, else the older pictures of its last step.
 
     Returns:
-        For each: name, title, caption, `src` (a data URI), width and height; and what is wrong with others.
+        For each: name, title, caption, `src` (a data URI), `width` and `height` to show it at, `pixels` (it is
+        small), `wide`; and what is wrong with others.
     """
     files, origin = _files(logdir)
     found, notes = [], []
@@ -101,4 +102,5 @@ def _embedded(path: Path, name: str, origin: str) -> dict[str, Any]:
         "width": width * scale,
         "height": height * scale,
         "pixels": scale > 1,
+        "wide": width > 2 * height,
     }
