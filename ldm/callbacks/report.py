@@ -35,6 +35,8 @@ class ReportCallback(Callback):
                 if callable(flush):
                     flush()
             write_report([logdir], logdir / NAME)
+        except Stopped:  # a second signal, which the command line reports
+            return
         except Exception as error:
             log.warning("%s was not written: %s", NAME, " ".join(str(error).split()) or type(error).__name__)
         else:

@@ -2,11 +2,12 @@
 
 import datetime
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ldm.data.files import atomic_output
 from ldm.evaluation.heatmaps import HEATMAPS
@@ -15,7 +16,7 @@ from ldm.figures.report_charts import Line, chart, diagonal_order
 from ldm.figures.report_config import between
 from ldm.figures.report_data import KINDS, gather
 from ldm.figures.report_events import thinned
-from ldm.figures.report_facts import compared, duration, facts_of, speed_words, stage_of
+from ldm.figures.report_facts import compared, duration, facts_of, record_rows, stage_of
 from ldm.metrics.evaluate import HEADLINES
 from ldm.util import UserError
 
@@ -44,15 +45,6 @@ def write_report(logdirs: Sequence[Path], path: Path) -> None:
 
 def render(runs: Sequence[dict[str, Any]]) -> str:
     """The page of runs as `report_data.gather` gives them."""
-    # Names of files, factors and settings are not ours: everything is escaped.
-    environment = Environment(
-        loader=PackageLoader("ldm", "figures"),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"size": file_size, "duration": duration, "speed": speed_words}
     for run in runs:
         run["facts"], run["stage"], run["tiles"] = facts_of(run), stage_of(run["config"]), tiles_of(run)
         run["matrices"], run["entries"] = matrices_of(run), entries_of(run)
@@ -72,7 +64,21 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
         "paper_text": paper_text,
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    return environment.get_template("report.html.j2").render(page)
+    return _environment().get_template("report.html.j2").render(page)
+
+
+@cache
+def _environment() -> Environment:
+    """Jinja2's, in which everything is escaped: names of files, factors and settings are not ours."""
+    environment = Environment(
+        loader=PackageLoader("ldm", "figures"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": file_size, "duration": duration, "record": record_rows}
+    return environment
 
 
 def name_apart(runs: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import find_config, load_bases, load_yaml, merge
@@ -135,7 +136,7 @@ def as_yaml(config: DictConfig) -> str:
             return {name: hidden(value, str(name)) for name, value in node.items()}
         return "•••" if isinstance(node, str) and key.lower().endswith(SECRET) else node
 
-    return OmegaConf.to_yaml(OmegaConf.create(hidden(_plain(config)))) if config else ""
+    return yaml.safe_dump(hidden(_plain(config)), sort_keys=False, allow_unicode=True) if config else ""
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

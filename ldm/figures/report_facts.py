@@ -179,3 +179,21 @@ def machine_words(start: Mapping[str, Any]) -> str:
     processes = start.get("processes")
     words += [f"{processes} processes"] if isinstance(processes, int) and processes > 1 else []
     return ", ".join(word for word in words if word)
+
+
+def record_rows(start: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and text of what the record of a start says: when, what, from where, by which versions, on what."""
+    end, commit = as_dict(start.get("end")), as_dict(start.get("commit"))
+    changed = " with changes that are not committed" if commit.get("changed") else ""
+    ended = [end.get("at"), end.get("how"), f"step {end['steps']:,}" if isinstance(end.get("steps"), int) else None]
+    host, machine = start.get("host"), machine_words(start)
+    rows = [
+        ("Started", start.get("started")),
+        ("Ended", ", ".join(str(part) for part in ended if part)),
+        ("Command", start.get("command")),
+        ("Resumed from", start.get("checkpoint")),
+        ("Commit", f"{commit['hash']}{changed}" if commit.get("hash") else ""),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in as_dict(start.get("versions")).items())),
+        ("Machine", f"{host}: {machine}" if host and machine else machine),
+    ]
+    return [(label, str(text)) for label, text in rows if text]
