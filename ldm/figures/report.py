@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ldm.data.files import atomic_output
 from ldm.evaluation.heatmaps import HEATMAPS
 from ldm.evaluation.paper import TITLES, number
-from ldm.figures.report_charts import Line, chart, diagonal_order
+from ldm.figures.report_charts import Line, chart, diagonal_order, logarithmic
 from ldm.figures.report_config import between
 from ldm.figures.report_data import KINDS, gather
 from ldm.figures.report_events import thinned
@@ -159,7 +159,14 @@ def score_charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         span = (0.0, 1.0) if drawn and all(0 <= y <= 1 for y in drawn) else None
         if lines:
             title = TITLES.get(metric, metric)
-            charts.append({"title": title, "svg": chart(lines, title, span=span), "lines": lines})
+            charts.append(
+                {
+                    "title": title,
+                    "svg": chart(lines, title, span=span),
+                    "lines": lines,
+                    "log": span is None and logarithmic(lines),
+                }
+            )
     return charts
 
 
@@ -221,7 +228,7 @@ def loss_charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     label, colour = f"{run['title']}{', ' if whose else ''}{whose}", place % 6
                 last = f"{curve.values[-1]:.3g}"
                 lines.append(Line(label, colour, dash, curve.steps, curve.values, curve.low, curve.high, last=last))
-        charts.append({"title": name, "svg": chart(lines, name), "lines": lines})
+        charts.append({"title": name, "svg": chart(lines, name), "lines": lines, "log": logarithmic(lines)})
     return charts
 
 

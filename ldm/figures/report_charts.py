@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 30
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 30
 DASHES = 3  # kinds of lines in the style sheet
 COLOURS = 7  # in the style sheet
 MARKED = 16  # curves of at most so many points show these
@@ -59,16 +59,31 @@ def powers(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number of an axis: 0.25, 1,500 as 1.5k."""
+    """A number of an axis: 0.25; 1,500 as 1.5k, and 0.00015 as 1.5e-4."""
     size = abs(value)
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= factor:
             return f"{value / factor:.4g}{unit}"
+    if 0 < size < 1e-3:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.3g}"
 
 
+def _heights(lines: Sequence[Line]) -> list[float]:
+    """All values that a chart must hold."""
+    found = [y for line in lines for values in (line.y, line.low, line.high) for y in values]
+    return [*found, *(line.flat for line in lines if line.flat is not None)] or [0.0]
+
+
+def logarithmic(lines: Sequence[Line]) -> bool:
+    """Whether values are positive, and over more than a factor of 20."""
+    values = _heights(lines)
+    return min(values) > 0 and max(values) > 20 * min(values)
+
+
 def chart(lines: Sequence[Line], title: str, unit: str = "steps", span: tuple[float, float] | None = None) -> Markup:
-    """A line chart. Positive values over more than a factor of 20 get a logarithmic axis.
+    """A line chart, on a logarithmic axis where `logarithmic` says so and no span is given.
 
     Args:
         lines: what to draw.
@@ -76,11 +91,8 @@ def chart(lines: Sequence[Line], title: str, unit: str = "steps", span: tuple[fl
         unit: of the x axis.
         span: of the y axis, at least.
     """
-    xs = [x for line in lines for x in line.x] or [0.0]
-    ys = [y for line in lines for values in (line.y, line.low, line.high) for y in values]
-    ys += [line.flat for line in lines if line.flat is not None]
-    ys = ys or [0.0]
-    log = span is None and min(ys) > 0 and max(ys) > 20 * min(ys)
+    xs, ys = [x for line in lines for x in line.x] or [0.0], _heights(lines)
+    log = span is None and logarithmic(lines)
     low, high = (min([*ys, *(span or ())]), max([*ys, *(span or ())]))
     if not log and span is None:
         pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
