@@ -39,7 +39,7 @@ def pictures_of(logdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
     Returns:
         For each: name, title, caption, `src` (a data URI), `width` and `height` to show it at, `pixels` (it is
-        small), `wide`; and what is wrong with others.
+        small), `wide`, `moves`; and what is wrong with others.
     """
     files, origin = _files(logdir)
     found, notes = [], []
@@ -52,7 +52,7 @@ def pictures_of(logdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
         except Exception:  # Pillow raises many kinds for damaged files
             notes.append(f"{where} is damaged, and not shown")
     places = {name: place for place, name in enumerate(ORDER)}
-    return sorted(found, key=lambda p: (places.get(p["name"], len(places)), p["name"], p["src"][:15])), notes
+    return sorted(found, key=lambda p: (places.get(p["name"], len(places)), p["name"], p["moves"])), notes
 
 
 def _files(logdir: Path) -> tuple[list[tuple[Path, str]], str]:
@@ -103,4 +103,5 @@ def _embedded(path: Path, name: str, origin: str) -> dict[str, Any]:
         "height": height * scale,
         "pixels": scale > 1,
         "wide": width > 2 * height,
+        "moves": kind == KINDS["GIF"],
     }

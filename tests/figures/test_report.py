@@ -233,7 +233,7 @@ def test_several_runs_side_by_side(whole, tmp_path):
     )
     assert "first, training 0.625" in charts[2] and "second, training 0.312" in charts[2]
     assert [image["alt"].partition(":")[0] for image in page.of("img")] == [
-        f"{title} of {run}" for title in ("Swapped concepts", "Traversals") for run in ("first", "second")
+        f"{title} of {run}" for title in ("Swapped concepts", "Traversals, moving,") for run in ("first", "second")
     ]
     assert "model.params.loss_type l1 l2" in page.text
     assert "The same in all" in page.text and "2 runs of EncDiff" in page.text
