@@ -258,11 +258,11 @@ def matrix_table(values: Any, names: Sequence[str], chance: bool = False) -> dic
     """
     try:
         matrix = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if matrix.ndim != 2 or 0 in matrix.shape:
         return None
-    known = np.nan_to_num(matrix, nan=0.5 if chance else 0.0)
+    known = np.nan_to_num(matrix, nan=0.5 if chance else 0.0, posinf=0.0, neginf=0.0)
     strength = np.abs(known - 0.5) * 2 if chance else np.clip(known, 0, None) / max(float(known.max()), 1e-12)
     order = diagonal_order(strength)[: SHOWN[0]]
     columns = list(names) if len(names) == matrix.shape[1] else [f"factor {k}" for k in range(matrix.shape[1])]

@@ -36,15 +36,17 @@ class Line:
     last: str = field(default="")
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers between two values."""
+def ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers between two values."""
     if not high > low:
         return [low]
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10(high - low))
+    numbers = range(0)
+    for step in (power * 2, power, power / 2, power / 4, power / 5, power / 10):
+        numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        if len(numbers) >= 4:
+            break
+    return [float(f"{number * step:.10g}") for number in numbers]
 
 
 def powers(low: float, high: float) -> list[float]:

@@ -92,11 +92,13 @@ def differences(config: DictConfig, shipped: Sequence[Path], given: Sequence[str
     and the trainer's arguments count.
 
     Returns:
-        key, the files' value, the run's value.
+        key, the files' value, the run's value; nothing where there are no files.
 
     Raises:
         UserError: files that cannot be merged.
     """
+    if not shipped:
+        return []
     ours = flat(_plain(config))
     theirs = flat(_plain(merge(load_bases(shipped))))
     named = [word.partition("=")[0] for word in given]

@@ -12,12 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.evaluation.paper import compared_values, paper_numbers
 from ldm.evaluation.runs import as_dict, name_of, number_order, read_json, start_number
 from ldm.figures.report_config import as_yaml, base_files, differences, overlays, read_config, shipped_files
-from ldm.figures.report_events import quantities, rate, read_curves
+from ldm.figures.report_events import Curve, quantities, rate, read_curves
 from ldm.figures.report_pictures import pictures_of
 from ldm.metrics.evaluate import METRICS
 
 KINDS = {"scores": "", "scores_of_ema": "EMA", "scores_of_tokens": "tokens"}
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ")
+MOST = 10**15  # larger numbers are none that a run could have written
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -32,53 +33,75 @@ def gather(logdir: Path) -> dict[str, Any]:
         (scores by step) as they are in the files; `paper` and `not_paper`; `quantities` (losses); `pictures`; `config`,
         `yaml`, `overlays`, `shipped` (files), `changes`; `files`; and `notes`.
     """
-    notes: list[str] = []
-
-    def attempt(what: str, read: Callable[[], Any], default: Any) -> Any:
-        """A part of the page; a page without it is better than none."""
-        try:
-            return read()
-        except Exception as error:  # the files may be anything
-            notes.append(f"{what} cannot be shown: {' '.join(str(error).split()) or type(error).__name__}")
-            return default
-
+    attempts = Attempts()
+    notes = attempts.notes
     run: dict[str, Any] = {"name": name_of(logdir), "folder": logdir.resolve().name, "notes": notes}
-    run["starts"] = read_starts(logdir, notes)
-    config = attempt("the configuration", lambda: read_config(logdir), OmegaConf.create({}))
-    run["records"] = read_records(logdir / "metrics", notes)
-    curves, damaged = attempt("the curves", lambda: read_curves(logdir), ({}, []))
+    run["starts"], run["records"] = read_starts(logdir, notes), read_records(logdir / "metrics", notes)
+    run |= _configured(logdir, run, attempts)
+    curves, damaged = attempts.at("the curves", lambda: read_curves(logdir), ({}, []))
     notes += [f"TensorBoard's files in {folder}" for folder in damaged]
-    run["quantities"] = attempt("the losses", lambda: quantities(curves, METRICS), [])
-    run["pictures"], wrong = attempt("pictures", lambda: pictures_of(logdir), ([], []))
+    run["quantities"] = attempts.at("the losses", lambda: quantities(curves, METRICS), [])
+    run |= _progress(logdir, run, curves, attempts)
+    run["pictures"], wrong = attempts.at("pictures", lambda: pictures_of(logdir), ([], []))
     notes += wrong
-    last = run["records"][-1] if run["records"] else {}
-    run["paper"], run["not_paper"] = attempt("the paper's numbers", lambda: _paper(config, last), ({}, []))
-    bases, given = base_files(run["starts"])
-    run["overlays"] = overlays(bases)
-    run["config"], run["yaml"] = config, attempt("the configuration", lambda: as_yaml(config), "")
-    run["shipped"] = shipped_files(bases)
-    run["changes"] = (
-        attempt("the difference from the files", lambda: differences(config, run["shipped"], given), [])
-        if run["shipped"] and config
-        else []
-    )
-    steps = [c.steps[-1] + 1 for tag, c in curves.items() if not tag.startswith("lr-")]
-    told = [_int(as_dict(start.get("end")).get("steps")) for start in run["starts"]]
-    run["steps"] = int(max([*steps, *told, *(record["step"] for record in run["records"])], default=0))
-    size = attempt("the batch size", lambda: images_per_step(config, run["starts"]), None)
-    run["images"] = run["steps"] * size if size else None
-    speed = attempt("the speed", lambda: rate(curves), None)
-    run["speed"] = speed * size if speed and size else None
-    written = [time for curve in curves.values() for time in curve.times]
-    log = read_log(logdir / "log.txt")
-    run["seconds"] = attempt("the time", lambda: seconds_of(run["starts"], [*written, *_times(log)]), None)
-    run["status"] = status_of(run["starts"], log)
-    run["files"] = attempt("files", lambda: files_of(logdir), [])
+    run["files"] = attempts.at("files", lambda: files_of(logdir), [])
     return run
 
 
-def _int(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+class Attempts:
+    """Reads parts of the page: one without a part that cannot be read is better than none.
+
+    Attributes:
+        notes: what could not be read, and why.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def at(self, what: str, read: Callable[[], Any], default: Any) -> Any:
+        """What `read` gives, or else the default."""
+        try:
+            return read()
+        except Exception as error:  # the files may be anything
+            self.notes.append(f"{what} cannot be shown: {' '.join(str(error).split()) or type(error).__name__}")
+            return default
+
+
+def _configured(logdir: Path, run: Mapping[str, Any], attempts: Attempts) -> dict[str, Any]:
+    """The configuration, what it was made of, and whether the paper's numbers compare."""
+    config = attempts.at("the configuration", lambda: read_config(logdir), OmegaConf.create({}))
+    bases, given = base_files(run["starts"])
+    found = {"config": config, "overlays": overlays(bases), "shipped": shipped_files(bases) if config else []}
+    found["yaml"] = attempts.at("the configuration", lambda: as_yaml(config), "")
+    what = "the difference from the files"
+    found["changes"] = attempts.at(what, lambda: differences(config, found["shipped"], given), [])
+    last = run["records"][-1] if run["records"] else {}
+    found["paper"], found["not_paper"] = attempts.at("the paper's numbers", lambda: _paper(config, last), ({}, []))
+    return found
+
+
+def _progress(logdir: Path, run: Mapping[str, Any], curves: Mapping[str, Curve], attempts: Attempts) -> dict[str, Any]:
+    """Steps, images, seconds, images per second, and how the run ended."""
+    starts, log = run["starts"], read_log(logdir / "log.txt")
+    steps = [c.steps[-1] + 1 for tag, c in curves.items() if not tag.startswith("lr-")]
+    steps += [count(as_dict(start.get("end")).get("steps")) for start in starts]
+    steps += [record["step"] for record in run["records"]]
+    done = int(max(steps, default=0))
+    size = attempts.at("the batch size", lambda: images_per_step(run["config"], starts), None)
+    speed = attempts.at("the speed", lambda: rate(curves), None)
+    signs = [*(time for curve in curves.values() for time in curve.times), *_times(log)]
+    return {
+        "steps": done,
+        "images": done * size if size else None,
+        "speed": speed * size if speed and size else None,
+        "seconds": attempts.at("the time", lambda: seconds_of(starts, signs), None),
+        "status": status_of(starts, log),
+    }
+
+
+def count(value: Any) -> int:
+    """A number of things; 0 if the value is none."""
+    return value if isinstance(value, int) and 0 <= value < MOST else 0
 
 
 def read_starts(logdir: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -102,14 +125,10 @@ def read_records(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
         if not any(scores.values()):
             notes.append(f"metrics/{path.name} is damaged, or holds no scores")
             continue
-        step = record.get("step") if isinstance(record.get("step"), int) else _int_of(path.stem)
-        factors = {str(k): v for k, v in as_dict(record.get("factors")).items() if isinstance(v, int)}
+        step = count(record.get("step")) or count(int(path.stem) if path.stem.isdecimal() else 0)
+        factors = {str(name): count(size) for name, size in as_dict(record.get("factors")).items()}
         found.append({**record, **scores, "step": step, "factors": factors})
     return sorted(found, key=lambda record: record["step"])
-
-
-def _int_of(text: str) -> int:
-    return int(text) if text.isdecimal() else 0
 
 
 def clean_scores(node: Any) -> dict[str, dict[str, float | None]]:
@@ -117,6 +136,7 @@ def clean_scores(node: Any) -> dict[str, dict[str, float | None]]:
     found = {}
     for metric, entries in as_dict(node).items():
         kept = {str(e): v for e, v in as_dict(entries).items() if v is None or isinstance(v, int | float)}
+        kept = {e: v if v is not None and abs(v) < MOST else None for e, v in kept.items()}
         if kept:
             found[str(metric)] = kept
     return found
@@ -137,8 +157,8 @@ def images_per_step(config: DictConfig, starts: Sequence[Mapping[str, Any]]) -> 
     if not isinstance(batch, int):
         return None
     latest = starts[-1] if starts else {}
-    processes = max(1, _int(latest.get("processes")))
-    images = _int(as_dict(as_dict(latest.get("data")).get("train")).get("images"))
+    processes = max(1, count(latest.get("processes")))
+    images = count(as_dict(as_dict(latest.get("data")).get("train")).get("images"))
     batch = min(batch, -(-images // processes)) if images else batch
     accumulate = OmegaConf.select(config, "lightning.trainer.accumulate_grad_batches") or 1
     return batch * processes * (accumulate if isinstance(accumulate, int) else 1)

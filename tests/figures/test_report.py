@@ -295,6 +295,15 @@ def test_odd_values_anywhere(tmp_path):
             path.write_text(json.dumps(odd | ({"scores": record["scores"]} if "scores" in record and turn % 2 else {})))
             page_of(tmp_path)
         path.write_text(json.dumps(record))
+    record, values = scored(10), (*ODD, 10**400, -(10**20), 1e308, 0)
+    for turn in range(0, len(values), 3):
+        for kind in ("scores", "scores_of_ema"):
+            for number, entry in enumerate(record[kind]["dci"]):
+                record[kind]["dci"][entry] = values[(turn + number) % len(values)]
+        record["matrices"]["dci"]["importance"] = [[value, 0.5] for value in values[turn : turn + 3]]
+        record["factors"] = dict.fromkeys("ab", values[turn])
+        scores(tmp_path, record)
+        page_of(tmp_path)
     keys = ("model.params", "data", "model.target", "data.params.train", "model.params.unet_config")
     for key, value in zip(keys, (None, "text", [1], {"a": "${nowhere}"}, 3), strict=True):
         OmegaConf.update(changed := config.copy(), key, value, merge=False, force_add=True)
