@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.callbacks.start import newest_config
 from ldm.cli.configure import logdir_of, without_checkpoints
 from ldm.compat.translate import translate
 from ldm.compat.whole import reason_of
@@ -18,6 +17,7 @@ from ldm.config import load_yaml
 from ldm.evaluation.codes import encode, why_not_encoded, why_not_scored
 from ldm.evaluation.matching import concepts_of_record
 from ldm.evaluation.matching import match as match_codes
+from ldm.evaluation.runs import newest_config
 from ldm.evaluation.scores import score_codes
 from ldm.factors import factors_of
 from ldm.hub import located, read_concepts

@@ -22,11 +22,12 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from table import TITLES, logdirs, name_of, read_csv, read_json
+from table import read_csv
 
-from ldm.callbacks.start import newest_config
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
+from ldm.evaluation.paper import TITLES
+from ldm.evaluation.runs import logdirs, name_of, newest_config, read_json
 from ldm.metrics.dci import disentanglement
 from ldm.metrics.evaluate import HEADLINES
 from ldm.util import UserError

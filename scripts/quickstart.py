@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.api import load, load_config
 from ldm.bars import log_to_screen
-from ldm.callbacks.start import newest_run
 from ldm.cli.main import main as train
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.evaluation.codes import encode
 from ldm.evaluation.reconstruction import reconstruction_scores
+from ldm.evaluation.runs import newest_run
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 

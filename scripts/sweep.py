@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.bars import log_to_screen
 from ldm.callbacks.setup import LOCK
-from ldm.callbacks.start import newest_run
 from ldm.cli.configure import compose, without_checkpoints
 from ldm.config import load_yaml
 from ldm.data.files import atomic_output
+from ldm.evaluation.runs import newest_run
 from ldm.targets import allowing
 from ldm.util import UserError, instantiate_from_config, nearest
 

@@ -5,15 +5,14 @@ python scripts/table.py logs/*shapes3d* --latex    # log directories: runs of th
 
 python scripts/table.py logs/study --against EncDiff   # and a paired test of that row with every other one
 
-The paper's numbers are shown where a run has the paper's values, as scripts/paper_numbers.yaml lists them.
+The paper's numbers are shown where a run has the paper's values, as ldm/evaluation/paper_numbers.yaml lists them.
 """
 
 import argparse
 import csv
-import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -24,23 +23,11 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.callbacks.start import newest_config
 from ldm.config import load_yaml
+from ldm.evaluation.paper import KEYS, TITLES, compared_values, number, paper_numbers
+from ldm.evaluation.runs import logdirs, name_of, newest, newest_config, read_json
 from ldm.metrics.evaluate import HEADLINES, METRICS
 from ldm.util import UserError, nearest
-
-TITLES = {
-    "factor_vae": "FactorVAE score",
-    "dci": "DCI",
-    "mig": "MIG",
-    "beta_vae": "β-VAE score",
-    "sap": "SAP",
-    "tad": "TAD",
-}
-PAPER: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("paper_numbers.yaml")))
-NODES = [PAPER["all"], *PAPER["datasets"].values(), *(row["has"] for row in PAPER["rows"])]
-KEYS = list(dict.fromkeys(key for node in NODES for key in node))
-STARTED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_(.+)$")
 
 
 @dataclass
@@ -60,48 +47,6 @@ class Row:
 
 
 # ---- reading
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's content; empty if it does not exist or is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def newest(folder: Path, pattern: str) -> Path | None:
-    """The file that is last in the order of numbers."""
-    return max(folder.glob(pattern), key=lambda path: (len(path.stem), path.stem), default=None)
-
-
-def logdirs(paths: Iterable[Path]) -> list[Path]:
-    """The log directories at or under the paths; of a run of a sweep, only the one that its `run.json` names.
-
-    Raises:
-        UserError: a path that is not a folder.
-    """
-    found: dict[Path, None] = {}
-    for path in paths:
-        if not path.is_dir():
-            raise UserError(f"there is no folder '{path}'")
-        for config in sorted(path.glob("**/configs/*-project.yaml")):
-            logdir = config.parent.parent
-            if read_json(logdir.parent / "run.json").get("logdir") in (None, logdir.name):
-                found[logdir] = None
-    return list(found)
-
-
-def name_of(logdir: Path) -> str:
-    """The name of a run: that of `-n`, or the stems of its files."""
-    logdir = logdir.resolve()
-    name = STARTED.match(logdir.name)
-    # A number is appended where another run of the name started in the same second.
-    plain = re.sub(r"-\d+$", "", logdir.name)
-    if name and plain != logdir.name and (logdir.parent / plain).is_dir():
-        name = STARTED.match(plain)
-    return " + ".join(name[1].split("+")) if name else logdir.name
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
@@ -128,8 +73,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
         title, seed = run.get("row", name_of(logdir)), run.get("seed")
         if seed is None and (options := newest_config(logdir, "lightning")):
             seed = OmegaConf.select(load_yaml(options, "PATHS"), "lightning.seed")
-        values = {key: OmegaConf.select(project, key) for key in KEYS}
-        values["factors"] = " ".join(map(str, scored.get("factors", {}).values()))
+        values = compared_values(project, scored.get("factors", {}))
         row, seed = rows.setdefault((title, *map(str, values.values())), Row(title, values)), str(seed)
         if seed in row.scores:
             raise UserError(f"two runs of '{title}' with seed {seed}, one of them '{logdir}': name the ones that count")
@@ -194,44 +138,7 @@ def tell_apart(rows: Sequence[Row]) -> None:
             row.title += f" ({', '.join(shown)})"
 
 
-# ---- the paper
-
-
-def paper_numbers(values: dict[str, Any], kind: str = "scores") -> tuple[dict[str, Any], list[str]]:
-    """The paper's numbers for runs with these values: by metric, a mean or [mean, standard deviation].
-
-    Args:
-        values: by key of `paper_numbers.yaml`.
-        kind: scores or scores_of_tokens.
-
-    Returns:
-        The numbers, and, if there are none, what differs from the nearest of the paper's rows.
-    """
-    nearest_row: list[str] = []
-    for row in PAPER["rows"]:
-        for dataset, numbers in row.get(kind, {}).items():
-            differ = []
-            for key, wanted in (PAPER["all"] | PAPER["datasets"][dataset] | row["has"]).items():
-                allowed = wanted if isinstance(wanted, list) else [wanted]
-                if values[key] not in allowed:
-                    differ.append(f"{key} is {values[key]}, and {allowed[-1]} in the paper")
-            if not differ:
-                return numbers, []
-            nearest_row = differ if not nearest_row else min(nearest_row, differ, key=len)
-    return {}, nearest_row
-
-
 # ---- writing
-
-
-def number(values: Any) -> str:
-    """A mean, or mean ± standard deviation, to three digits, as the paper writes them."""
-
-    def digits(value: float) -> str:
-        text = f"{value:.3f}"
-        return text[1:] if text.startswith("0.") else text.replace("-0.", "-.")
-
-    return " ± ".join(map(digits, values)) if isinstance(values, list) else digits(values)
 
 
 def spread(values: Sequence[float]) -> Any:

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"util", "pictures", "signals", "bars", "lr_scheduler", "modules", "compat"},
     "variants": {"util", "modules", "models"},
     "evaluation": USES,
-    "figures": {*USES, "evaluation"},
+    "figures": {*USES, "evaluation", "config"},  # the report compares configurations
     "callbacks": {*USES, "signals", "evaluation", "figures"},
 }
 ROOMS["cli"] = ROOMS["api"] = {*ROOMS, "cli", "api"}

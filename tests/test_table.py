@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from ldm.callbacks.start import write_start
 from ldm.cli.configure import compose
+from ldm.evaluation.paper import KEYS, PAPER
 from ldm.util import UserError
 
 spec = importlib.util.spec_from_file_location("table_script", ROOT / "scripts" / "table.py")
@@ -30,8 +31,8 @@ def paper_config(dataset: str = "shapes3d", *overlays: str):
 
 def values(config, dataset: str = "shapes3d") -> dict:
     """What `table.py` compares."""
-    factors = table.PAPER["datasets"][dataset].get("factors", "")
-    return {key: OmegaConf.select(config, key) for key in table.KEYS} | {"factors": factors}
+    factors = PAPER["datasets"][dataset].get("factors", "")
+    return {key: OmegaConf.select(config, key) for key in KEYS} | {"factors": factors}
 
 
 def run(folder: Path, name: str, seed: int, scores: dict, tokens: dict | None = None, dataset="shapes3d", overlays=()):
@@ -46,7 +47,7 @@ def run(folder: Path, name: str, seed: int, scores: dict, tokens: dict | None = 
     def entries(values: dict) -> dict:
         return {metric: {table.HEADLINES[metric]: value} for metric, value in values.items()}
 
-    sizes = table.PAPER["datasets"][dataset]["factors"].split()
+    sizes = PAPER["datasets"][dataset]["factors"].split()
     factors = {f"factor {place}": int(size) for place, size in enumerate(sizes)}
     record = {"factors": factors, "scores": entries(scores)} | ({"scores_of_tokens": entries(tokens)} if tokens else {})
     (logdir / "metrics" / "999000.json").write_text(json.dumps({"scores": entries(dict.fromkeys(scores, 0.0))}))
@@ -120,10 +121,10 @@ def test_every_number_of_the_paper_belongs_to_an_overlay():
     stems = [path.stem for path in (ROOT / "configs" / "ablations").glob("*.yaml") if path.stem != "paper"]
     models = [values(paper_config("shapes3d", *names)) for names in ([], *([stem] for stem in stems))]
     found = {}
-    for dataset, keys in table.PAPER["datasets"].items():
+    for dataset, keys in PAPER["datasets"].items():
         data = values(paper_config(dataset), dataset)
         found[dataset] = [table.paper_numbers(model | {key: data[key] for key in keys})[0] for model in models]
-    for row in table.PAPER["rows"]:
+    for row in PAPER["rows"]:
         for dataset, numbers in row["scores"].items():
             assert numbers in found[dataset], (dataset, row["has"])
 

@@ -1,8 +1,9 @@
 """What every run sets up: its log directory, held by one run at a time, and the seeds of its batches."""
 
 import random
+import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
 from ldm.callbacks.log_file import write_log_to
-from ldm.callbacks.start import surroundings, write_start
+from ldm.callbacks.start import described_data, surroundings, write_end, write_start
+from ldm.signals import Stopped
 from ldm.util import UserError
 
 LOCK = ".lock"
@@ -68,6 +70,7 @@ class SetupCallback(Callback):
     ) -> None:
         self.logdir, self.now, self.resumed, self.config = Path(logdir), now, resumed, config
         self.record = dict(record or {})
+        self._record: Path | None = None  # of this start, once it is written
         self._lock: FileLock | None = None  # made where it is held: it cannot be sent to another process
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,7 +89,10 @@ class SetupCallback(Callback):
             (self.logdir / "checkpoints").mkdir(exist_ok=True)
             write_log_to(self.logdir)
             record = {**self.record, "processes": trainer.world_size, **surroundings()}
+            record["data"] = described_data(getattr(trainer.datamodule, "datasets", {}))  # type: ignore[attr-defined]
+            record["parameters"] = sum(parameter.numel() for parameter in pl_module.parameters())
             self.now = write_start(self.logdir / "configs", self.now, record)
+            self._record = self.logdir / "configs" / f"{self.now}-run.json"
             sections = {
                 "project": [str(key) for key in self.config if key != "lightning"],
                 "lightning": ["lightning"],
@@ -97,6 +103,17 @@ class SetupCallback(Callback):
                 )
         trainer.strategy.barrier()
 
+    def _end(self, trainer: pl.Trainer, how: str) -> None:
+        """Add to the record how it ended; what cannot be written then is not worth another error."""
+        record, self._record = self._record, None
+        if record is not None:
+            with suppress(UserError, OSError):
+                write_end(record, how, trainer.global_step)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Trained to the end."""
+        self._end(trainer, "finished")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the directory."""
         if self._lock is not None:
@@ -105,6 +122,8 @@ class SetupCallback(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Release the directory; after an exception Lightning does not call `teardown`."""
+        stop = signal.Signals(exception.signum).name if isinstance(exception, Stopped) else ""
+        self._end(trainer, stop or type(exception).__name__)
         self.teardown(trainer, pl_module, "fit")
 
 

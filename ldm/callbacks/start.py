@@ -1,8 +1,9 @@
-"""The record of every start of a run: what was started where, on what; and the newest configuration by these records.
+"""The record of every start of a run: what was started where, on what, and how it ended.
 
 Without PyTorch, whose import takes seconds.
 """
 
+import datetime
 import json
 import os
 import platform
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.files import atomic_output
+from ldm.evaluation.files import write_json
+from ldm.evaluation.runs import read_json, start_number
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("encdiff", "torch", "torchvision", "pytorch-lightning", "numpy", "omegaconf", "safetensors")
@@ -96,50 +99,33 @@ def write_start(folder: Path, now: str, record: Mapping[str, Any]) -> str:
     stamp, number = now, 2
     while any(folder.glob(f"{stamp}-*")):
         stamp, number = f"{now}_{number}", number + 1
-    before = [_number(read_start(path)) for path in folder.glob("*-run.json")]
+    before = [start_number(read_json(path)) for path in folder.glob("*-run.json")]
     count = 1 + max([len(list(folder.glob("*-project.yaml"))), *before])
     with atomic_output(folder / f"{stamp}-run.json") as part:
         part.write_text(json.dumps({"number": count, **record}, indent=1) + "\n")
     return stamp
 
 
-def read_start(path: Path) -> dict[str, Any]:
-    """The record of a start; empty if there is none, or it is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def described_data(datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """Class, number of images and factors of each data set, by split."""
+    found = {}
+    for split, dataset in datasets.items():
+        found[split] = {"class": type(dataset).__name__, "images": len(dataset)}
+        grid, attributes = getattr(dataset, "grid", None), getattr(dataset, "attribute_names", ())
+        if grid is not None:
+            found[split]["factors"] = dict(zip(grid.names, grid.sizes, strict=True))
+        elif attributes:
+            found[split]["attributes"] = list(attributes)
+    return found
 
 
-def newest_config(logdir: Path, kind: str) -> Path | None:
-    """The configuration of the latest start of a run, by the starts' numbers.
-
-    Names tell local times, which go back when daylight saving ends, and differ between machines. They decide where
-    there is no record.
+def write_end(path: Path, how: str, steps: int) -> None:
+    """Add to the record of a start how it ended.
 
     Args:
-        logdir: the log directory.
-        kind: `project` or `lightning`.
+        path: `<time>-run.json`.
+        how: `finished`, the signal's name, or the error's.
+        steps: of the run so far.
     """
-
-    def order(path: Path) -> tuple[int, str, str]:
-        record = read_start(path.with_name(path.name.removesuffix(f"{kind}.yaml") + "run.json"))
-        return _number(record), str(record.get("started", "")), path.name
-
-    return max((logdir / "configs").glob(f"*-{kind}.yaml"), key=order, default=None)
-
-
-def newest_run(logdirs: Sequence[Path]) -> Path | None:
-    """The log directory that was started or resumed last, by UTC; without records, by name."""
-
-    def order(logdir: Path) -> tuple[str, str]:
-        starts = (str(read_start(path).get("started", "")) for path in (logdir / "configs").glob("*-run.json"))
-        return max(starts, default=""), logdir.name
-
-    return max(logdirs, key=order, default=None)
-
-
-def _number(record: Mapping[str, Any]) -> int:
-    number = record.get("number")
-    return number if isinstance(number, int) else 0
+    ended = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    write_json(path, {**read_json(path), "end": {"how": how, "steps": steps, "at": ended}})

@@ -11,12 +11,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.callbacks.start import newest_config
 from ldm.cli.arguments import Arguments
 from ldm.cli.early import check_names, check_writable
 from ldm.compat.translate import Notes, rename, translate
 from ldm.compat.whole import damage, instead_of, newest_whole
 from ldm.config import check_sections, drop_empty, find_config, from_dotlist, load_bases, load_yaml, merge, of_stage
+from ldm.evaluation.runs import newest_config
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ DEFAULTS = {
             "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar"},
             "finite": {"target": "ldm.callbacks.finite.FiniteCallback"},
             "disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback"},  # main_val.py
+            "report": {"target": "ldm.callbacks.report.ReportCallback"},
         },
         "modelcheckpoint": {
             "target": "pytorch_lightning.callbacks.ModelCheckpoint",

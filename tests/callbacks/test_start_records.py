@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ldm.api import load_config
-from ldm.callbacks.start import commit, described, newest_config, newest_run, write_start
+from ldm.callbacks.start import commit, described, write_start
 from ldm.cli.configure import saved_run
+from ldm.evaluation.runs import newest_config, newest_run
 
 
 def start(logdir: Path, now: str, started: str, **values: str) -> None:
