@@ -29,13 +29,14 @@ def styled() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png",)) -> list[Path]:
+def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png",), dpi: int = DPI) -> list[Path]:
     """Write a figure as `<folder>/<name>.<kind>`, each whole or not at all.
 
     Args:
-        figure: of any size; PNG gets 300 pixels an inch.
+        figure: of any size.
         folder, name: of the files.
         kinds: png, pdf or svg.
+        dpi: pixels an inch of a PNG.
 
     Returns:
         The files.
@@ -48,5 +49,5 @@ def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png",
         # Without the time, so that the same figure gives the same file.
         metadata: dict[str, Any] = {"CreationDate": None} if path.suffix == ".pdf" else {}
         with atomic_output(path) as part:
-            figure.savefig(part, format=path.suffix[1:], dpi=DPI, metadata=metadata)
+            figure.savefig(part, format=path.suffix[1:], dpi=dpi, metadata=metadata)
     return paths

@@ -1,6 +1,5 @@
 """What figures are drawn of: a model, fixed images of its data, and what is known of its concepts."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,15 +12,17 @@ from einops import rearrange
 from ldm.data.images import evenly_spaced, to_unit_range, to_unit_range_all
 from ldm.evaluation.batches import image_batches
 from ldm.evaluation.codes import CodeEncoder
-from ldm.evaluation.matching import importance_of, match_concepts
-from ldm.factors import FactorGrid, factors_of
+from ldm.evaluation.matching import concepts_of_record, match_concepts, ranges_of
+from ldm.factors import FactorGrid, FactorTable, factors_of
 from ldm.metrics.information import bin_columns, information_matrix
 from ldm.models.diffusion.concepts import Concepts
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.modules.mode import evaluating
 
 MOST_FACTORS = 12  # with more, a figure has a row per concept
 BATCH = 256  # a figure is one batch, unless it is larger than this
+BINS = 20  # of a scalar, for its mutual information with factors
 
 
 class NotShown(Exception):
@@ -60,6 +61,7 @@ class Subject:
         weights, step, run: for the line below each figure.
         steps, seed: of the sampler.
         live: the model's own weights, although it has EMA weights.
+        bars: show progress bars. progress: the title of the next one.
     """
 
     model: Any
@@ -74,6 +76,7 @@ class Subject:
     steps: int = 20
     seed: int = 0
     live: bool = False
+    bars: bool = False
     progress: str = ""
 
     @property
@@ -94,7 +97,13 @@ class Subject:
     @property
     def one_pass(self) -> bool:
         """Whether the model decodes its tokens without diffusion."""
-        return not hasattr(self.model.sampler("dpm"), "plan") or "one pass" in self.model.sampler("dpm").title
+        return not self.first_stage_only and not isinstance(self.model.sampler("dpm"), DPMSolverSampler)
+
+    @property
+    def all_ema(self) -> bool:
+        """Whether the encoder's EMA weights are drawn too."""
+        ema = getattr(self.model, "use_ema", False) and getattr(self.model, "ema_parameters", "unet") == "all"
+        return ema and not self.live
 
     def require_tokens(self) -> None:
         """Raises `NotShown` for a model without concepts."""
@@ -116,11 +125,6 @@ class Subject:
         count = self.model.cond_stage_model.latent_unit
         return [Row(f"concept {n}", (n,), "\n".join(told.get(n, [])[:2])) for n in range(count)]
 
-    def percentiles(self) -> tuple[np.ndarray, np.ndarray]:
-        """The scalars' 1st and 99th percentile over the set, (n,) each."""
-        assert self.concepts is not None
-        return np.array(self.concepts.low), np.array(self.concepts.high)
-
     def draw(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (..., n, d) -> images (..., c, h, w) in [-1, 1], all from the same noise."""
         flat = tokens.flatten(0, -3)
@@ -131,9 +135,7 @@ class Subject:
 
     def tokens_of(self, scalars: torch.Tensor) -> torch.Tensor:
         """Scalars (..., n) -> tokens (..., n, d) float32 on the CPU."""
-        flat = scalars.flatten(0, -2).float().to(self.model.device)
-        parts = [self.model.cond_stage_model.warp(part).float().cpu() for part in flat.split(BATCH)]
-        return torch.cat(parts).unflatten(0, scalars.shape[:-1])
+        return self.model.warp(scalars.flatten(0, -2)).unflatten(0, scalars.shape[:-1])
 
     @property
     def note(self) -> str:
@@ -177,8 +179,8 @@ def make_subject(
 ) -> Subject:
     """What is drawn of a model, be it loaded or in training.
 
-    Its concepts are `model.concepts` where these are known, matched by the record's importances or, without a record,
-    by those of `sample` images, whose scalars also give the percentiles that nobody has computed yet.
+    Which concepts stand for which factors is what `model.concepts` says, else the record's matrices, else the mutual
+    information in `sample` images of the set, whose scalars also give the percentiles where nobody knows them.
 
     Args:
         model: a `LatentDiffusion`, or a first stage.
@@ -189,52 +191,44 @@ def make_subject(
         sample: images to learn of the scalars from, at most.
         about: `weights`, `step`, `run`, `steps`, `seed` of `Subject`.
     """
-    rows = evenly_spaced(len(dataset), count)
+    rows, factors, record = evenly_spaced(len(dataset), count), factors_of(dataset), record or {}
     key = getattr(model, "first_stage_key", getattr(model, "image_key", "image"))
-    factors = factors_of(dataset)
-    subject = Subject(model, _images(dataset, rows, key), live=live, **{"weights": weights_of(model, live), **about})
+    about = {"weights": weights_of(model, live), **about}
+    subject = Subject(model, _images(dataset, rows, key), values_at(factors, rows), live=live, **about)
     if factors is not None:
         subject.names = factors.names
-        subject.factors = factors.factors(rows) if isinstance(factors, FactorGrid) else factors.values[rows]
-    if not subject.has_scalars:
+    if not subject.has_tokens:
         return subject
-    matrices = matrices_of(record or {})
-    shown = tuple((record or {}).get("factors", {}))
-    if factors is not None and shown != tuple(factors.names):
-        matrices = {}  # of other data
-    concepts = getattr(model, "concepts", None)
-    known = concepts is not None and len(concepts.low) > 0
-    if not (known and matrices):
+    if list(record.get("factors", {})) == list(subject.names):
+        subject.matrices = matrices_of(record, "ema" if subject.all_ema else "live")
+        subject.concepts = concepts_of_record(record, "ema" if subject.all_ema else "live")
+    known = model.concepts or subject.concepts or Concepts()
+    if subject.has_scalars and not (known.low and (known.tokens or factors is None) and subject.matrices):
         chosen = evenly_spaced(len(dataset), sample)
         with subject.in_use():
             codes = scalars_of(model, dataset, chosen)
-        values = None
+        low, high = ranges_of(codes)
         if factors is not None:
-            values = factors.factors(chosen) if isinstance(factors, FactorGrid) else factors.values[chosen]
-            matrices.setdefault("mig", information_matrix(bin_columns(codes, 20), values))
-        importance = matrices.get("dci", None if values is None else importance_of(codes, values))
-        concepts = _concepts(concepts, importance, subject.names, codes)
-    subject.concepts, subject.matrices = concepts, matrices
+            information = information_matrix(bin_columns(codes, BINS), values_at(factors, chosen))
+            subject.matrices = {"mig": information, **subject.matrices}
+            known = known if known.tokens else match_concepts(information, factors.names)
+        known = Concepts(known.tokens, known.share, known.low or low, known.high or high)
+    subject.concepts = known
     return subject
 
 
-def _concepts(
-    known: Concepts | None, importance: np.ndarray | None, names: Sequence[str], codes: np.ndarray
-) -> Concepts:
-    """Concepts with percentiles: those that are known, those of the importances, or nothing but percentiles."""
-    low, high = (tuple(map(float, np.percentile(codes, percent, axis=0))) for percent in (1, 99))
-    if known is not None:
-        return Concepts(known.tokens, known.share, known.low or low, known.high or high)
-    if importance is None:
-        return Concepts({}, {}, low, high)
-    found = match_concepts(importance, names)
-    return Concepts(found.tokens, found.share, low, high)
+def values_at(factors: FactorGrid | FactorTable | None, rows: np.ndarray) -> np.ndarray | None:
+    """Factor values (m, k) of a data set's rows, if it has factors."""
+    if factors is None:
+        return None
+    return factors.factors(rows) if isinstance(factors, FactorGrid) else factors.values[rows]
 
 
-def matrices_of(record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """By metric, the matrices (n, k) of a record of scores that can be drawn."""
+def matrices_of(record: Mapping[str, Any], weights: str = "live") -> dict[str, np.ndarray]:
+    """By metric, the matrices (n, k) of a record of scores that can be drawn; of the EMA weights, where it has them."""
     arrays = {"dci": "importance", "mig": "mutual_information", "tad": "auroc"}
-    found = {metric: record.get("matrices", {}).get(metric, {}).get(name) for metric, name in arrays.items()}
+    matrices = (record.get("matrices_of_ema") if weights == "ema" else None) or record.get("matrices", {})
+    found = {metric: matrices.get(metric, {}).get(name) for metric, name in arrays.items()}
     return {metric: np.array(matrix, dtype=float) for metric, matrix in found.items() if matrix is not None}
 
 
@@ -265,7 +259,3 @@ def pairs(subject: Subject) -> list[tuple[int, int]]:
         used[source] = used.get(source, 0) + 1
         found.append((source, target))
     return found
-
-
-@functools.cache
-def _unused() -> None: ...

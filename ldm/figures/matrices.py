@@ -1,0 +1,28 @@
+"""DCI's importances and the mutual information of concepts and factors, rows sorted so that a good one looks diagonal."""
+
+from matplotlib.figure import Figure
+
+from ldm.evaluation.heatmaps import draw_heatmap, heatmap_size
+from ldm.figures.style import GREY
+from ldm.figures.subject import NotShown, Subject
+
+TITLES = {
+    "dci": ("DCI: importance", 0.0),
+    "mig": ("mutual information (nats)", 0.0),
+    "tad": ("TAD: area under ROC (blank: chance)", 0.5),
+}
+
+
+def draw(subject: Subject) -> Figure:
+    """A heat-map per matrix that is known, side by side."""
+    if not subject.matrices:
+        raise NotShown("its data have no factors" if not subject.names else "its concepts have no scalars to compare")
+    sizes = [heatmap_size(matrix) for matrix in subject.matrices.values()]
+    width, height = sum(size[0] + 1.4 for size in sizes), max(size[1] for size in sizes) + 0.9
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, len(sizes), squeeze=False)[0]
+    for axis, (metric, matrix) in zip(axes, subject.matrices.items(), strict=True):
+        title, chance = TITLES[metric]
+        draw_heatmap(axis, matrix, subject.names, title, chance)
+    figure.supxlabel(subject.note.rpartition(" · ")[0], fontsize=5.5, color=GREY, x=0.01, ha="left")
+    return figure
