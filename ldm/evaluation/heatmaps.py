@@ -90,7 +90,12 @@ def heatmap_size(matrix: np.ndarray) -> tuple[float, float]:
 
 
 def draw_heatmap(
-    axes: Any, matrix: np.ndarray, factor_names: Sequence[str], title: str, chance: float = 0.0, bar: bool = True
+    axes: Any,
+    matrix: np.ndarray,
+    factor_names: Sequence[str],
+    title: str,
+    chance: float = 0.0,
+    dimension: str = "dimension",
 ) -> None:
     """Draw a matrix: a row per dimension and a column per factor, or, of many factors, the other way round.
 
@@ -102,7 +107,7 @@ def draw_heatmap(
         matrix: (dimensions, factors).
         factor_names, title: words.
         chance: the value that says nothing.
-        bar: with a scale of the colours.
+        dimension: what the dimensions are called.
     """
     shown, turned = _turned(matrix)
     order = diagonal_order(np.abs(shown - chance))
@@ -110,15 +115,14 @@ def draw_heatmap(
     top = 1.0 if chance else max(float(np.nanmax(shown)), 1e-12)
     low = 2 * chance - top if chance else 0.0
     picture = axes.imshow(shown, aspect="auto", cmap="PuOr" if chance else "Blues", vmin=low, vmax=top)
-    if bar:
-        scale = axes.figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02, aspect=30)
-        scale.outline.set_linewidth(0.5)  # type: ignore[operator]
-        scale.ax.set_ylim(min(chance, float(np.nanmin(shown))), top)
-        scale.ax.tick_params(labelsize=SMALL, length=2, width=0.5)
+    scale = axes.figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02, aspect=30)
+    scale.outline.set_linewidth(0.5)
+    scale.ax.set_ylim(min(chance, float(np.nanmin(shown))), top)
+    scale.ax.tick_params(labelsize=SMALL, length=2, width=0.5)
     names = [name.replace("_", " ") for name in factor_names]
     numbers = [str(number) for number in range(total)][: shown.shape[1] if turned else total]
     columns, rows = (numbers, [names[n] for n in order]) if turned else (names, [numbers[n] for n in order])
-    dimensions = "dimension" if len(numbers) == total else f"dimension (the first {len(numbers)} of {total})"
+    dimensions = dimension if len(numbers) == total else f"{dimension} (the first {len(numbers)} of {total})"
     step = max(1, len(columns) // 40)
     places = range(0, len(columns), step)
     slanted = {} if turned else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}

@@ -8,8 +8,8 @@ from ldm.figures.subject import BATCH, NotShown, Subject
 from ldm.util import UserError
 
 IMAGES = 5
-MAP = "cividis"  # legible in grey, and for the colour-blind
-LEAST = 0.25  # of the image shows through where nobody looks
+MAP = "viridis"  # legible in grey, and for the colour-blind
+SHADE = 0.6  # how much of the colour an image's dark places take away
 
 
 def draw(subject: Subject) -> Panels:
@@ -26,9 +26,9 @@ def draw(subject: Subject) -> Panels:
     scaled = found - found.amin(dim=(1, 2, 3), keepdim=True)
     scaled = scaled / scaled.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
     pixels = np.stack([to_pixels(images), *[overlaid(images, row) for row in scaled]])
-    ranges = [f"{row.min():.2f} to {row.max():.2f}".replace("0.", ".") for row in found]
+    ranges = [f"attention {row.min():.2f} to {row.max():.2f}".replace("0.", ".") for row in found]
     labels = ["image", *(f"{row.label}\n{told}" for row, told in zip(rows, ranges, strict=True))]
-    note = f"each row from its least (dark) to its greatest attention (bright), of 1 in all · {subject.note}"
+    note = f"each row from its least (violet) to its greatest attention (yellow), of 1 in all · {subject.note}"
     return Panels(pixels, labels, title="Cross attention to the tokens", note=note, after=(0,), width=4.5)
 
 
@@ -38,4 +38,4 @@ def overlaid(images: torch.Tensor, maps: torch.Tensor) -> np.ndarray:
 
     grey = to_pixels(images).astype(np.float32).mean(axis=-1, keepdims=True) / 255
     colour = matplotlib.colormaps[MAP](maps.numpy())[..., :3]
-    return ((0.3 * grey + 0.7 * colour) * 255).round().clip(0, 255).astype(np.uint8)
+    return (colour * (1 - SHADE + SHADE * grey / max(float(grey.max()), 1e-6)) * 255).round().clip(0, 255).astype(np.uint8)

@@ -15,7 +15,7 @@ def draw(subject: Subject) -> Panels:
     Scalars are interpolated, and become tokens; vectors, where these are the tokens, as they are.
     """
     subject.require_tokens()
-    source, target = pairs(subject)[0]
+    source, target = pairs(subject)[len(subject.images) // 2]  # the first of a grid has all factors at their least
     both, model = subject.images[[target, source]], subject.model
     rows = [(row.label, list(row.concepts)) for row in subject.rows()]
     count = model.cond_stage_model.latent_unit

@@ -23,6 +23,6 @@ def draw(subject: Subject) -> Figure:
     axes = figure.subplots(1, len(sizes), squeeze=False)[0]
     for axis, (metric, matrix) in zip(axes, subject.matrices.items(), strict=True):
         title, chance = TITLES[metric]
-        draw_heatmap(axis, matrix, subject.names, title, chance)
+        draw_heatmap(axis, matrix, subject.names, title, chance, "concept")
     figure.supxlabel(subject.note.rpartition(" · ")[0], fontsize=5.5, color=GREY, x=0.01, ha="left")
     return figure

@@ -67,6 +67,7 @@ class Layout:
     Attributes:
         size: (width, height) of the picture. cell: (width, height) of an image in it.
         left, top: of each column and row. labels: the bottom of the columns' labels. title: the bottom of the title.
+        note: its lines.
     """
 
     size: tuple[int, int]
@@ -75,6 +76,7 @@ class Layout:
     top: tuple[int, ...]
     labels: int
     title: int
+    note: tuple[str, ...]
 
 
 def layout_of(panels: Panels, dpi: int = DPI) -> Layout:
@@ -87,15 +89,14 @@ def layout_of(panels: Panels, dpi: int = DPI) -> Layout:
     margin = round(PAD * unit)
     beside = max((_label_width(label) for label in panels.rows), default=0.0)
     start = margin + round(beside * unit) + (margin if beside else 0)
-    title = margin + round(LINE * TITLE * unit if panels.title else 0)
+    title = margin + round(1.5 * TITLE * unit if panels.title else 0)
     above = max((_label_height(label) for label in panels.columns), default=0.0)
     labels = title + round((above + (PAD / 2 if above else 0)) * unit)
     caption = round(LINE * SMALL * unit) if panels.captions else 0
     gap, wide = max(1, round(GAP * unit)), round(WIDE_GAP * unit)
-    note = round(LINE * SMALL * 2 * unit) + margin if panels.note else margin
     spaces = (columns - 1) * gap, (rows - 1) * (gap + caption) + caption + len(panels.after) * wide
     room_x = (round(panels.width * dpi) - start - margin - spaces[0]) / columns
-    room_y = (round(HEIGHT * dpi) - labels - note - spaces[1]) / rows
+    room_y = (round(HEIGHT * dpi) - labels - 2 * margin - round(2 * LINE * SMALL * unit) - spaces[1]) / rows
     scale = min(room_x / w, room_y / h)
     scale = float(int(scale)) if scale >= 1 else max(scale, 1 / max(h, w))
     cell = max(1, int(w * scale)), max(1, int(h * scale))
@@ -105,7 +106,9 @@ def layout_of(panels: Panels, dpi: int = DPI) -> Layout:
         top.append(top[-1] + cell[1] + caption + gap + (wide if row in panels.after else 0))
     end = top.pop() - gap
     width = max(left[-1] + cell[0] + margin, margin * 2 + round(_width(panels.title, TITLE) * unit))
-    return Layout((width, end + note), cell, left, tuple(top), labels, title)
+    lines = tuple(_wrapped(panels.note, width / unit - 2 * PAD, SMALL)[:2])
+    height = end + margin + round(len(lines) * LINE * SMALL * unit)
+    return Layout((width, height), cell, left, tuple(top), labels, title, lines)
 
 
 def draw_panels(panels: Panels, dpi: int = DPI) -> Figure:
@@ -121,7 +124,7 @@ def draw_panels(panels: Panels, dpi: int = DPI) -> Figure:
 
         figure.figimage(_canvas(panels, place), 0, 0, origin="upper")
         margin = PAD * unit
-        write(margin, place.title - 0.3 * TITLE * unit, panels.title, TITLE, va="baseline", ha="left")
+        write(margin, place.title - 0.5 * TITLE * unit, panels.title, TITLE, va="baseline", ha="left")
         for x, label in zip(place.left, panels.columns, strict=False):
             _write_label(write, x + place.cell[0] / 2, place.labels - PAD / 2 * unit, label, unit, "center", "bottom")
         for y, label in zip(place.top, panels.rows, strict=False):
@@ -130,9 +133,8 @@ def draw_panels(panels: Panels, dpi: int = DPI) -> Figure:
             for x, caption in zip(place.left, captions, strict=True):
                 low = y + place.cell[1] + LINE * SMALL * unit * 0.85
                 write(x + place.cell[0] / 2, low, caption, SMALL, GREY, ha="center", va="baseline")
-        lines = _wrapped(panels.note, (width / unit - 2 * PAD), SMALL)[:2]
-        for number, line in enumerate(lines):
-            y = height - margin * 0.6 - (len(lines) - 1 - number) * LINE * SMALL * unit
+        for number, line in enumerate(place.note):
+            y = height - margin * 0.6 - (len(place.note) - 1 - number) * LINE * SMALL * unit
             write(margin, y, line, SMALL, GREY, ha="left", va="bottom")
     return figure
 

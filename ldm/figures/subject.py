@@ -115,13 +115,16 @@ class Subject:
         found = self.concepts.tokens if self.concepts else {}
         if 0 < len(found) <= MOST_FACTORS:
             share = self.concepts.share if self.concepts else {}
-            return [
-                Row(name.replace("_", " "), numbers, f"{numbered(numbers)} · {share[name]:.0%}".replace("%", " %"))
-                for name, numbers in found.items()
-            ]
+            rows = []
+            for name, numbers in found.items():
+                held = f"{share[name]:.0%}".replace("%", " %")
+                others = [other for other in found if other != name and found[other] and numbers[0] in found[other]]
+                also = f"\nalso {readable(others[0])}'s" if others and len(numbers) == 1 else ""
+                rows.append(Row(readable(name), numbers, f"{numbered(numbers)} · {held}{also}"))
+            return rows
         told: dict[int, list[str]] = {}
         for name, numbers in found.items():
-            told.setdefault(numbers[0], []).append(name.replace("_", " "))
+            told.setdefault(numbers[0], []).append(readable(name))
         count = self.model.cond_stage_model.latent_unit
         return [Row(f"concept {n}", (n,), "\n".join(told.get(n, [])[:2])) for n in range(count)]
 
@@ -153,6 +156,11 @@ class Subject:
             if hasattr(self.model, "ema_scope") and not self.live:
                 stack.enter_context(self.model.ema_scope())
             yield
+
+
+def readable(name: str) -> str:
+    """A factor's name as people write it."""
+    return name.replace("_", " ")
 
 
 def numbered(concepts: Sequence[int], most: int = 4) -> str:
@@ -210,7 +218,7 @@ def make_subject(
         low, high = ranges_of(codes)
         if factors is not None:
             information = information_matrix(bin_columns(codes, BINS), values_at(factors, chosen))
-            subject.matrices = {"mig": information, **subject.matrices}
+            subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
             known = known if known.tokens else match_concepts(information, factors.names)
         known = Concepts(known.tokens, known.share, known.low or low, known.high or high)
     subject.concepts = known
@@ -226,7 +234,7 @@ def values_at(factors: FactorGrid | FactorTable | None, rows: np.ndarray) -> np.
 
 def matrices_of(record: Mapping[str, Any], weights: str = "live") -> dict[str, np.ndarray]:
     """By metric, the matrices (n, k) of a record of scores that can be drawn; of the EMA weights, where it has them."""
-    arrays = {"dci": "importance", "mig": "mutual_information", "tad": "auroc"}
+    arrays = {"dci": "importance", "tad": "auroc", "mig": "mutual_information"}
     matrices = (record.get("matrices_of_ema") if weights == "ema" else None) or record.get("matrices", {})
     found = {metric: matrices.get(metric, {}).get(name) for metric, name in arrays.items()}
     return {metric: np.array(matrix, dtype=float) for metric, matrix in found.items() if matrix is not None}

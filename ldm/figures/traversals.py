@@ -48,13 +48,17 @@ def concepts_shown(subject: Subject) -> list[Row]:
     subject.require_tokens()
     if not subject.has_scalars:
         raise NotShown("its concepts are vectors, without a scalar to follow")
-    found = []
+    found: dict[int, Row] = {}
     for row in subject.rows():
-        if row.name.startswith("concept"):
-            found.append(row)
-        else:
-            found += [Row(row.name, (n,), f"concept {n}") for n in row.concepts[:PER_FACTOR]]
-    return found
+        if row.name.startswith("concept "):
+            return subject.rows()
+        for number in row.concepts[:PER_FACTOR]:
+            if number in found:  # one concept for two factors
+                first = found[number]
+                found[number] = Row(f"{first.name}, {row.name}", (number,), first.about)
+            else:
+                found[number] = Row(row.name, (number,), f"concept {number}")
+    return list(found.values())
 
 
 def values_of(subject: Subject, concept: int) -> np.ndarray:
