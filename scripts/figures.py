@@ -17,7 +17,6 @@ Writes <log directory>/figures/<name>.png, also .pdf of plots and .gif of what m
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -72,16 +71,6 @@ def load_model(opt: argparse.Namespace) -> tuple[Any, bool]:
     return load(opt.model, device, "live", opt.allow), True
 
 
-def read_record(logdir: Path, step: int | None) -> dict[str, Any]:
-    """The scores of a run at a step, or else its newest; empty where there are none."""
-    files = sorted((logdir / "metrics").glob("*.json"))
-    files = [path for path in files if step is not None and path.stem == f"{step:06}"] or files[-1:]
-    try:
-        return json.loads(files[0].read_text()) if files else {}
-    except ValueError as error:
-        raise UserError(f"{files[0]} is damaged ({error}): move it away to draw without its matrices") from error
-
-
 def run(opt: argparse.Namespace) -> None:
     """Draw, and say where."""
     from ldm.figures.draw import FIGURES, check_names
@@ -89,6 +78,7 @@ def run(opt: argparse.Namespace) -> None:
     names = check_names(opt.names or FIGURES, "NAME")  # a mistake is told before anything is loaded
 
     from ldm.api import load_config
+    from ldm.callbacks.figures import newest_record
     from ldm.cli.configure import logdir_of
     from ldm.compat.whole import training_step
     from ldm.figures.draw import draw_figures
@@ -109,7 +99,7 @@ def run(opt: argparse.Namespace) -> None:
     logdir = opt.model.parent if exported else logdir_of(opt.model)
     step = None if exported else training_step(checkpoint_of(opt.model))
     about = {"step": step, "steps": opt.steps, "seed": opt.seed, "bars": True, "run": logdir.resolve().name}
-    subject = make_subject(model, dataset, read_record(logdir, step), opt.images, live, **about)
+    subject = make_subject(model, dataset, newest_record(logdir / "metrics", step), opt.images, live, **about)
     files = draw_figures(subject, names, opt.out or logdir / "figures")
     if not files:
         raise UserError("none of these figures can be drawn of this model", "NAME")

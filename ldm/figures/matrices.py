@@ -23,6 +23,8 @@ def draw(subject: Subject) -> Figure:
     axes = figure.subplots(1, len(sizes), squeeze=False)[0]
     for axis, (metric, matrix) in zip(axes, subject.matrices.items(), strict=True):
         title, chance = TITLES[metric]
+        scored = subject.scored.get(metric, subject.step)
+        title = title if scored == subject.step else f"{title}, step {scored:,}"
         draw_heatmap(axis, matrix, subject.names, title, chance, "concept")
     figure.supxlabel(subject.note.rpartition(" · ")[0], fontsize=5.5, color=GREY, x=0.01, ha="left")
     return figure

@@ -58,6 +58,7 @@ class Subject:
         images: (b, c, h, w) float32 in [-1, 1], spread over the set. factors: theirs (b, k), if they have some.
         concepts: which concepts stand for which factors, and the scalars' percentiles; None for a first stage.
         matrices: by metric (`dci`, `mig`, `tad`), (n, k). names: of the factors.
+        scored: by metric, the step of the scores that a matrix comes from.
         weights, step, run: for the line below each figure.
         steps, seed: of the sampler.
         live: the model's own weights, although it has EMA weights.
@@ -70,6 +71,7 @@ class Subject:
     concepts: Concepts | None = None
     matrices: Mapping[str, np.ndarray] = field(default_factory=dict)
     names: Sequence[str] = ()
+    scored: Mapping[str, int] = field(default_factory=dict)
     weights: str = ""
     step: int | None = None
     run: str = ""
@@ -209,6 +211,7 @@ def make_subject(
         return subject
     if list(record.get("factors", {})) == list(subject.names):
         subject.matrices = matrices_of(record, "ema" if subject.all_ema else "live")
+        subject.scored = dict.fromkeys(subject.matrices, record.get("step"))
         subject.concepts = concepts_of_record(record, "ema" if subject.all_ema else "live")
     known = model.concepts or subject.concepts or Concepts()
     if subject.has_scalars and not (known.low and (known.tokens or factors is None) and subject.matrices):
