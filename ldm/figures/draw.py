@@ -106,5 +106,5 @@ def _draw(kind: Kind, subject: Subject, name: str, folder: Path, dpi: int, every
         else:
             paths = save(drawn, folder, name, ("png", "pdf") if everything else ("png",), dpi=dpi)
     if everything and kind.animate is not None:
-        paths.append(write_gif(folder / f"{name}.gif", kind.animate(subject)))
+        paths.append(write_gif(folder / f"{name}.gif", kind.animate(subject), dpi=min(dpi, 150)))
     return paths

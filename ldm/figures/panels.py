@@ -18,6 +18,7 @@ from ldm.data.files import atomic_output
 from ldm.figures.style import DPI, GREY, HEIGHT, PAGE, styled
 
 TITLE, LABEL, SMALL = 8.0, 7.0, 5.5  # points
+FAMILY = "DejaVu Sans"  # matplotlib's own, which comes with it
 LINE = 1.25  # height of a line, in sizes of its type
 PAD, GAP, WIDE_GAP = 4.0, 1.5, 6.0  # points: beside text, between images, between groups of rows
 LONGEST = 20  # characters of a line of a row's label
@@ -186,8 +187,7 @@ def _label_height(label: str) -> float:
 @cache
 def _width(words: str, size: float) -> float:
     """Width of a line in points."""
-    with styled():
-        return TextToPath().get_text_width_height_descent(words, FontProperties(size=size), False)[0]
+    return TextToPath().get_text_width_height_descent(words, FontProperties(family=FAMILY, size=size), False)[0]
 
 
 def _wrapped(words: str, width: float, size: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ COLUMN, PAGE, HEIGHT = 3.25, 6.75, 8.75
 DPI = 300
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+LOOKS = frozenset(
+    "axes errorbar figure font grid image legend lines mathtext patch path pdf ps savefig scatter svg text xtick ytick"
+    .split()
+)  # fmt: skip
+WINDOWS = ("figure.max_open_warning", "figure.raise_window", "savefig.directory")
 GREY = "#595959"  # of what is said in passing
 
 
@@ -25,8 +31,15 @@ def styled() -> Iterator[None]:
 
     Without pyplot: no window system is asked for, and nothing stays open.
     """
-    with matplotlib.rc_context(fname=STYLE):
+    with matplotlib.rc_context(_settings()):
         yield
+
+
+@cache
+def _settings() -> dict[str, Any]:
+    """Matplotlib's settings of how things look; those of windows and time zones are the user's."""
+    found = matplotlib.rc_params_from_file(STYLE, use_default_template=True)
+    return {key: found[key] for key in found if key.partition(".")[0] in LOOKS and key not in WINDOWS}
 
 
 def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png",), dpi: int = DPI) -> list[Path]:
