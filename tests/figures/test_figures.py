@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.figures import attention, interpolation, matrices
-from ldm.figures.draw import FIGURES, draw_figures
+from ldm.figures.draw import FIGURES, Kind, draw_figures
 from ldm.figures.panels import to_pixels
 from ldm.figures.subject import make_subject, pairs
 from ldm.figures.traversals import VALUES
@@ -44,32 +44,39 @@ def test_subject(subject, dataset):
     assert "EMA weights of the U-Net · step 1,234 · 2 steps of DPM-Solver++" in subject.note
 
 
-PANELS = {
-    "reconstructions": 3 * 4,
-    "swaps": (3 + 6) * 4,
-    "attention": (1 + 6) * 4,
-    "interpolation": 7 * 9 + 2,
-    "denoising": 3 * 2 * 2 + 3,
+# Images in each figure of four images of six factors, and its files; None: a plot, or checked elsewhere.
+FILES = {
+    "reconstructions": (3 * 4, ["png"]),
+    "swaps": ((3 + 6) * 4, ["png"]),
+    "traversals": (None, ["png", "gif"]),
+    "attention": ((1 + 6) * 4, ["png"]),
+    "interpolation": (7 * 9 + 2, ["png"]),
+    "denoising": (3 * 2 * 2 + 3, ["png", "gif"]),
+    "matrices": (None, ["png", "pdf"]),
+    "bottleneck": (None, ["png", "pdf"]),
 }
 
 
-def test_files_and_panels(subject, tmp_path):
-    """The right number of panels, each in its place in the file."""
-    files = draw_figures(subject, FIGURES, tmp_path, dpi=60)
-    assert list(files) == list(FIGURES)
-    kinds = {"matrices": ["png", "pdf"], "bottleneck": ["png", "pdf"], "traversals": ["png", "gif"]}
-    kinds["denoising"] = ["png", "gif"]
-    for name, paths in files.items():
-        assert [path.name for path in paths] == [f"{name}.{kind}" for kind in kinds.get(name, ["png"])]
-        with Image.open(paths[0]) as picture:
-            assert min(picture.size) > 80
-    with Image.open(files["traversals"][1]) as moving, Image.open(files["denoising"][1]) as other:
-        assert (moving.n_frames, other.n_frames) == (2 * VALUES - 1, 2)
-    for name, count in PANELS.items():
-        figure = drawn(subject, name)
-        assert figure.count == count and len(figure.rows) == figure.images.shape[0], name
-    shown = {number for row in subject.rows() for number in row.concepts[:2]}
-    assert drawn(subject, "traversals").count == len(shown) * VALUES
+@pytest.mark.parametrize("name", FIGURES)
+def test_files_and_panels(name, subject, tmp_path, monkeypatch):
+    """The right number of panels, in files that can be opened."""
+    seen = []
+    kind = FIGURES[name]
+    monkeypatch.setitem(FIGURES, name, Kind(lambda subject: seen.append(kind.draw(subject)) or seen[0], kind.animate))
+    files = draw_figures(subject, [name], tmp_path, dpi=60)
+    count, kinds = FILES[name]
+    assert [path.name for path in files[name]] == [f"{name}.{kind}" for kind in kinds]
+    with Image.open(files[name][0]) as picture:
+        assert min(picture.size) > 80
+    if kinds[-1] == "pdf":
+        assert files[name][1].read_bytes().startswith(b"%PDF")
+    if kinds[-1] == "gif":
+        with Image.open(files[name][1]) as moving:
+            assert moving.n_frames == (2 * VALUES - 1 if name == "traversals" else 2)
+    if name == "traversals":
+        count = len({number for row in subject.rows() for number in row.concepts[:2]}) * VALUES
+    if count is not None:
+        assert seen[0].count == count and len(seen[0].rows) == seen[0].images.shape[0]
 
 
 def test_reconstructions(subject, model):
