@@ -27,7 +27,8 @@ def logdir(trained_encdiff, tmp_path_factory):
 
 
 def test_a_run_draws_at_each_validation(trained_encdiff):
-    found = sorted(str(path.relative_to(trained_encdiff.logdir)) for path in trained_encdiff.logdir.rglob("figures/*/*"))
+    logdir = trained_encdiff.logdir
+    found = sorted(str(path.relative_to(logdir)) for path in logdir.rglob("figures/*/*"))
     assert found == [
         f"images/figures/{step:06}/{name}.png" for step in (4, 8) for name in ("matrices", "reconstructions")
     ]
@@ -44,6 +45,7 @@ def test_named_figures(logdir, capsys):
 def test_a_checkpoint_and_live_weights(logdir, tmp_path, capsys, monkeypatch):
     """The line below says what is drawn."""
     notes = []
+
     def spy(subject, names, folder, **options):
         notes.append((subject.note, subject.live))
         return {"x": [folder / "x.png"]}

@@ -90,7 +90,7 @@ class FiguresCallback(Callback):
 
     def _subject(self, trainer: pl.Trainer, model: Any, logdir: Path, step: int) -> Subject:
         record = newest_record(logdir / "metrics", step)
-        about = {"step": step, "steps": self.steps, "seed": self.seed}
+        about: dict[str, Any] = {"step": step, "steps": self.steps, "seed": self.seed}
         return make_subject(model, shown_dataset(trainer), record, self.images, sample=SAMPLE, **about)
 
 

@@ -20,7 +20,7 @@ FAINT = "#8c8c8c"
 
 @dataclass(frozen=True)
 class Heatmap:
-    """What is drawn of a metric: the name of its matrix (dimensions, factors), a title, and the value that says nothing.
+    """What is drawn of a metric: the name of its matrix (dimensions, factors), a title, and the value of chance.
 
     With `chance` above 0, what is below it has another colour.
     """

@@ -1,4 +1,4 @@
-"""Cross-attention maps (paper, Figure 5): where the U-Net looks at which token, averaged over heads, layers and steps."""
+"""Cross-attention maps (paper, Figure 5): where the U-Net looks at which token; means over heads, layers and steps."""
 
 import numpy as np
 import torch
@@ -38,4 +38,5 @@ def overlaid(images: torch.Tensor, maps: torch.Tensor) -> np.ndarray:
 
     grey = to_pixels(images).astype(np.float32).mean(axis=-1, keepdims=True) / 255
     colour = matplotlib.colormaps[MAP](maps.numpy())[..., :3]
-    return (colour * (1 - SHADE + SHADE * grey / max(float(grey.max()), 1e-6)) * 255).round().clip(0, 255).astype(np.uint8)
+    light = 1 - SHADE + SHADE * grey / max(float(grey.max()), 1e-6)
+    return (colour * light * 255).round().clip(0, 255).astype(np.uint8)

@@ -38,7 +38,7 @@ def animate(subject: Subject) -> list[Panels]:
 
 
 def way(subject: Subject, count: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Timesteps (s,) in the order in which they are visited, x_t and the x_0 predicted from it (s, b, h, w, 3) uint8."""
+    """Timesteps (s,) in the order of their visit, x_t and the x_0 predicted from it (s, b, h, w, 3) uint8."""
     subject.require_tokens()
     if subject.one_pass:
         raise NotShown("the tokens are decoded in one pass, without noise")

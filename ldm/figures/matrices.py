@@ -1,4 +1,4 @@
-"""DCI's importances and the mutual information of concepts and factors, rows sorted so that a good one looks diagonal."""
+"""DCI's importances and mutual information of concepts and factors, sorted so that a good one looks diagonal."""
 
 from matplotlib.figure import Figure
 
@@ -24,7 +24,7 @@ def draw(subject: Subject) -> Figure:
     for axis, (metric, matrix) in zip(axes, subject.matrices.items(), strict=True):
         title, chance = TITLES[metric]
         scored = subject.scored.get(metric, subject.step)
-        title = title if scored == subject.step else f"{title}, step {scored:,}"
+        title = title if scored in (None, subject.step) else f"{title}, step {scored:,}"
         draw_heatmap(axis, matrix, subject.names, title, chance, "concept")
     figure.supxlabel(subject.note.rpartition(" · ")[0], fontsize=5.5, color=GREY, x=0.01, ha="left")
     return figure

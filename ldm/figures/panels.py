@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def draw_panels(panels: Panels, dpi: int = DPI) -> Figure:
         figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
         FigureCanvasAgg(figure)
 
-        def write(x: float, y: float, words: str, size: float, colour: str = "black", **where: str) -> None:
+        def write(x: float, y: float, words: str, size: float, colour: str = "black", **where: Any) -> None:
             figure.text(x / width, 1 - y / height, words, size=size, color=colour, parse_math=False, **where)
 
         figure.figimage(_canvas(panels, place), 0, 0, origin="upper")
@@ -135,8 +136,8 @@ def draw_panels(panels: Panels, dpi: int = DPI) -> Figure:
                 low = y + place.cell[1] + LINE * SMALL * unit * 0.85
                 write(x + place.cell[0] / 2, low, caption, SMALL, GREY, ha="center", va="baseline")
         for number, line in enumerate(place.note):
-            y = height - margin * 0.6 - (len(place.note) - 1 - number) * LINE * SMALL * unit
-            write(margin, y, line, SMALL, GREY, ha="left", va="bottom")
+            low = height - margin * 0.6 - (len(place.note) - 1 - number) * LINE * SMALL * unit
+            write(margin, low, line, SMALL, GREY, ha="left", va="bottom")
     return figure
 
 

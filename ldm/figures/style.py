@@ -36,7 +36,7 @@ def styled() -> Iterator[None]:
 
 
 @cache
-def _settings() -> dict[str, Any]:
+def _settings() -> Any:
     """Matplotlib's settings of how things look; those of windows and time zones are the user's."""
     found = matplotlib.rc_params_from_file(STYLE, use_default_template=True)
     return {key: found[key] for key in found if key.partition(".")[0] in LOOKS and key not in WINDOWS}

@@ -71,7 +71,7 @@ class Subject:
     concepts: Concepts | None = None
     matrices: Mapping[str, np.ndarray] = field(default_factory=dict)
     names: Sequence[str] = ()
-    scored: Mapping[str, int] = field(default_factory=dict)
+    scored: Mapping[str, int | None] = field(default_factory=dict)
     weights: str = ""
     step: int | None = None
     run: str = ""
@@ -220,7 +220,8 @@ def make_subject(
             codes = scalars_of(model, dataset, chosen)
         low, high = ranges_of(codes)
         if factors is not None:
-            information = information_matrix(bin_columns(codes, BINS), values_at(factors, chosen))
+            values: Any = values_at(factors, chosen)
+            information = information_matrix(bin_columns(codes, BINS), values)
             subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
             known = known if known.tokens else match_concepts(information, factors.names)
         known = Concepts(known.tokens, known.share, known.low or low, known.high or high)

@@ -272,5 +272,3 @@ def test_unknown_names(subject, tmp_path):
     with pytest.raises(UserError, match=r"there is no figure 'swap'; did you mean 'swaps'\?"):
         draw_figures(subject, ["matrices", "swap"], tmp_path)
     assert not list(tmp_path.iterdir())
-
-

@@ -92,7 +92,7 @@ def lvlb_weights(betas: np.ndarray, v_posterior: float = 0.0, parameterization: 
 
 
 def expected_kl(betas: np.ndarray) -> np.ndarray:
-    """What a step of denoising may say (paper, Eq. 5 and Figure 2b): KL(q(x_{t-1} | x_t, x_0) || N(0, I)) per dimension.
+    """What a step of denoising may say (paper, Eq. 5, Figure 2b): KL(q(x_{t-1} | x_t, x_0) || N(0, I)) per dimension.
 
     The posterior is N(μ̃_t, β̃_t) with μ̃_t linear in x_0 and x_t (Ho et al., Eq. 7), so that the divergence is
     ½ (μ̃_t² + β̃_t − 1 − log β̃_t). Its mean over data with E x_0² = 1, which latents have after scaling, and over x_t
