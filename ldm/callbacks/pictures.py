@@ -22,7 +22,7 @@ def send_picture(loggers: Iterable[Any], name: str, pixels: np.ndarray, step: in
             experiment.add_image(name, pixels, global_step=step, dataformats="HWC")
         elif hasattr(logger, "log_image"):  # W&B's, which counts steps in a value of its own
             logger.log_image(key=name, images=[pixels], step=step)
-        elif hasattr(experiment, "log_image"):  # MLflow's client
+        elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow's client
             experiment.log_image(logger.run_id, pixels, key=name, step=step)
 
 

@@ -141,3 +141,26 @@ def test_wrong_settings():
     for key in ("images", "steps"):
         with pytest.raises(UserError, match=f"{key}: expected at least 1, got 0"):
             FiguresCallback(**{key: 0})
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_not_compiled_anew(model, trainer, tmp_path):
+    """Nor are they left uncompiled."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    unet = model.model.diffusion_model
+    latent, t, tokens = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long), torch.zeros(2, 4, 8)
+    unet.compile(backend="eager")
+    try:
+        with torch.no_grad():
+            unet(latent, t, tokens)
+            counters.clear()
+            FiguresCallback(["swaps", "attention"], **QUICK).on_validation_end(trainer, model)
+            assert drawn(trainer, tmp_path) == ["attention.png", "swaps.png"]
+            assert counters["stats"]["unique_graphs"] == 0
+            unet(latent.repeat(2, 1, 1, 1), t.repeat(2), tokens.repeat(2, 1, 1))
+            assert counters["stats"]["unique_graphs"] > 0, "other sizes are still compiled"
+    finally:
+        unet._compiled_call_impl = None
+        torch._dynamo.reset()
