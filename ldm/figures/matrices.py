@@ -2,8 +2,8 @@
 
 from matplotlib.figure import Figure
 
-from ldm.evaluation.heatmaps import draw_heatmap, heatmap_size
-from ldm.figures.style import GREY, PAGE
+from ldm.evaluation.heatmaps import WIDE, draw_heatmap, heatmap_size
+from ldm.figures.style import GREY
 from ldm.figures.subject import NotShown, Subject
 
 TITLES = {
@@ -14,16 +14,17 @@ TITLES = {
 
 
 def draw(subject: Subject) -> Figure:
-    """A heat-map per matrix that is known, side by side, or, of many factors, one below the other."""
+    """A heat-map per matrix that is known, side by side; of many factors, only the first of TAD's, DCI's and MIG's."""
     if not subject.matrices:
         raise NotShown("its data have no factors" if not subject.names else "its concepts have no scalars to compare")
-    sizes = [heatmap_size(matrix) for matrix in subject.matrices.values()]
-    widths, heights = [size[0] + 1.4 for size in sizes], [size[1] + 0.8 for size in sizes]
-    beside = sum(widths) < 1.2 * PAGE
-    size = (sum(widths), max(heights)) if beside else (max(widths), sum(heights))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1 if beside else len(sizes), len(sizes) if beside else 1, squeeze=False)
-    for axis, (metric, matrix) in zip(axes.flat, subject.matrices.items(), strict=True):
+    shown = dict(subject.matrices)
+    if len(subject.names) > WIDE:
+        shown = dict([next((metric, shown[metric]) for metric in ("tad", "dci", "mig") if metric in shown)])
+    sizes = [heatmap_size(matrix) for matrix in shown.values()]
+    width, height = sum(size[0] + 1.4 for size in sizes), max(size[1] for size in sizes) + 0.9
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, len(sizes), squeeze=False)[0]
+    for axis, (metric, matrix) in zip(axes, shown.items(), strict=True):
         title, chance = TITLES[metric]
         scored = subject.scored.get(metric, subject.step)
         title = title if scored in (None, subject.step) else f"{title}, step {scored:,}"

@@ -103,9 +103,9 @@ def layout_of(panels: Panels, dpi: int = DPI) -> Layout:
     scale = float(int(scale)) if scale >= 1 else max(scale, 1 / max(h, w))
     cell = max(1, int(w * scale)), max(1, int(h * scale))
     left = tuple(start + column * (cell[0] + gap) for column in range(columns))
-    top = [labels]
-    for row in range(rows):
-        top.append(top[-1] + cell[1] + caption + gap + (wide if row in panels.after else 0))
+    top, tall = [labels], [round(_label_height(label) * unit) for label in panels.rows] or [0] * rows
+    for row in range(rows):  # a row is at least as high as its label
+        top.append(top[-1] + max(cell[1] + caption, tall[row]) + gap + (wide if row in panels.after else 0))
     end = top.pop() - gap
     width = max(left[-1] + cell[0] + margin, margin * 2 + round(_width(panels.title, TITLE) * unit))
     lines = tuple(_wrapped(panels.note, width / unit - 2 * PAD, SMALL)[:2])
@@ -130,7 +130,8 @@ def draw_panels(panels: Panels, dpi: int = DPI) -> Figure:
         for x, label in zip(place.left, panels.columns, strict=False):
             _write_label(write, x + place.cell[0] / 2, place.labels - PAD / 2 * unit, label, unit, "center", "bottom")
         for y, label in zip(place.top, panels.rows, strict=False):
-            _write_label(write, place.left[0] - margin, y + place.cell[1] / 2, label, unit, "right", "middle")
+            middle = y + max(place.cell[1], _label_height(label) * unit) / 2
+            _write_label(write, place.left[0] - margin, middle, label, unit, "right", "middle")
         for y, captions in zip(place.top, panels.captions, strict=False):
             for x, caption in zip(place.left, captions, strict=True):
                 low = y + place.cell[1] + LINE * SMALL * unit * 0.85

@@ -222,8 +222,7 @@ def make_subject(
         if factors is not None:
             values: Any = values_at(factors, chosen)
             information = information_matrix(bin_columns(codes, BINS), values)
-            if "tad" not in subject.matrices:  # which tells more of attributes
-                subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
+            subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
             known = known if known.tokens else match_concepts(information, factors.names)
         known = Concepts(known.tokens, known.share, known.low or low, known.high or high)
     subject.concepts = known

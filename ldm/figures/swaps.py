@@ -16,9 +16,8 @@ def draw(subject: Subject) -> Panels:
     drawn = subject.draw(swapped(tokens[sources], tokens[targets], [row.concepts for row in rows]))
     pixels = [to_pixels(subject.images[sources]), to_pixels(subject.images[targets]), *to_pixels(drawn)]
     labels = ["source", "target", "nothing swapped", *(row.label for row in rows)]
-    title = "Concepts taken from the source, one factor at a time"
-    if not (subject.concepts and subject.concepts.tokens):
-        title = "Concepts taken from the source, one at a time"
+    each = "one" if rows[0].name.startswith("concept ") else "one factor's"
+    title = f"Concepts taken from the source, {each} at a time"
     return Panels(np.stack(pixels), rows=labels, title=title, note=subject.note, after=(1, 2))
 
 

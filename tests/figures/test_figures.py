@@ -177,6 +177,13 @@ def test_matrices_name_the_step_of_older_scores(model, dataset):
     assert list(other.matrices) == ["mig"], "a record of other data says nothing"
 
 
+def test_of_many_attributes_there_is_one_matrix(subject):
+    subject.names = [f"attribute_{k}" for k in range(40)]
+    subject.matrices = {"dci": np.eye(4, 40), "tad": np.full((4, 40), 0.5), "mig": np.eye(4, 40)}
+    figure = drawn(subject, "matrices")
+    assert figure.axes[0].get_title(loc="left").startswith("TAD") and len(figure.axes) == 2  # and its scale
+
+
 def test_bottleneck_has_the_four_schedules_and_the_models_own(subject):
     lines = {line.get_label(): line.get_xydata() for line in drawn(subject, "bottleneck").axes[0].lines}
     assert list(lines) == ["linear (this model's)", "cosine", "sqrt-linear", "sqrt"]

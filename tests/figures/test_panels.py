@@ -64,6 +64,12 @@ def test_any_number_of_images_fits_the_page(rows, columns, size):
     assert place.cell[0] == place.cell[1] >= 20
 
 
+def test_labels_that_are_higher_than_their_images_do_not_overlap():
+    panels = Panels(np.zeros((3, 40, 8, 8, 3), np.uint8), ["name\none\ntwo\nthree"] * 3)
+    place = layout_of(panels)
+    assert place.cell[1] < place.top[1] - place.top[0] >= (7 + 3 * 5.5) * 300 / 72
+
+
 def test_large_images_are_reduced(tmp_path):
     panels = Panels(np.full((2, 2, 900, 900, 3), 77, np.uint8), width=COLUMN)
     (path,) = save(draw_panels(panels), tmp_path, "grid")
