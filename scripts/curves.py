@@ -28,12 +28,11 @@ from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.evaluation.paper import TITLES
 from ldm.evaluation.runs import logdirs, name_of, newest_config, read_json
+from ldm.figures.style import COLOURS, PAGE, save, styled
 from ldm.metrics.dci import disentanglement
 from ldm.metrics.evaluate import HEADLINES
 from ldm.util import UserError
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 KNOWN = 0.9  # a factor counts as learned when so many of its values are predicted rightly
 WEIGHTS = {"live": "", "ema": "_of_ema"}
 
@@ -124,20 +123,11 @@ def figure(columns: int, rows: int = 1) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    made = Figure(figsize=(max(3.4, 3.2 * columns), 0.5 + 2.6 * rows), layout="constrained")
+    made = Figure(figsize=(PAGE * max(1, columns / 3), 0.4 + 2.1 * rows), layout="constrained")
     axes = made.subplots(rows, columns, squeeze=False, sharex=True)
     for axis in axes.flat:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
     return made, axes
-
-
-def save(made: Any, folder: Path, name: str) -> list[Path]:
-    """The figure as PNG and PDF."""
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
-    for path in paths:
-        with atomic_output(path) as part:
-            made.savefig(part, format=path.suffix[1:], dpi=200)
-    return paths
 
 
 def draw_scores(points: Sequence[Point], rows: Sequence[str], metrics: Sequence[str], folder: Path) -> list[Path]:
@@ -151,13 +141,12 @@ def draw_scores(points: Sequence[Point], rows: Sequence[str], metrics: Sequence[
                 if not len(images):
                     continue
                 label = row if weights == "live" else None
-                axis.plot(images, mean, style, color=colour, label=label, marker=".", linewidth=1.2, markersize=4)
+                axis.plot(images, mean, style, color=colour, label=label, marker=".")
                 if weights == "live":
                     axis.fill_between(images, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         axis.set(xlabel="images seen", title=titles.get(metric, metric), ylim=(0, 1.02))
-        axis.grid(alpha=0.3, linewidth=0.5)
-    axes[0][-1].legend(fontsize=7, frameon=False)
-    return save(made, folder, "scores")
+    axes[0][-1].legend()
+    return save(made, folder, "scores", ("png", "pdf"))
 
 
 def draw_factors(points: Sequence[Point], rows: Sequence[str], folder: Path) -> list[Path]:
@@ -174,14 +163,13 @@ def draw_factors(points: Sequence[Point], rows: Sequence[str], folder: Path) -> 
         own = [point for point in live if point.row == row]
         for colour, factor in zip(COLOURS * 9, own[0].accuracy, strict=False):
             images, mean, spread = band(own, factor)
-            axis.plot(images, mean, color=colour, label=factor, marker=".", linewidth=1.2, markersize=4)
+            axis.plot(images, mean, color=colour, label=factor, marker=".")
             axis.fill_between(images, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
         axis.axhline(KNOWN, color="grey", linewidth=0.6, linestyle=":")
         axis.set(title=row, xlabel="images seen", ylim=(0, 1.02))
-        axis.grid(alpha=0.3, linewidth=0.5)
     axes.flat[0].set_ylabel("accuracy of the factor's prediction")
-    axes.flat[0].legend(fontsize=7, frameon=False)
-    return save(made, folder, "factors")
+    axes.flat[0].legend()
+    return save(made, folder, "factors", ("png", "pdf"))
 
 
 def write_csv(points: Sequence[Point], path: Path) -> None:
@@ -231,11 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"no run was scored by {metric}; there are {', '.join(sorted(scored))}", "--metrics")
     opt.out.mkdir(parents=True, exist_ok=True)
     write_csv(points, opt.out / "curves.csv")
-    written = [
-        opt.out / "curves.csv",
-        *draw_scores(points, rows, metrics, opt.out),
-        *draw_factors(points, rows, opt.out),
-    ]
+    with styled():
+        written = [*draw_scores(points, rows, metrics, opt.out), *draw_factors(points, rows, opt.out)]
+    written.insert(0, opt.out / "curves.csv")
     print("\n".join(map(str, written)))
 
 

@@ -30,10 +30,10 @@ from pytorch_lightning import LightningModule
 
 import ldm
 from ldm.api import load_config, model_node
-from ldm.callbacks.start import newest_config, read_start
 from ldm.cli.configure import logdir_of
 from ldm.data.images import evenly_spaced
 from ldm.evaluation.matching import ranges_of
+from ldm.evaluation.runs import newest_config, read_start
 from ldm.hub import CONCEPTS, CONFIG, WEIGHTS, concepts_text
 from ldm.metrics.evaluate import HEADLINES
 from ldm.models.diffusion.concepts import Concepts

@@ -140,6 +140,7 @@ def encdiff_config(folder: Path) -> dict:
                                "log_images_kwargs": {"ddim_steps": 2}},
                 },
                 "disentanglement": {"params": {"metrics": ["factor_vae", "mig"], "settings": settings}},
+                "figures": {"params": {"names": []}},
             },
         },
     }  # fmt: skip
@@ -271,6 +272,8 @@ def trained_encdiff(tmp_path_factory, rooms, first_stage) -> Result:
         f"{CHECKPOINT}={first_stage}",
         "--num_sanity_val_steps",
         2,
+        "lightning.callbacks.figures.params.names=[reconstructions,matrices]",
+        "lightning.callbacks.figures.params.steps=2",
         score=True,
     )
     assert result.status == 0, result.err

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from pytorch_lightning.callbacks import Callback
 from torchvision.utils import make_grid
 
+from ldm.callbacks.pictures import send_picture, shown_dataset
 from ldm.callbacks.record import Record
 from ldm.data.files import atomic_output
 from ldm.data.images import evenly_spaced, to_unit_range_all
@@ -116,11 +117,7 @@ class ImageLogger(Callback):
     def _fixed_batch(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         """The images (b, h, w, c) in [-1, 1], chosen once."""
         if self._batch is None:
-            datasets = getattr(trainer.datamodule, "datasets", {})  # type: ignore[attr-defined]
-            dataset = datasets.get("validation") or datasets.get("train")
-            if dataset is None:
-                loader = trainer.val_dataloaders or trainer.train_dataloader
-                dataset = loader.dataset  # type: ignore[union-attr]
+            dataset = shown_dataset(trainer)
             items = [dataset[int(row)] for row in evenly_spaced(len(dataset), self.max_images)]
             arrays = [key for key, value in items[0].items() if hasattr(value, "shape")]
             stacked = {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in arrays}
@@ -174,12 +171,9 @@ class ImageLogger(Callback):
         images = images.clamp(-1.0, 1.0) if self.clamp else images
         images = (images + 1.0) / 2.0 if self.rescale else images
         grid = make_grid(images, nrow=4)
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_image"):
-                experiment.add_image(f"{split}/{name}", grid, global_step=step)
         folder = self._folder(trainer) / "images" / split
         pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        send_picture(trainer.loggers, f"{split}/{name}", pixels, step)
         about = PngImagePlugin.PngInfo()
         about.add_text("Description", f"{name} at step {step}" + (f", drawn by {way}" if way else ""))
         with atomic_output(folder / f"{name}_gs-{step:06}_e-{trainer.current_epoch:06}.png") as part:

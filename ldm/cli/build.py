@@ -124,7 +124,8 @@ def fill_in(run: Run, config: dict[str, Any], score: bool) -> None:
     """
     lightning = config["lightning"]
     if not score:  # main.py trains the configurations of main_val.py too
-        lightning["callbacks"].pop("disentanglement", None)
+        for name in ("disentanglement", "figures"):
+            lightning["callbacks"].pop(name, None)
     nodes = {f"lightning.callbacks.{name}": node for name, node in lightning["callbacks"].items()}
     nodes |= {f"lightning.{name}": lightning[name] for name in ("modelcheckpoint", "logger")}
     for where, node in nodes.items():

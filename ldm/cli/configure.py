@@ -39,6 +39,7 @@ DEFAULTS = {
             "progress_bar": {"target": "ldm.callbacks.progress.ProgressBar"},
             "finite": {"target": "ldm.callbacks.finite.FiniteCallback"},
             "disentanglement": {"target": "ldm.callbacks.disentanglement.DisentanglementCallback"},  # main_val.py
+            "figures": {"target": "ldm.callbacks.figures.FiguresCallback"},  # after it, and main_val.py too
             "report": {"target": "ldm.callbacks.report.ReportCallback"},
         },
         "modelcheckpoint": {

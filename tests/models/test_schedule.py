@@ -11,6 +11,7 @@ from ldm.models.diffusion.schedule import (
     SCHEDULES,
     ddim_coefficients,
     ddim_timesteps,
+    expected_kl,
     lvlb_weights,
     make_beta_schedule,
     q_sample,
@@ -147,3 +148,19 @@ def test_ddim_coefficients_limits():
     np.testing.assert_allclose(sigmas[1:] ** 2, variance[1:], rtol=1e-6)
     assert sigmas[0] == 0 and (ddim_coefficients(cumprod, steps, 0.0)[2] == 0).all()
     assert (alphas[1:] < prev[1:]).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_a_step_may_say(schedule):
+    """Eq. 5 by sampling: x_0 and x_t are drawn, and torch compares the posterior with N(0, 1)."""
+    betas = make_beta_schedule(schedule, 40, 0.0015, 0.0155)
+    buffers, generator = schedule_buffers(betas), torch.Generator().manual_seed(0)
+    for t in (1, 15, 39):
+        x_start = torch.randn(200_000, generator=generator, dtype=torch.float64).sign()  # unit variance, not normal
+        noise = torch.randn(200_000, generator=generator, dtype=torch.float64)
+        x_t = math.sqrt(buffers["alphas_cumprod"][t]) * x_start + math.sqrt(1 - buffers["alphas_cumprod"][t]) * noise
+        mean = buffers["posterior_mean_coef1"][t] * x_start + buffers["posterior_mean_coef2"][t] * x_t
+        posterior = torch.distributions.Normal(mean, math.sqrt(buffers["posterior_variance"][t]))
+        kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean().item()
+        assert expected_kl(betas)[t] == pytest.approx(kl, abs=0.01)
+    assert expected_kl(betas)[0] == math.inf and (np.diff(expected_kl(betas)) < 0).all()

@@ -91,6 +91,23 @@ def lvlb_weights(betas: np.ndarray, v_posterior: float = 0.0, parameterization: 
     return weights
 
 
+def expected_kl(betas: np.ndarray) -> np.ndarray:
+    """What a step of denoising may say (paper, Eq. 5, Figure 2b): KL(q(x_{t-1} | x_t, x_0) || N(0, I)) per dimension.
+
+    The posterior is N(μ̃_t, β̃_t) with μ̃_t linear in x_0 and x_t (Ho et al., Eq. 7), so that the divergence is
+    ½ (μ̃_t² + β̃_t − 1 − log β̃_t). Its mean over data with E x_0² = 1, which latents have after scaling, and over x_t
+    is exact: E μ̃_t² + β̃_t = E x_{t-1}² = ᾱ_{t-1} + 1 − ᾱ_{t-1} = 1, which leaves −½ log β̃_t.
+
+    Args:
+        betas: (T,).
+
+    Returns:
+        (T,) nats, never negative; the first is infinite, as β̃_1 = 0: x_0 itself is told.
+    """
+    with np.errstate(divide="ignore"):
+        return -0.5 * np.log(schedule_buffers(betas)["posterior_variance"])
+
+
 def extract(values: torch.Tensor, t: torch.Tensor, ndim: int) -> torch.Tensor:
     """values (T,), t (b,) -> (b, 1, …, 1) with `ndim` dimensions."""
     return values[t].reshape(-1, *([1] * (ndim - 1)))
