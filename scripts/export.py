@@ -33,7 +33,7 @@ from ldm.api import load_config, model_node
 from ldm.cli.configure import logdir_of
 from ldm.data.images import evenly_spaced
 from ldm.evaluation.matching import ranges_of
-from ldm.evaluation.runs import newest_config, read_start
+from ldm.evaluation.runs import newest_config, read_json
 from ldm.hub import CONCEPTS, CONFIG, WEIGHTS, concepts_text
 from ldm.metrics.evaluate import HEADLINES
 from ldm.models.diffusion.concepts import Concepts
@@ -198,7 +198,7 @@ def figures_of(logdir: Path) -> list[Path]:
 def run_of(logdir: Path) -> dict[str, Any]:
     """The record of the run's latest start."""
     config = newest_config(logdir, "project")
-    return {} if config is None else read_start(config.with_name(config.name.replace("-project.yaml", "-run.json")))
+    return {} if config is None else read_json(config.with_name(config.name.replace("-project.yaml", "-run.json")))
 
 
 def model_card(

@@ -240,7 +240,7 @@ def matrices_of(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for key, whose in (("matrices", ""), ("matrices_of_ema", "EMA weights"), ("matrices_of_tokens", "tokens")):
         record = next((r for r in reversed(run["records"]) if isinstance(r.get(key), dict)), None)
-        for metric, array, title in (entry[:3] for entry in HEATMAPS):
+        for metric, array, title in ((kind.metric, kind.array, kind.title) for kind in HEATMAPS):
             values = record[key].get(metric, {}).get(array) if record else None
             table = matrix_table(values, list(record["factors"]) if record else [], metric == "tad")
             if table is not None and record is not None:
