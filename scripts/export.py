@@ -165,7 +165,7 @@ def steps_of(source: Path) -> dict[str, Any]:
     from ldm.compat.checkpoints import read_checkpoint
 
     file = source / "checkpoints" / "last.ckpt" if source.is_dir() else source
-    if file.suffix != ".ckpt":
+    if file.suffix != ".ckpt" or not file.is_file():
         return {}
     content, _ = read_checkpoint(file)
     return {key: content[key] for key in ("global_step", "epoch") if key in content}
