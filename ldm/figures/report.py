@@ -10,9 +10,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ldm.data.files import atomic_output
-from ldm.evaluation.heatmaps import HEATMAPS
+from ldm.evaluation.heatmaps import HEATMAPS, diagonal_order
 from ldm.evaluation.paper import TITLES, number
-from ldm.figures.report_charts import Line, chart, diagonal_order, logarithmic
+from ldm.figures.report_charts import Line, chart, logarithmic
 from ldm.figures.report_config import between
 from ldm.figures.report_data import KINDS, gather
 from ldm.figures.report_events import thinned

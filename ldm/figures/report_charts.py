@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 220
@@ -157,13 +156,3 @@ def _line(line: Line, px, py) -> Markup:
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-def diagonal_order(matrix: np.ndarray) -> list[int]:
-    """An order of rows (n, k) in which a matrix of concepts that stand for one factor each looks diagonal.
-
-    By the column of the row's largest value, then by this value; rows that hold next to nothing come last.
-    """
-    strongest, largest = matrix.argmax(axis=1), matrix.max(axis=1)
-    dead = largest < 0.02 * max(float(matrix.max()), 1e-12)
-    return sorted(range(len(matrix)), key=lambda n: (bool(dead[n]), int(strongest[n]), -float(largest[n]), n))

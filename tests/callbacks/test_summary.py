@@ -97,7 +97,7 @@ def closing_rows(log: str) -> dict[str, list[str]]:
 
 def test_the_end_of_a_first_stage(trained, cli):
     rows = closing_rows(trained.log)
-    assert set(rows) == {"trained", "best", "last", "pictures", "TensorBoard", "log", "next"}
+    assert set(rows) == {"trained", "best", "last", "pictures", "report", "TensorBoard", "log", "next"}
     assert re.fullmatch(r"8 steps, 128 images, in \d+ s; [\d.,]+ images/s while training", rows["trained"][0])
     best, score = re.fullmatch(r"(\S+) \(val/rec_loss (\S+)\)", rows["best"][0]).groups()
     content = torch.load(trained.folder / best, weights_only=True)
