@@ -129,14 +129,14 @@ def report(opt, dataset, first, second, mse, before, record, start, marks) -> No
     lines.append(f"time: {', '.join(parts)}; {(previous - start) / 60:.1f} minutes in all")
     lines += [
         "",
-        f"first stage   {first / 'checkpoints' / 'last.ckpt'}",
-        f"EncDiff       {second / 'checkpoints' / 'last.ckpt'}",
+        f"{'first stage':<28}{first / 'checkpoints' / 'last.ckpt'}",
+        f"{'EncDiff':<28}{second / 'checkpoints' / 'last.ckpt'}",
     ]
     for name in ("first_stage_reconstruction", "encdiff_reconstruction", "denoise_row", "swap"):
         pictures = sorted((second / "images" / "train").glob(f"{name}_gs-*.png"))
         lines += [f"{name:<28}{pictures[-1]}"] if pictures else []
-    lines.append(f"scores          {second / 'metrics'}")
-    lines.append(f"TensorBoard     tensorboard --logdir {opt.logdir}")
+    lines.append(f"{'scores':<28}{second / 'metrics'}")
+    lines.append(f"{'TensorBoard':<28}tensorboard --logdir {opt.logdir}")
     text = "\n".join(lines)
     with atomic_output(second / "quickstart.txt") as part:
         part.write_text(text + "\n")

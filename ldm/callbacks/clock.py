@@ -16,7 +16,9 @@ class Clock(Callback):
 
     def __init__(self) -> None:
         self.first, self._validated = 0, 0.0
-        self._begun = self._validation = time.monotonic()
+        self._begun = time.monotonic()
+        self._paused: float | None = None  # since a validation began, until the next batch
+        self._rate: float | None = None  # of a training that is over
 
     @property
     def elapsed(self) -> float:
@@ -26,17 +28,27 @@ class Clock(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin."""
         self.first, self._validated, self._begun = trainer.global_step, 0.0, time.monotonic()
+        self._paused = self._rate = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What follows is not training."""
-        self._validation = time.monotonic()
+        """What follows is not training: scores, figures, checkpoints."""
+        self._paused = time.monotonic()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         """Training again."""
-        self._validated += time.monotonic() - self._validation
+        if self._paused is not None:
+            self._validated += time.monotonic() - self._paused
+            self._paused = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the rate: what others do at the end is not training. They come after this callback."""
+        self._rate = self.images_per_second(trainer)
 
     def images_per_second(self, trainer: pl.Trainer) -> float | None:
         """Images of all processes in a second of training; None where batches have no size, or before the first one."""
+        if self._rate is not None:
+            return self._rate
+        self.on_train_batch_start()
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
         drawn = sum(float(getattr(callback, "drawing_seconds", 0)) for callback in callbacks)
         seconds, images = self.elapsed - self._validated - drawn, images_per_step(trainer)

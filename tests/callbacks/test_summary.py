@@ -4,12 +4,15 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from command_line import CHECKPOINT
 from torch import nn
 
+from ldm.callbacks.clock import Clock
 from ldm.callbacks.learned import WIDTH, factors_in_words, hundredths, learned_line, losses_in_words, read_records
 from ldm.callbacks.summary import model_in_words, second_stage
 from ldm.cli.main import QUIET, SILENT
@@ -199,3 +202,27 @@ def test_the_model_in_words():
 def test_the_second_stage_of_a_first_one(monkeypatch, base, next_one):
     monkeypatch.chdir(ROOT)
     assert second_stage(["--base", base, "configs/fast.yaml", "-t"]) == next_one
+
+
+def test_images_per_second_are_of_training_alone(monkeypatch):
+    """Without validation, what follows it, and pictures; from where a run resumed."""
+    now = [0.0]
+    monkeypatch.setattr("ldm.callbacks.clock.time.monotonic", lambda: now[0])
+    clock, drawing = Clock(), SimpleNamespace(drawing_seconds=0.0)
+    loader = SimpleNamespace(batch_size=64, dataset=range(1000))
+    run: Any = SimpleNamespace(global_step=100, callbacks=[clock, drawing], train_dataloader=loader, world_size=2,
+                               accumulate_grad_batches=3, lightning_module=None)  # fmt: skip
+    clock.on_train_start(run, None)
+    assert clock.images_per_second(run) is None, "no step yet"
+    for _ in range(10):
+        clock.on_train_batch_start()
+        now[0] += 2
+        run.global_step += 1
+    now[0], drawing.drawing_seconds = now[0] + 30, 30.0
+    clock.on_validation_start(run, None)
+    now[0] += 100
+    clock.on_train_batch_start()
+    assert clock.images_per_second(run) == pytest.approx(10 * 64 * 3 * 2 / 20) and clock.elapsed == 150
+    clock.on_train_end(run, None)
+    now[0], drawing.drawing_seconds = now[0] + 1000, 500.0
+    assert clock.images_per_second(run) == pytest.approx(192) and clock.first == 100

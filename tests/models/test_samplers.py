@@ -300,3 +300,15 @@ def test_steps_are_in_the_precision_of_x(kind):
 
     half = sample(torch.bfloat16)
     assert half.dtype == torch.float32 and torch.equal(half, sample(torch.float32))
+
+
+@pytest.mark.parametrize(("title", "said"), [("", "drawing 2 images by DDIM"), ("swap grid", "swap grid")])
+def test_the_bar_says_what_is_drawn(monkeypatch, title, said):
+    shown = []
+    monkeypatch.setattr(
+        "ldm.models.diffusion.sampler.bar",
+        lambda items, progress, desc, unit: shown.append((progress, desc, unit)) or items,
+    )
+    for verbose in (True, False):
+        DDIMSampler(TwoModes()).sample(4, 2, (1, 1, 1), verbose=verbose, title=title)
+    assert shown == [(True, said, "steps"), (False, said, "steps")]
