@@ -129,14 +129,16 @@ def report(opt, dataset, first, second, mse, before, record, start, marks) -> No
     lines.append(f"time: {', '.join(parts)}; {(previous - start) / 60:.1f} minutes in all")
     lines += [
         "",
-        f"{'first stage':<28}{first / 'checkpoints' / 'last.ckpt'}",
-        f"{'EncDiff':<28}{second / 'checkpoints' / 'last.ckpt'}",
+        f"{'first stage':<16}{first / 'checkpoints' / 'last.ckpt'}",
+        f"{'EncDiff':<16}{second / 'checkpoints' / 'last.ckpt'}",
     ]
-    for name in ("first_stage_reconstruction", "encdiff_reconstruction", "denoise_row", "swap"):
-        pictures = sorted((second / "images" / "train").glob(f"{name}_gs-*.png"))
-        lines += [f"{name:<28}{pictures[-1]}"] if pictures else []
-    lines.append(f"{'scores':<28}{second / 'metrics'}")
-    lines.append(f"{'TensorBoard':<28}tensorboard --logdir {opt.logdir}")
+    for name in ("reconstructions", "swaps", "traversals", "attention", "matrices"):
+        pictures = sorted((second / "images" / "figures").glob(f"*/{name}.png"))
+        lines += [f"{name:<16}{pictures[-1]}"] if pictures else []
+    if (second / "report.html").is_file():
+        lines.append(f"{'report':<16}{second / 'report.html'}")
+    lines.append(f"{'scores':<16}{second / 'metrics'}")
+    lines.append(f"{'TensorBoard':<16}tensorboard --logdir {opt.logdir}")
     text = "\n".join(lines)
     with atomic_output(second / "quickstart.txt") as part:
         part.write_text(text + "\n")

@@ -22,8 +22,8 @@ TITLES = {
     "denoising": ("Denoising", "From noise to images"),
     "bottleneck": ("Information bottleneck", "The KL divergence of Eq. 5 over time steps, for each noise schedule"),
     "inputs": ("Inputs", "Images of the set"),
-    "reconstruction": ("Reconstruction", "What the first stage makes of the images"),
-    "samples": ("Samples", "Drawn from the tokens of the images"),
+    "first_stage_reconstruction": ("First stage", "What the first stage makes of the images"),
+    "encdiff_reconstruction": ("EncDiff", "Drawn from the tokens of the images"),
     "denoise_row": ("Denoising", "From noise to images"),
     "progressive_row": ("Predicted images", "What the model predicts on the way from noise to images"),
     "diffusion_row": ("Diffusion", "From images to noise"),
@@ -31,7 +31,10 @@ TITLES = {
 }
 # Pictures that the page has as tables.
 TABLES = ("matrices",)
-ORDER = ("reconstructions", "inputs", "reconstruction", "samples", "swaps", "swap", "traversals", "attention")
+ORDER = (
+    *("reconstructions", "inputs", "first_stage_reconstruction", "encdiff_reconstruction"),
+    *("swaps", "swap", "traversals", "attention"),
+)
 
 
 def pictures_of(logdir: Path) -> tuple[list[dict[str, Any]], list[str]]:

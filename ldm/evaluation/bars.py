@@ -1,5 +1,0 @@
-"""Progress bars: see `ldm.bars`."""
-
-from ldm.bars import bar
-
-__all__ = ["bar"]
