@@ -26,7 +26,7 @@ def config_of(stage: str, data: Path, checkpoint: Path) -> dict:
                  "callbacks": {"image_logger": {"params": pictures}}}  # fmt: skip
     if stage == "encdiff":
         config = encdiff_config(data)
-        lightning["callbacks"]["disentanglement"] = config["lightning"]["callbacks"]["disentanglement"]
+        lightning["callbacks"] |= {n: config["lightning"]["callbacks"][n] for n in ("disentanglement", "figures")}
         config["lightning"] = lightning
         config["model"]["params"]["val_loss_every"] = 4
         config["model"]["params"]["first_stage_config"]["params"]["ckpt_path"] = str(checkpoint)

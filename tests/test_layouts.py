@@ -46,7 +46,7 @@ def shrunk(layout: str, stage: str, params: dict, scored: bool) -> dict:
     callbacks = {"image_logger": {"params": {"log_images_kwargs": {"ddim_steps": 2}}}}
     if scored:
         settings = tiny["lightning"]["callbacks"]["disentanglement"]["params"]["settings"]
-        callbacks["disentanglement"] = {"params": {"settings": settings}}
+        callbacks |= {"disentanglement": {"params": {"settings": settings}}, "figures": {"params": {"names": []}}}
     config["lightning"]["callbacks"] = callbacks
     return config
 

@@ -1,7 +1,9 @@
 """Loss curves of a run, from TensorBoard's files."""
 
+import logging
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +40,8 @@ def read_curves(logdir: Path) -> tuple[dict[str, Curve], list[str]]:
     wanted = {"scalars": 0, "images": 1, "audio": 1, "histograms": 1, "compressedHistograms": 1, "tensors": 1}
     for folder in sorted({path.parent for path in logdir.rglob("events.out.tfevents.*")}):
         try:
-            events = EventAccumulator(str(folder), size_guidance=wanted).Reload()
+            with _quiet("tensorboard"):
+                events = EventAccumulator(str(folder), size_guidance=wanted).Reload()
             for tag in events.Tags()["scalars"]:
                 entries = [e for e in events.Scalars(tag) if abs(e.value) < float("inf")]  # NaN has no place either
                 if entries:
@@ -47,6 +50,18 @@ def read_curves(logdir: Path) -> tuple[dict[str, Curve], list[str]]:
         except Exception as error:  # of many kinds: the file is binary, and may be anything
             damaged.append(f"{folder.name}: {type(error).__name__}")
     return found, damaged
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A library tells of every file that it has read to its end; not in the log of a run."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def thinned(curve: Curve, points: int = POINTS) -> Curve:

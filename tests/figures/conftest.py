@@ -24,6 +24,11 @@ def built(config: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for weight in (p for p in model.parameters() if p.ndim > 1 and not p.any()):
         weight.data.normal_(std=0.1, generator=generator)
+    # At random, scalars hardly differ between images, nor images between tokens: louder, each token can be seen.
+    loud = {"cond_stage_model.encoder": 3.0, "cond_stage_model.net": 3.0, "attn2": 3.0}
+    for name, weight in model.named_parameters():
+        factors = [factor for part, factor in loud.items() if part in name and weight.ndim > 1]
+        weight.data.mul_(factors[0] if factors else 1.0)
     if getattr(model, "use_ema", False):
         for module, ema in model.emas():
             ema.reset(module)

@@ -1,7 +1,6 @@
 """Each figure shows what it says: compared with the model's own methods, panel by panel."""
 
 import logging
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,19 +226,21 @@ def test_variants(name, variant, dataset, tmp_path, caplog):
     assert ("one pass" in subject.note) == (name == "no_diffusion")
 
 
+class Pictures:
+    """The rooms as a set without a grid."""
+
+    def __init__(self, rooms):
+        self.rooms, self.fetch = rooms, rooms.fetch
+
+    def __len__(self):
+        return len(self.rooms)
+
+    def __getitem__(self, row):
+        return self.rooms[row]
+
+
 def test_without_factors_each_concept_has_a_row(model, dataset, tmp_path, caplog):
-    bare = SimpleNamespace(fetch=dataset.fetch, __len__=None)
-
-    class Bare:
-        def __len__(self):
-            return 64
-
-        def __getitem__(self, row):
-            return dataset[row]
-
-        fetch = staticmethod(bare.fetch)
-
-    subject = make_subject(model, Bare(), count=3, steps=2)
+    subject = make_subject(model, Pictures(dataset), count=3, steps=2)
     concepts = [f"concept {n}" for n in range(4)]
     assert [row.name for row in subject.rows()] == concepts and subject.names == ()
     assert drawn(subject, "swaps").rows == ["source", "target", "nothing swapped", *concepts]
@@ -247,6 +248,16 @@ def test_without_factors_each_concept_has_a_row(model, dataset, tmp_path, caplog
     assert all(source != target for source, target in pairs(subject))
     files, lines = told(caplog, subject, tmp_path, ["matrices"])
     assert files == [] and lines == ["no matrices: its data have no factors"]
+
+
+def test_attributes_are_factors_too(model, dataset):
+    """Of a labelled sample; two binary attributes."""
+    pictures = Pictures(dataset)
+    pictures.attributes, pictures.attribute_names = dataset.grid.factors(np.arange(64))[:, [1, 4]], ("Pale_Skin", "Hat")
+    subject = make_subject(model, pictures, count=4, steps=2)
+    assert [row.name for row in subject.rows()] == ["Pale Skin", "Hat"]
+    assert subject.factors.tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]] and subject.matrices["mig"].shape == (4, 2)
+    assert pairs(subject) == [(3, 0), (2, 1), (1, 2), (0, 3)]
 
 
 def test_many_attributes_go_to_the_rows_of_their_concepts(subject):

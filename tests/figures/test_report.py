@@ -90,9 +90,11 @@ def test_what_was_trained(whole):
         assert words in text, words
 
 
-def test_losses_are_those_that_say_something(whole):
+def test_losses_are_those_that_say_something(whole, caplog):
+    caplog.set_level("INFO")
     found = dict(gather(whole)["quantities"])
     assert list(found) == ["loss_simple", "learning rate"], "no scores, no zeros, nothing twice"
+    assert caplog.messages == []
     assert {kind: len(curve.steps) for kind, curve in found["loss_simple"].items()} == {
         "train": 8,
         "val": 2,
