@@ -10,7 +10,7 @@ import torch
 import ldm
 from ldm.api import load_config
 from ldm.evaluation.codes import encode
-from ldm.evaluation.matching import match_concepts
+from ldm.evaluation.matching import information_of, match_concepts
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 
@@ -29,9 +29,10 @@ def dataset(trained_encdiff):
 
 def test_a_scored_run_names_its_concepts(model, dataset, trained_encdiff):
     record = json.loads(sorted((trained_encdiff.logdir / "metrics").glob("*.json"))[-1].read_text())
-    expected = match_concepts(np.array(record["matrices"]["mig"]["mutual_information"]), list(record["factors"]))
+    expected = match_concepts(np.array(record["information"]), list(record["factors"]))
     assert model.concepts.tokens == expected.tokens and list(expected.tokens) == list(dataset.grid.names)
     codes = encode(model, dataset, progress=False)
+    np.testing.assert_allclose(record["information"], information_of(codes, dataset.grid), atol=0.02)
     np.testing.assert_allclose(model.concepts.low, np.percentile(codes, 1, axis=0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(model.concepts.high, np.percentile(codes, 99, axis=0), rtol=1e-4, atol=1e-5)
     image = torch.as_tensor(dataset[3]["image"]).permute(2, 0, 1)

@@ -16,7 +16,7 @@ from ldm.bars import DETAIL
 from ldm.evaluation.codes import CodeEncoder, check_dtype
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
-from ldm.evaluation.matching import ranges_of
+from ldm.evaluation.matching import information_of, ranges_of
 from ldm.evaluation.scores import score_codes
 from ldm.factors import factors_of
 from ldm.metrics.evaluate import HEADLINES, SUITE, check_seed, check_settings, defined_metrics
@@ -264,6 +264,7 @@ class DisentanglementCallback(Callback):
             log.info("scores of the %s at step %d\n%s", KINDS[kind], step, found.table(), extra=DETAIL)
             record |= found.summary() if kind == "scalars" else {f"scores_of_{kind}": found.scores}
             if kind == "scalars" and values.ndim == 2:
+                record["information"] = information_of(values, self.factors)
                 record["ranges"] = dict(zip(("low", "high"), ranges_of(values), strict=True))
             matrices = {name: entries.arrays for name, entries in found.scores.items() if entries.arrays}
             record |= {"matrices" if kind == "scalars" else f"matrices_of_{kind}": matrices}

@@ -5,53 +5,59 @@ from typing import Any
 
 import numpy as np
 
-from ldm.metrics.dci import dci
+from ldm.factors import FactorGrid
+from ldm.metrics.information import bin_columns, entropies, information_matrix
 from ldm.metrics.sampling import Factors, scalar_codes
 from ldm.models.diffusion.concepts import Concepts
 
-LEAST = 0.05  # part of a factor's importance that a concept must hold to stand for it, beside the strongest one
+LEAST = 0.05  # of a factor's entropy, or importance, that a concept must hold to stand for it
+BINS = 20  # of a scalar, for its mutual information with factors
 PERCENTILES = (1, 99)
-MATRICES = (("dci", "importance"), ("mig", "mutual_information"))  # that tell it, the better one first
 
 
-def importance_of(codes: np.ndarray, factors: Factors, points: int = 2000, seed: int = 0) -> np.ndarray:
-    """DCI's importance of each code dimension for each factor.
+def information_of(codes: np.ndarray, factors: Factors) -> np.ndarray:
+    """How much each code dimension knows of each factor: mutual information over the factor's entropy.
 
     Args:
-        codes: (m, n), or (m, n, d).
+        codes: (m, n), or (m, n, d), of which the first principal components are taken.
         factors: of the m rows.
-        points: to fit on; of a labelled sample, or a small grid, at most half of the rows.
-        seed: of the draws and of the trees.
 
     Returns:
-        (n, k), whose columns sum to 1, or are 0 where no dimension is of use.
+        (n, k), from 0 to 1.
 
     Raises:
         ValueError: unusable codes or factors.
     """
-    count = max(2, min(points, len(factors) // 2))
-    random_state = np.random.RandomState(seed)
-    return dci(codes, factors, random_state, num_train=count, num_test=max(2, count // 4)).arrays["importance"]
+    scalars = scalar_codes(codes, factors)
+    values = factors.factors(np.arange(len(factors))) if isinstance(factors, FactorGrid) else factors.values
+    return information_matrix(bin_columns(scalars, BINS), values) / np.maximum(entropies(values), 1e-12)
 
 
-def match_concepts(importance: np.ndarray, names: Sequence[str], codes: np.ndarray | None = None) -> Concepts:
-    """Concepts of each factor, by a matrix of importances or of mutual information.
+def match_concepts(
+    matrix: np.ndarray, names: Sequence[str], codes: np.ndarray | None = None, importance: np.ndarray | None = None
+) -> Concepts:
+    """Concepts of each factor, by what they know of it.
 
-    Each concept belongs to the factor in which it holds the largest part, if that part is at least .05. A factor to
-    which none belongs gets the concept that holds most of it, which then stands for another one too.
+    Each concept belongs to the factor of which it holds the most, if that is at least .05. A factor to which none
+    belongs gets the concept that holds most of it, which then stands for another one too.
+
+    Information tells more than DCI's importances, where both are known: of several concepts with the same knowledge,
+    trees take one and leave the others out.
 
     Args:
-        importance: (n, k), not negative.
+        matrix: (n, k), not negative: of `information_of`, or DCI's importances.
         names: of the k factors.
         codes: scalars (m, n) of a set, for their percentiles.
+        importance: (n, k), of which the shares are told; the matrix if left out.
     """
-    totals = importance.sum(axis=0, keepdims=True)
-    part = np.divide(importance, totals, out=np.zeros(importance.shape), where=totals > 0)
-    home = np.where(part.max(axis=1) >= LEAST, part.argmax(axis=1), -1)
+    told = matrix if importance is None else importance
+    totals = told.sum(axis=0, keepdims=True)
+    part = np.divide(told, totals, out=np.zeros(told.shape), where=totals > 0)
+    home = np.where(matrix.max(axis=1) >= LEAST, matrix.argmax(axis=1), -1)
     tokens, share = {}, {}
     for k, name in enumerate(names):
         own = np.flatnonzero(home == k)
-        own = own[np.argsort(-part[own, k], kind="stable")] if len(own) else part[:, [k]].argmax(axis=0)
+        own = own[np.argsort(-matrix[own, k], kind="stable")] if len(own) else matrix[:, [k]].argmax(axis=0)
         tokens[name] = tuple(int(n) for n in own)
         share[name] = float(part[own, k].sum())
     low, high = ranges_of(codes)
@@ -71,18 +77,24 @@ def concepts_of_record(record: Mapping[str, Any], weights: str = "live") -> Conc
 
     Args:
         record: of `DisentanglementCallback`.
-        weights: live or ema: those that the model was loaded with; where they were not scored, the others' matrix.
+        weights: live or ema: those that the model was loaded with; where they were not scored, the others' matrices.
     """
-    kinds = ("_of_ema", "") if weights == "ema" else ("",)
-    for kind in kinds:
-        matrices = record.get(f"matrices{kind}", {})
-        found = [matrices[metric][name] for metric, name in MATRICES if name in matrices.get(metric, {})]
-        if found:
-            matched = match_concepts(np.array(found[0], dtype=float), list(record["factors"]))
-            ranges = record.get("ranges", {})
-            low, high = (tuple(ranges.get(end, ())) for end in ("low", "high"))
-            return Concepts(matched.tokens, matched.share, low, high)
-    return None
+    names, matrices = list(record.get("factors", ())), record.get("matrices", {})
+    if weights == "ema" and "matrices_of_ema" in record:
+        matrices = record["matrices_of_ema"]
+    importance = matrices.get("dci", {}).get("importance")
+    importance = None if importance is None else np.array(importance, dtype=float)
+    matrix = importance
+    if "information" in record:
+        matrix = np.array(record["information"], dtype=float)
+    elif "mutual_information" in matrices.get("mig", {}):
+        sizes = np.array(list(record["factors"].values()), dtype=float)
+        matrix = np.array(matrices["mig"]["mutual_information"], dtype=float) / np.log(np.maximum(sizes, 2))
+    if matrix is None:
+        return None
+    found, ranges = match_concepts(matrix, names, importance=importance), record.get("ranges", {})
+    low, high = (tuple(ranges.get(end, ())) for end in ("low", "high"))
+    return Concepts(found.tokens, found.share, low, high)
 
 
 def match(model: Any, codes: np.ndarray, factors: Factors | None) -> Concepts:
@@ -96,6 +108,5 @@ def match(model: Any, codes: np.ndarray, factors: Factors | None) -> Concepts:
     if factors is None:
         model.concepts = Concepts(low=ranges_of(codes)[0], high=ranges_of(codes)[1])
     else:
-        named = codes if codes.ndim == 2 else scalar_codes(codes, factors)
-        model.concepts = match_concepts(importance_of(named, factors), factors.names, codes)
+        model.concepts = match_concepts(information_of(codes, factors), factors.names, codes)
     return model.concepts

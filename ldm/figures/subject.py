@@ -14,7 +14,7 @@ from ldm.evaluation.batches import image_batches
 from ldm.evaluation.codes import CodeEncoder
 from ldm.evaluation.matching import concepts_of_record, match_concepts, ranges_of
 from ldm.factors import FactorGrid, FactorTable, factors_of
-from ldm.metrics.information import bin_columns, information_matrix
+from ldm.metrics.information import bin_columns, entropies, information_matrix
 from ldm.models.diffusion.concepts import Concepts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -214,7 +214,8 @@ def make_subject(
         subject.scored = dict.fromkeys(subject.matrices, record.get("step"))
         subject.concepts = concepts_of_record(record, "ema" if subject.all_ema else "live")
     known = model.concepts or subject.concepts or Concepts()
-    if subject.has_scalars and not (known.low and (known.tokens or factors is None) and subject.matrices):
+    told = factors is None or (known.tokens and ("information" in record or "mig" in subject.matrices))
+    if subject.has_scalars and not (known.low and told):
         chosen = evenly_spaced(len(dataset), sample)
         with subject.in_use():
             codes = scalars_of(model, dataset, chosen)
@@ -223,7 +224,11 @@ def make_subject(
             values: Any = values_at(factors, chosen)
             information = information_matrix(bin_columns(codes, BINS), values)
             subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
-            known = known if known.tokens else match_concepts(information, factors.names)
+            known = match_concepts(
+                information / np.maximum(entropies(values), 1e-12),
+                factors.names,
+                importance=subject.matrices.get("dci"),
+            )
         known = Concepts(known.tokens, known.share, known.low or low, known.high or high)
     subject.concepts = known
     return subject

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ldm.evaluation.matching import concepts_of_record, importance_of, match_concepts, ranges_of
+from ldm.evaluation.matching import concepts_of_record, information_of, match_concepts, ranges_of
 from ldm.factors import FactorGrid
 
 
@@ -24,15 +24,24 @@ def test_a_factor_without_a_concept_of_its_own_shares_one():
     assert useless.tokens["floor"] == (0,) and useless.share["floor"] == 0
 
 
-def test_importances_of_codes_that_are_the_factors():
-    grid = FactorGrid((8, 6, 10), ("a", "b", "c"))
+def test_information_of_codes_that_are_the_factors():
+    grid = FactorGrid((4, 3, 5), ("a", "b", "c"))
     factors = grid.factors(np.arange(len(grid)))
     codes = np.stack([factors[:, 2], np.zeros(len(grid)), factors[:, 0], factors[:, 1]], axis=1).astype(np.float32)
-    importance = importance_of(codes, grid)
-    np.testing.assert_allclose(importance, [[0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0]], atol=0.01)
-    found = match_concepts(importance, grid.names, codes)
+    information = information_of(codes, grid)
+    np.testing.assert_allclose(information, [[0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0]], atol=1e-12)
+    found = match_concepts(information, grid.names, codes)
     assert found.tokens == {"a": (2,), "b": (3,), "c": (0,)}
-    assert len(found.low) == 4 and (found.low[0], found.high[0]) == (0, 9)
+    assert len(found.low) == 4 and (found.low[0], found.high[0]) == (0, 4)
+
+
+def test_information_decides_and_importance_tells_the_share():
+    """Concepts 0 and 1 know the same; trees take the first, and the second for a factor that they predict badly."""
+    information = np.array([[0.9, 0.1], [0.9, 0.1], [0.0, 0.3]])
+    importance = np.array([[1.0, 0.1], [0.0, 0.3], [0.0, 0.6]])
+    found = match_concepts(information, ["wall", "shape"], importance=importance)
+    assert found.tokens == {"wall": (0, 1), "shape": (2,)}
+    assert found.share == pytest.approx({"wall": 1.0, "shape": 0.6})
 
 
 def test_ranges_leave_outliers_out():
@@ -54,3 +63,7 @@ def test_a_record_of_scores():
     assert live is not None and live.tokens == {"wall": (0,), "floor": (1,)} and live.high == (1, 2)
     assert ema is not None and ema.tokens == {"wall": (1,), "floor": (0,)}
     assert concepts_of_record({"factors": {}, "matrices": {"mig": {}}}) is None
+    record["matrices"]["mig"] = {"mutual_information": [[0.1, 0.2], [0.3, 0.1]]}
+    assert concepts_of_record(record).tokens == {"wall": (1,), "floor": (0,)}
+    record["information"] = [[0.3, 0.2], [0.1, 0.2]]
+    assert concepts_of_record(record).tokens == {"wall": (0,), "floor": (1,)}

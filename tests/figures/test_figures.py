@@ -164,6 +164,7 @@ def test_denoising(subject, model):
 def test_matrices_name_the_step_of_older_scores(model, dataset):
     matrix = np.eye(6)[:, [3, 1, 2, 0, 4, 5]][:4]
     record = {"step": 7, "factors": dict.fromkeys(SIX, 2), "matrices": {"dci": {"importance": matrix.tolist()}}}
+    record["information"] = (matrix / 2).tolist()
     subject = make_subject(model, dataset, record, 4, step=9)
     figure = matrices.draw(subject)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
