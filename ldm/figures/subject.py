@@ -224,11 +224,9 @@ def make_subject(
             values: Any = values_at(factors, chosen)
             information = information_matrix(bin_columns(codes, BINS), values)
             subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
-            known = match_concepts(
-                information / np.maximum(entropies(values), 1e-12),
-                factors.names,
-                importance=subject.matrices.get("dci"),
-            )
+            if not told:
+                share = subject.matrices.get("dci")
+                known = match_concepts(information / np.maximum(entropies(values), 1e-12), factors.names, None, share)
         known = Concepts(known.tokens, known.share, known.low or low, known.high or high)
     subject.concepts = known
     return subject
