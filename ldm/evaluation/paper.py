@@ -51,7 +51,8 @@ def paper_numbers(values: Mapping[str, Any], kind: str = "scores") -> tuple[dict
             for key, wanted in (PAPER["all"] | PAPER["datasets"][dataset] | row["has"]).items():
                 allowed = wanted if isinstance(wanted, list) else [wanted]
                 if values[key] not in allowed:
-                    differ.append(f"{key} is {values[key]}, and {allowed[-1]} in the paper")
+                    found = "not set" if values[key] is None else values[key]
+                    differ.append(f"{key} is {found}, and {allowed[-1]} in the paper")
             if not differ:
                 return numbers, []
             nearest_row = differ if not nearest_row else min(nearest_row, differ, key=len)

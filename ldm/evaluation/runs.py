@@ -34,6 +34,20 @@ def number_order(path: Path) -> tuple[int, str]:
     return len(path.stem), path.stem
 
 
+def record_at(logdir: Path, step: int | None = None) -> dict[str, Any]:
+    """The scores of a run, `metrics/<step>.json`; empty if there are none, or they are damaged.
+
+    Args:
+        logdir: the run's.
+        step: the latest scores until then are taken, or, if there are none, the first; by default the latest of all.
+    """
+    paths = [path for path in (logdir / "metrics").glob("*.json") if path.stem.isdecimal()]
+    until = [path for path in paths if step is None or int(path.stem) <= step]
+    if until:
+        return read_json(max(until, key=number_order))
+    return read_json(min(paths, key=number_order)) if paths else {}
+
+
 def newest_config(logdir: Path, kind: str) -> Path | None:
     """The configuration of the latest start of a run, by the starts' numbers.
 
