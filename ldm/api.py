@@ -1,8 +1,8 @@
 """Trained models from Python: `ldm.load`, `ldm.match`, `ldm.score`. What a model does is in `ConceptMethods`."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.cli.configure import logdir_of, without_checkpoints
 from ldm.compat.translate import translate
-from ldm.compat.whole import reason_of
+from ldm.compat.whole import BROKEN, reason_of, training_step
 from ldm.config import load_yaml
 from ldm.evaluation.codes import encode, why_not_encoded, why_not_scored
 from ldm.evaluation.matching import concepts_of_record
 from ldm.evaluation.matching import match as match_codes
-from ldm.evaluation.runs import newest_config
+from ldm.evaluation.runs import newest_config, record_at
 from ldm.evaluation.scores import score_codes
 from ldm.factors import factors_of
 from ldm.hub import located, read_concepts
@@ -134,11 +134,14 @@ def known_concepts(path: Path, weights: str, encoder: Any = None) -> Concepts | 
         if len(fields["low"]) not in (0, count) or any(number >= count for number in named):
             raise UserError(f"'{path.parent}' names other concepts than its model's {count}: export it again")
         return Concepts(**fields)
-    records = sorted((logdir_of(path) / "metrics").glob("*.json"))
+    step = None
+    if path.suffix == ".ckpt":
+        with suppress(*BROKEN):  # a format without it
+            step = training_step(path)
     try:
-        return concepts_of_record(json.loads(records[-1].read_text()), weights) if records else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s cannot be read, so concepts have no names: %s", records[-1], error)
+        return concepts_of_record(record_at(logdir_of(path), step), weights)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("the scores of '%s' are damaged, so concepts have no names: %s", logdir_of(path), error)
         return None
 
 
@@ -199,8 +202,7 @@ def score(
         By metric, its entries; one that cannot be computed for these codes is left out, with a warning.
 
     Raises:
-        UserError: no such run, no concept encoder, or no factors.
-        ValueError: unknown metrics or settings.
+        UserError: no such run, no concept encoder, no factors, a single one, or unknown metrics or settings.
     """
     path = located(model) if isinstance(model, str | Path) else None
     if path is not None:
@@ -210,7 +212,11 @@ def score(
         raise UserError(reason)
     factors = factors_of(dataset)
     assert factors is not None
-    found = score_codes(encode(model, dataset, progress=progress), factors, metrics, settings, seed, progress=progress)
+    codes = encode(model, dataset, progress=progress)
+    try:
+        found = score_codes(codes, factors, metrics, settings, seed, progress=progress)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     for metric, why in found.not_computed.items():
         log.warning("not computed: %s: %s", metric, why)
     return found.scores

@@ -42,9 +42,12 @@ def test_a_scored_run_names_its_concepts(model, dataset, trained_encdiff):
 
 def test_damaged_scores_cost_the_names_alone(trained_encdiff, tmp_path, caplog):
     logdir = shutil.copytree(trained_encdiff.logdir, tmp_path / "run")
-    sorted((logdir / "metrics").glob("*.json"))[-1].write_text("{")
+    path = sorted((logdir / "metrics").glob("*.json"))[-1]
+    path.write_text("{")
     assert ldm.load(logdir).concepts is None
-    assert "cannot be read, so concepts have no names" in caplog.text
+    path.write_text('{"factors": 3, "information": [[1]]}')
+    assert ldm.load(logdir).concepts is None
+    assert "are damaged, so concepts have no names" in caplog.text
 
 
 def test_score(model, dataset, trained_encdiff):

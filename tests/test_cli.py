@@ -315,7 +315,7 @@ def test_log_directory_of_the_first_stage(trained):
     assert {f"images/train/{kind}_gs-000008_e-000001.png" for kind in ("inputs", "reconstructions")} <= found
     assert any(name.startswith("tensorboard/events.out.tfevents") for name in found)
     assert {path.name for path in trained.logdir.iterdir()} == {
-        ".lock", "checkpoints", "configs", "images", "log.txt", "tensorboard"
+        ".lock", "checkpoints", "configs", "images", "log.txt", "report.html", "tensorboard"
     }  # fmt: skip
     project = OmegaConf.load(trained.logdir / f"configs/{now}-project.yaml")
     assert set(project) == {"model", "data"} and project.model.params.n_embed == 32
@@ -354,7 +354,9 @@ def test_log_directory_of_encdiff(trained_encdiff):
         f"images/train/{kind}"
         for kind in ("inputs", "first_stage_reconstruction", "encdiff_reconstruction", "denoise_row", "swap")
     }
-    assert all("gs-000008" in name for name in found if name.startswith("images/")), "the frequency is 1000"
+    assert all("gs-000008" in name for name in found if name.startswith("images/train/")), "the frequency is 1000"
+    drawn = {f"images/figures/{step}/reconstructions.png" for step in ("000004", "000008")}
+    assert drawn <= found and "report.html" in found
     swap = next(logdir.glob("images/train/swap_*.png"))
     assert Image.open(swap).size[1] >= 16 * (1 + 4), "one row per token"
 

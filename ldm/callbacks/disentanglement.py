@@ -263,11 +263,12 @@ class DisentanglementCallback(Callback):
             problems[kind] = "; ".join(f"{metric}: {reason}" for metric, reason in found.not_computed.items())
             log.info("scores of the %s at step %d\n%s", KINDS[kind], step, found.table(), extra=DETAIL)
             record |= found.summary() if kind == "scalars" else {f"scores_of_{kind}": found.scores}
-            if kind == "scalars" and values.ndim == 2:
-                record["information"] = information_of(values, self.factors)
-                record["ranges"] = dict(zip(("low", "high"), ranges_of(values), strict=True))
+            suffix = "" if kind == "scalars" else f"_of_{kind}"
+            if kind != "tokens" and values.ndim == 2:
+                record[f"information{suffix}"] = information_of(values, self.factors)
+                record[f"ranges{suffix}"] = dict(zip(("low", "high"), ranges_of(values), strict=True))
             matrices = {name: entries.arrays for name, entries in found.scores.items() if entries.arrays}
-            record |= {"matrices" if kind == "scalars" else f"matrices_of_{kind}": matrices}
+            record[f"matrices{suffix}"] = matrices
             prefix = f"{step:06}_" if kind == "scalars" else f"{step:06}_{kind}_"
             write_heatmaps(folder, found.scores, self.factors.names, prefix)
         if "scalars" in scores:

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ldm import signals
 from ldm.callbacks.pictures import send_picture, shown_dataset
+from ldm.evaluation.runs import number_order
 from ldm.figures.draw import check_names, draw_figures
 from ldm.figures.subject import Subject, make_subject
 from ldm.models.autoencoder import FirstStage
@@ -62,6 +63,8 @@ class FiguresCallback(Callback):
         known = isinstance(pl_module, LatentDiffusion | FirstStage)
         if not self.names or not known or trainer.sanity_checking or not trainer.is_global_zero:
             return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         step = trainer.global_step
         log.info("drawing %s", ", ".join(self.names))
         try:
@@ -100,7 +103,7 @@ def newest_record(folder: Path, step: int | None = None) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
-    files = sorted(folder.glob("*.json"))
+    files = sorted(folder.glob("*.json"), key=number_order)
     chosen = [path for path in files if step is not None and path.stem == f"{step:06}"] or files[-1:]
     try:
         return json.loads(chosen[0].read_text()) if chosen else {}

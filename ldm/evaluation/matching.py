@@ -10,7 +10,8 @@ from ldm.metrics.information import bin_columns, entropies, information_matrix
 from ldm.metrics.sampling import Factors, scalar_codes
 from ldm.models.diffusion.concepts import Concepts
 
-LEAST = 0.05  # of a factor's entropy, or importance, that a concept must hold to stand for it
+LEAST = 0.05  # of a factor's entropy, or importance, that a concept must hold to stand for it,
+PART = 0.5  # and of what the factor's strongest concept holds
 BINS = 20  # of a scalar, for its mutual information with factors
 PERCENTILES = (1, 99)
 
@@ -28,7 +29,7 @@ def information_of(codes: np.ndarray, factors: Factors) -> np.ndarray:
     Raises:
         ValueError: unusable codes or factors.
     """
-    scalars = scalar_codes(codes, factors)
+    scalars = codes if codes.ndim == 2 else scalar_codes(codes, factors)
     values = factors.factors(np.arange(len(factors))) if isinstance(factors, FactorGrid) else factors.values
     return information_matrix(bin_columns(scalars, BINS), values) / np.maximum(entropies(values), 1e-12)
 
@@ -38,8 +39,9 @@ def match_concepts(
 ) -> Concepts:
     """Concepts of each factor, by what they know of it.
 
-    Each concept belongs to the factor of which it holds the most, if that is at least .05. A factor to which none
-    belongs gets the concept that holds most of it, which then stands for another one too.
+    A concept can stand for a factor of which it holds at least .05, and half as much as the factor's strongest concept;
+    of several such factors it belongs to the one of which it holds the most. A factor to which none belongs gets its
+    strongest concept, which then stands for another factor too.
 
     Information tells more than DCI's importances, where both are known: of several concepts with the same knowledge,
     trees take one and leave the others out.
@@ -53,7 +55,8 @@ def match_concepts(
     told = matrix if importance is None else importance
     totals = told.sum(axis=0, keepdims=True)
     part = np.divide(told, totals, out=np.zeros(told.shape), where=totals > 0)
-    home = np.where(matrix.max(axis=1) >= LEAST, matrix.argmax(axis=1), -1)
+    held = np.where(matrix >= np.maximum(LEAST, PART * matrix.max(axis=0)), matrix, -1)
+    home = np.where(held.max(axis=1) > 0, held.argmax(axis=1), -1)
     tokens, share = {}, {}
     for k, name in enumerate(names):
         own = np.flatnonzero(home == k)
@@ -79,20 +82,20 @@ def concepts_of_record(record: Mapping[str, Any], weights: str = "live") -> Conc
         record: of `DisentanglementCallback`.
         weights: live or ema: those that the model was loaded with; where they were not scored, the others' matrices.
     """
-    names, matrices = list(record.get("factors", ())), record.get("matrices", {})
-    if weights == "ema" and "matrices_of_ema" in record:
-        matrices = record["matrices_of_ema"]
+    ema = weights == "ema" and "matrices_of_ema" in record
+    kind = "_of_ema" if ema else ""
+    sizes, matrices = record.get("factors", {}), record.get(f"matrices{kind}", {})
     importance = matrices.get("dci", {}).get("importance")
     importance = None if importance is None else np.array(importance, dtype=float)
     matrix = importance
-    if "information" in record:
-        matrix = np.array(record["information"], dtype=float)
+    if f"information{kind}" in record:
+        matrix = np.array(record[f"information{kind}"], dtype=float)
     elif "mutual_information" in matrices.get("mig", {}):
-        sizes = np.array(list(record["factors"].values()), dtype=float)
-        matrix = np.array(matrices["mig"]["mutual_information"], dtype=float) / np.log(np.maximum(sizes, 2))
+        entropy = np.log(np.maximum(np.array(list(sizes.values()), dtype=float), 2))
+        matrix = np.array(matrices["mig"]["mutual_information"], dtype=float) / entropy
     if matrix is None:
         return None
-    found, ranges = match_concepts(matrix, names, importance=importance), record.get("ranges", {})
+    found, ranges = match_concepts(matrix, list(sizes), importance=importance), record.get(f"ranges{kind}", {})
     low, high = (tuple(ranges.get(end, ())) for end in ("low", "high"))
     return Concepts(found.tokens, found.share, low, high)
 

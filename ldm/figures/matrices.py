@@ -29,5 +29,7 @@ def draw(subject: Subject) -> Figure:
         scored = subject.scored.get(metric, subject.step)
         title = title if scored in (None, subject.step) else f"{title}, step {scored:,}"
         draw_heatmap(axis, matrix, subject.names, title, chance, "concept")
-    figure.supxlabel(subject.note.rpartition(" · ")[0], fontsize=5.5, color=GREY, x=0.01, ha="left")
+    step = "" if subject.step is None else f"step {subject.step:,}"
+    note = " · ".join(part for part in (subject.run, subject.of or subject.weights, step) if part)
+    figure.supxlabel(note, fontsize=5.5, color=GREY, x=0.01, ha="left")
     return figure

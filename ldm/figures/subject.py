@@ -58,7 +58,7 @@ class Subject:
         images: (b, c, h, w) float32 in [-1, 1], spread over the set. factors: theirs (b, k), if they have some.
         concepts: which concepts stand for which factors, and the scalars' percentiles; None for a first stage.
         matrices: by metric (`dci`, `mig`, `tad`), (n, k). names: of the factors.
-        scored: by metric, the step of the scores that a matrix comes from.
+        scored: by metric, the step of the scores that a matrix comes from. of: whose scalars were scored, in words.
         weights, step, run: for the line below each figure.
         steps, seed: of the sampler.
         live: the model's own weights, although it has EMA weights.
@@ -72,6 +72,7 @@ class Subject:
     matrices: Mapping[str, np.ndarray] = field(default_factory=dict)
     names: Sequence[str] = ()
     scored: Mapping[str, int | None] = field(default_factory=dict)
+    of: str = ""
     weights: str = ""
     step: int | None = None
     run: str = ""
@@ -212,10 +213,12 @@ def make_subject(
     if list(record.get("factors", {})) == list(subject.names):
         subject.matrices = matrices_of(record, "ema" if subject.all_ema else "live")
         subject.scored = dict.fromkeys(subject.matrices, record.get("step"))
+        ema = record.get("weights") == "ema" or (subject.all_ema and "matrices_of_ema" in record)
+        subject.of = "EMA weights" if ema else "live weights"
         subject.concepts = concepts_of_record(record, "ema" if subject.all_ema else "live")
     known = model.concepts or subject.concepts or Concepts()
-    told = factors is None or (known.tokens and ("information" in record or "mig" in subject.matrices))
-    if subject.has_scalars and not (known.low and told):
+    told = factors is None or bool(known.tokens)
+    if subject.has_scalars and not (known.low and told and (subject.matrices or factors is None)):
         chosen = evenly_spaced(len(dataset), sample)
         with subject.in_use():
             codes = scalars_of(model, dataset, chosen)
@@ -225,8 +228,8 @@ def make_subject(
             information = information_matrix(bin_columns(codes, BINS), values)
             subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
             if not told:
-                share = subject.matrices.get("dci")
-                known = match_concepts(information / np.maximum(entropies(values), 1e-12), factors.names, None, share)
+                part = information / np.maximum(entropies(values), 1e-12)
+                known = match_concepts(part, factors.names, importance=subject.matrices.get("dci"))
         known = Concepts(known.tokens, known.share, known.low or low, known.high or high)
     subject.concepts = known
     return subject

@@ -1,5 +1,6 @@
 """What people hand to a model as images."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ def as_images(images: Any, channels: int, size: int) -> torch.Tensor:
         images: a PIL image of any mode and size, cropped to its central square and resized; an array (b, h, w, c),
             (h, w, c) or, with one channel, (h, w) of uint8, or of floats in [-1, 1]; a tensor (b, c, h, w) or
             (c, h, w), uint8 or floats in [-1, 1]; or a list of these.
+            Floats in [0, 1], such as torchvision's `ToTensor` gives, are in range and mean other, pale images: give
+            2·x - 1.
         channels, size: of the model's images.
 
     Returns:
@@ -32,6 +35,9 @@ def as_images(images: Any, channels: int, size: int) -> torch.Tensor:
     if isinstance(images, Image.Image):
         rgb = central_square(as_rgb(images, "the image")[0], size)
         images = np.asarray(rgb if channels == 3 else rgb.convert("L"))
+    if isinstance(images, str | Path):
+        raise UserError(f"expected an image, got the path '{images}': open it with PIL.Image.open", "images")
+    given = tuple(getattr(images, "shape", ()))
     if isinstance(images, np.ndarray):
         array = images[..., None] if images.ndim == 2 else images
         array = array if array.ndim == 4 else array[None]
@@ -45,7 +51,7 @@ def as_images(images: Any, channels: int, size: int) -> torch.Tensor:
     if tuple(x.shape[1:]) != (channels, size, size):
         raise UserError(
             f"this model takes images of {size}×{size} pixels and {channels} channels: arrays (b, h, w, c) or tensors"
-            f" (b, c, h, w); got {tuple(images.shape)}. PIL images are resized",
+            f" (b, c, h, w); got {given}. PIL images are resized",
             "images",
         )
     if x.dtype == torch.uint8:

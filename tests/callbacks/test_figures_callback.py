@@ -42,7 +42,8 @@ def model(rooms):
 @pytest.fixture
 def trainer(rooms, tmp_path):
     data = SimpleNamespace(datasets={"validation": Shapes3DTrain(rooms)})
-    return SimpleNamespace(global_step=12, is_global_zero=True, sanity_checking=False, loggers=[Loggers()],
+    return SimpleNamespace(global_step=12, is_global_zero=True, sanity_checking=False, fast_dev_run=0,
+                           progress_bar_callback=None, loggers=[Loggers()],
                            datamodule=data, default_root_dir=str(tmp_path),
                            precision_plugin=SimpleNamespace(forward_context=nullcontext))  # fmt: skip
 

@@ -113,9 +113,15 @@ def test_concepts_by_name(model, images):
 
 
 def test_mistakes(model, images):
-    for wrong in (3, -1):
-        with pytest.raises(UserError, match="from 0 to 2"):
+    for wrong in (3, -1, 1.5, [0.5], None):
+        with pytest.raises(UserError, match="concepts: expected a number from 0 to 2"):
             model.swap(images, images, wrong)
+    assert model.concept_numbers(np.int64(2)) == [2] and model.concept_numbers(range(2)) == [0, 1]
+    with pytest.raises(UserError, match=r"concept: .* got none"):
+        model.traverse(images, [])
+    for option, value in (("steps", 5.5), ("batch_size", 0), ("eta", 2)):
+        with pytest.raises(UserError, match=f"^{option}: expected"):
+            model.reconstruct(images, **{option: value})
     with pytest.raises(UserError, match="5 as in a, got 2"):
         model.swap(images, images[:2], 0)
     with pytest.raises(UserError, match="1 to 1000"):
@@ -142,7 +148,9 @@ def test_images_of_any_kind():
         (torch.full((1, 3, 16, 16), 255.0), r"float32 from 255 to 255"),
         (torch.full((1, 3, 16, 16), float("nan")), "nan"),
         ([], "empty list"),
-        ("picture.png", "got str"),
+        ("picture.png", "PIL.Image.open"),
+        (3, "got int"),
+        (np.zeros((64, 64, 3), np.uint8), r"got \(64, 64, 3\)"),
     ],
 )
 def test_images_that_do_not_fit(given, message):

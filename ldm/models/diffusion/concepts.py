@@ -1,6 +1,6 @@
 """Working with a trained EncDiff: images to scalars, to tokens, and back, one concept at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,8 +99,8 @@ class ConceptMethods:
             (b, c, h, w) in [-1, 1].
 
         Raises:
-            UserError: an unknown sampler, or steps out of range.
-            ValueError: tokens of another shape, or η out of range.
+            UserError: an unknown sampler, or steps, η or batch size out of range.
+            ValueError: tokens of another shape.
         """
         return torch.cat(list(self._draw(tokens, steps, sampler, eta, seed, batch_size, progress)))
 
@@ -146,7 +146,9 @@ class ConceptMethods:
         Raises:
             UserError: an unknown concept, no values, or a variant whose concepts are vectors.
         """
-        number = self.concept_numbers(concept)[0]
+        number = next(iter(self.concept_numbers(concept)), None)
+        if number is None:
+            raise UserError("expected a number or a factor's name, got none", "concept")
         scalars = self.scalars(images)
         if scalars.ndim != 2:
             raise UserError(f"this model's concepts are vectors of {scalars.shape[-1]} numbers: swap them instead")
@@ -189,7 +191,7 @@ class ConceptMethods:
         Raises:
             UserError: no such concept, or a name where none are known.
         """
-        chosen = [concepts] if isinstance(concepts, int | str) else list(concepts)
+        chosen = [concepts] if isinstance(concepts, str) or not isinstance(concepts, Iterable) else list(concepts)
         found: list[int] = []
         known = self.concepts.tokens if self.concepts is not None else {}
         for one in chosen:
@@ -199,10 +201,11 @@ class ConceptMethods:
                 if one not in known:
                     raise UserError(f"there is no factor of this name{nearest(one, known)}", one)
                 found += known[one]
-            elif 0 <= one < self.cond_stage_model.latent_unit:
+            elif isinstance(one, int | np.integer) and 0 <= one < self._encoder().latent_unit:
                 found.append(int(one))
             else:
-                raise UserError(f"expected a number from 0 to {self.cond_stage_model.latent_unit - 1}, got {one}")
+                last = self._encoder().latent_unit - 1
+                raise UserError(f"expected a number from 0 to {last}, or a factor's name, got {one!r}", "concepts")
         return found
 
     def scalar_values(self: Any, concept: int, count: int = VALUES) -> torch.Tensor:
@@ -248,8 +251,13 @@ class ConceptMethods:
         progress: str,
     ) -> Iterator[torch.Tensor]:
         chosen = self.sampler(sampler)
-        if not 1 <= steps <= self.num_timesteps:
+        if not isinstance(steps, int) or not 1 <= steps <= self.num_timesteps:
             raise UserError(f"expected 1 to {self.num_timesteps}, the model's timesteps, got {steps}", "steps")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"expected at least 1, got {batch_size}", "batch_size")
+        if not 0 <= eta <= 1:
+            raise UserError(f"expected a number from 0 to 1, got {eta}", "eta")
+        tokens = torch.as_tensor(tokens)
         shape = (self.channels, self.image_size, self.image_size)
         generator = torch.Generator(self.device).manual_seed(seed)
         start = torch.randn(1, *shape, generator=generator, device=self.device)
