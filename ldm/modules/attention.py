@@ -120,9 +120,10 @@ class CrossAttention(nn.Module):
         if record is None:
             attended = attend(q, k, v)
         else:
-            weights = ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(dim=-1)
+            with torch.autocast(q.device.type, enabled=False):
+                weights = ((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)).softmax(dim=-1)
+                attended = (weights @ v.float()).to(v.dtype)
             record(weights)
-            attended = (weights @ v.float()).to(v.dtype)
         return self.to_out(rearrange(attended, "b h l d -> b l (h d)"))
 
 

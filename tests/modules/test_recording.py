@@ -37,6 +37,19 @@ def test_recording_changes_nothing(kernels):
     torch.testing.assert_close(found.sum(dim=1), torch.ones(2, 32, 32))
 
 
+def test_under_autocast():
+    """As at validation of a run in bfloat16: what is recorded is float32."""
+    network, x, t, tokens = unet(), torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = network(x, t, tokens)
+        with recording(network) as maps:
+            recorded = network(x, t, tokens)
+        found = maps.mean(16)
+    assert found is not None and found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(2, 16, 16))
+    torch.testing.assert_close(recorded, plain, rtol=0, atol=0.05 * plain.abs().max().item())
+
+
 def test_the_weights_are_those_of_the_formula():
     torch.manual_seed(0)
     block = BasicTransformerBlock(32, 4, 8, context_dim=16)

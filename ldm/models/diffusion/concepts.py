@@ -180,7 +180,7 @@ class ConceptMethods:
             mean = maps.mean(self.cond_stage_model.image_size)
             if mean is None:
                 raise UserError(f"{type(self).__name__} has no cross attention over the tokens", "attention")
-            found.append(mean.cpu())
+            found.append(mean.float().cpu())
         return torch.cat(found)
 
     # ---- what these are made of
