@@ -43,7 +43,7 @@ def _downloaded(address: str) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG, CONCEPTS]))
     except Exception as error:  # of many kinds: no network, no such model, not allowed, a name of another form
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")  # a sentence follows
         told = f"'{address}' is not in the hub's cache, and cannot be downloaded: {type(error).__name__}: {reason}"
         raise UserError(f"{told}. Without a network, copy the folder and give its path") from error
     absent = [part for part in (WEIGHTS, CONFIG) if not (folder / part).is_file()]

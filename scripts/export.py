@@ -13,7 +13,6 @@ figures. No paths and no names of your machine are among it. To upload it:
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,9 +31,10 @@ import ldm
 from ldm.api import load_config, model_node
 from ldm.cli.configure import logdir_of
 from ldm.data.images import evenly_spaced
-from ldm.evaluation.matching import ranges_of
-from ldm.evaluation.runs import newest_config, read_json
-from ldm.hub import CONCEPTS, CONFIG, WEIGHTS, concepts_text
+from ldm.evaluation.matching import match, ranges_of
+from ldm.evaluation.runs import figures_of, newest_config, read_json, record_at
+from ldm.factors import FactorGrid, FactorTable, factors_of
+from ldm.hub import CONCEPTS, CONFIG, WEIGHTS, concepts_text, located
 from ldm.metrics.evaluate import HEADLINES
 from ldm.models.diffusion.concepts import Concepts
 from ldm.signals import as_command
@@ -44,7 +44,6 @@ from ldm.util import UserError, instantiate_from_config
 
 CARD = "README.md"
 ROWS = 5000  # of the data, by which ranges are told
-PICTURES = (".png", ".gif")
 # Of a data set's arguments, those that say where it is on this machine.
 PLACES = ("path", "table")
 TRAINING = ("scheduler_config", "monitor", "ema_decay", "ema_parameters", "cache_latents")
@@ -57,23 +56,25 @@ def export(
     """Export a model; returns lines that report what was done.
 
     Raises:
-        UserError: no such run, damaged files, no EMA weights, a folder that is not empty, or an export that would not
-            be loaded as the same model.
+        UserError: no such run, an exported model, damaged files, no EMA weights, a folder that is not empty, or an
+            export that would not be loaded as the same model.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file: give a folder")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise UserError(f"'{folder}' is not empty: give another folder, or --force to write over an earlier export")
     config = load_config(source)
+    if located(source).suffix == ".safetensors" and "data" not in config:
+        raise UserError(f"'{source}' is an exported model already: copy its folder, whose card tells more")
     model = ldm.load(source, weights=weights, allow=allow)
     node = plain_node(model_node(config, source), model)
     state = {name: value.contiguous().clone() for name, value in model.state_dict().items()
              if not name.startswith((*AVERAGES, "loss."))}  # fmt: skip
     about = {"format": "pt", "weights": weights, **{k: str(v) for k, v in steps_of(source).items()}}
     logdir = logdir_of(source)
-    scored = scores_of(logdir, weights)
-    pictures = figures_of(logdir)
-    unknown = "" if not hasattr(model, "scalars") else add_ranges(model, config, allow)
+    scored = scores_of(logdir, weights, about.get("global_step"))
+    pictures = [path for paths in figures_of(logdir).values() for path in paths]
+    unknown = "" if not hasattr(model, "scalars") else add_concepts(model, config, allow)
     concepts = getattr(model, "concepts", None)
     card = model_card(folder.resolve().name, model, config, weights, about, scored, pictures, run_of(logdir))
     files: dict[Path, Callable[[Path], Any]] = {
@@ -99,16 +100,16 @@ def export(
     ]
 
 
-def add_ranges(model: Any, config: Any, allow: tuple[str, ...]) -> str:
-    """Let the model know how far its scalars go over the data that it was trained with, unless it does.
+def add_concepts(model: Any, config: Any, allow: tuple[str, ...]) -> str:
+    """Let the model know what its concepts stand for, and how far its scalars go over its data, unless it does.
 
-    Who loads the export may not have the data, and cannot go along a scalar without this.
+    Who loads the export may not have the data, and can neither name concepts nor go along a scalar without this.
 
     Returns:
         Why it stays unknown; "" otherwise.
     """
     known = model.concepts or Concepts()
-    if known.low:
+    if known.low and known.tokens:
         return ""
     try:
         with allowing(allow):
@@ -116,10 +117,16 @@ def add_ranges(model: Any, config: Any, allow: tuple[str, ...]) -> str:
             data.setup()
         dataset = data.datasets.get("validation") or data.datasets["train"]
         rows = evenly_spaced(len(dataset), ROWS)
-        low, high = ranges_of(model.scalars(dataset.fetch(rows)["image"].numpy()).numpy())
-    except (UserError, OSError, AttributeError, KeyError) as error:
-        return f"how far each scalar goes is not in {CONCEPTS}, as the run's data cannot be read: {error}"
-    model.concepts = dataclasses.replace(known, low=low, high=high)
+        codes, factors = model.scalars(dataset.fetch(rows)["image"].numpy()).numpy(), factors_of(dataset)
+        if known.tokens or factors is None:
+            low, high = (known.low, known.high) if known.low else ranges_of(codes)
+            model.concepts = dataclasses.replace(known, low=low, high=high)
+        else:
+            values = factors.factors(rows) if isinstance(factors, FactorGrid) else factors.values[rows]
+            match(model, codes, FactorTable(values, factors.names))
+    except (ValueError, OSError, AttributeError, KeyError) as error:  # UserError is a ValueError
+        told = "how far each scalar goes is" if known.tokens else "names and ranges of the concepts are"
+        return f"{told} not in {CONCEPTS}, as the run's data cannot be read: {error}"
     return ""
 
 
@@ -171,28 +178,16 @@ def steps_of(source: Path) -> dict[str, Any]:
     return {key: content[key] for key in ("global_step", "epoch") if key in content}
 
 
-def scores_of(logdir: Path, weights: str) -> dict[str, Any]:
-    """The newest record of scores of these weights; empty without one."""
-    for path in sorted((logdir / "metrics").glob("*.json"), reverse=True):
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"'{path}' is damaged: {error}") from error
-        if record.get("weights") == weights:
-            return record
-        if weights == "ema" and "scores_of_ema" in record:
-            return {**record, "scores": record["scores_of_ema"]}
-    return {}
+def scores_of(logdir: Path, weights: str, step: str | None = None) -> dict[str, Any]:
+    """The scores of these weights at a step, or the latest before it; empty without any.
 
-
-def figures_of(logdir: Path) -> list[Path]:
-    """The run's figures, or else those of its latest validation."""
-    latest = sorted((logdir / "images" / "figures").glob("*/"), reverse=True)
-    for folder in (logdir / "figures", *latest):
-        found = sorted(path for path in folder.glob("*") if path.suffix in PICTURES)
-        if found:
-            return found
-    return []
+    Raises:
+        UserError: they are damaged.
+    """
+    record = record_at(logdir, None if step is None else int(step), strict=True)
+    if record.get("weights") == weights:
+        return record
+    return {**record, "scores": record["scores_of_ema"]} if weights == "ema" and "scores_of_ema" in record else {}
 
 
 def run_of(logdir: Path) -> dict[str, Any]:
@@ -220,12 +215,21 @@ def model_card(
         lines += ["## Scores", "", *score_lines(scored), ""]
     if getattr(model, "concepts", None) is not None and model.concepts.tokens:
         lines += ["## Concepts", "", *concept_lines(model.concepts), ""]
+    if pictures:
+        lines += ["## Figures", "", figure_words(model, weights), ""]
     for picture in pictures:
         title = picture.stem.replace("_", " ").capitalize() + (", moving" if picture.suffix == ".gif" else "")
-        lines += [*(["## Figures", ""] if picture == pictures[0] else []), f"*{title}*", "",
-                  f"![{title}](figures/{picture.name})", ""]  # fmt: skip
+        lines += [f"*{title}*", "", f"![{title}](figures/{picture.name})", ""]
     made = made_with(run)
     return "\n".join([*lines, *(["## Made with", "", *made, ""] if made else [])])
+
+
+def figure_words(model: Any, weights: str) -> str:
+    """Of which weights the figures are."""
+    told = "The line at the bottom of a figure says of which weights it is"
+    if weights == "live" and getattr(model, "use_ema", False):
+        return f"{told}: unless it says live, of averages (EMA), which this folder does not hold."
+    return f"{told}."
 
 
 def what_it_is(model: Any) -> list[str]:

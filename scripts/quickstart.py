@@ -1,7 +1,6 @@
 """The whole job on the built-in data: render, train both stages, score before and after, draw, and print a table."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from ldm.config import load_yaml
 from ldm.data.files import atomic_output
 from ldm.evaluation.codes import encode
 from ldm.evaluation.reconstruction import reconstruction_scores
-from ldm.evaluation.runs import newest_run
+from ldm.evaluation.runs import figures_of, newest_run, record_at
 from ldm.metrics.evaluate import evaluate
 from ldm.util import UserError, instantiate_from_config
 
@@ -95,10 +94,9 @@ def main() -> None:
     second = run_stage(encdiff, opt.logdir, opt.seed, True, [checkpoint, *opt.overrides])
     marks.append(("EncDiff", time.perf_counter()))
 
-    scored = sorted((second / "metrics").glob("*.json"))
-    if not scored:
+    record = record_at(second, strict=True)
+    if not record:
         raise UserError(f"{second} holds no scores: the quickstart's configuration must have metrics")
-    record = json.loads(scored[-1].read_text())
     # The same points, settings and seed for the model before its training.
     scalars = encode(untrained(load_config(second), opt.seed), dataset)
     before = evaluate(scalars, dataset.grid, record["settings"], record["settings"], record["random_state"])
@@ -132,9 +130,9 @@ def report(opt, dataset, first, second, mse, before, record, start, marks) -> No
         f"{'first stage':<16}{first / 'checkpoints' / 'last.ckpt'}",
         f"{'EncDiff':<16}{second / 'checkpoints' / 'last.ckpt'}",
     ]
+    drawn = figures_of(second)
     for name in ("reconstructions", "swaps", "traversals", "attention", "matrices"):
-        pictures = sorted((second / "images" / "figures").glob(f"*/{name}.png"))
-        lines += [f"{name:<16}{pictures[-1]}"] if pictures else []
+        lines += [f"{name:<16}{drawn[name][0]}"] if name in drawn else []
     if (second / "report.html").is_file():
         lines.append(f"{'report':<16}{second / 'report.html'}")
     lines.append(f"{'scores':<16}{second / 'metrics'}")

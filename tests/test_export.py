@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import ldm
-from ldm.api import known_concepts
+from ldm.api import known_concepts, load_config
 from ldm.data.dis import Shapes3DTrain
 from ldm.hub import located
-from ldm.util import UserError
+from ldm.util import UserError, instantiate_from_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
 _spec = importlib.util.spec_from_file_location("export", ROOT / "scripts" / "export.py")
@@ -29,6 +29,7 @@ assert _spec is not None and _spec.loader is not None
 script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(script)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FIGURES = ("matrices", "reconstructions", "swaps")
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -94,14 +95,19 @@ def test_the_card(run, exported):
         assert f"| {metric} | {entry} | {record['scores'][metric][entry]:.3f} |" in card
     assert f"- torch {torch.__version__}" in card
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card)
-    assert pictures == ["figures/swaps.png"] and (exported / pictures[0]).is_file()
+    assert pictures == [f"figures/{name}.png" for name in FIGURES]
+    for name in ("matrices", "reconstructions"):  # of the last validation
+        original = run / "images" / "figures" / "000008" / f"{name}.png"
+        assert (exported / "figures" / f"{name}.png").read_bytes() == original.read_bytes()
     assert "*Swaps*" in card
+    assert "unless it says live, of averages (EMA), which this folder does not hold" in card
 
 
 def test_nothing_of_the_machine_is_in_it(run, exported):
     """No paths: data, log directory, first stage."""
     files = sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file())
-    assert files == ["README.md", "concepts.json", "figures/swaps.png", "model.safetensors", "model.yaml"]
+    assert files == ["README.md", "concepts.json", *(f"figures/{name}.png" for name in FIGURES),
+                     "model.safetensors", "model.yaml"]  # fmt: skip
     for name in ("README.md", "concepts.json", "model.yaml"):
         text = (exported / name).read_text()
         assert "/" + str(run).split("/")[1] + "/" not in text and "last.ckpt" not in text, name
@@ -114,6 +120,8 @@ def test_mistakes(run, exported, tmp_path, capsys):
         ([run, exported], "is not empty: give another folder, or --force"),
         ([run, tmp_path / "file"], "is a file"),
         ([tmp_path / "none", tmp_path / "new"], "there is no log directory"),
+        ([exported, tmp_path / "new"], "is an exported model already: copy its folder"),
+        ([exported / "model.safetensors", tmp_path / "new"], "is an exported model already"),
     ]:
         assert script.main(list(map(str, argv))) == 2
         err = capsys.readouterr().err
@@ -134,6 +142,33 @@ def test_where_the_data_are_gone(run, tmp_path, capsys):
         assert "as the run's data cannot be read" in capsys.readouterr().out
         assert found["low"] == found["high"] == []
     assert found["tokens"]
+
+
+def test_without_scores_concepts_are_matched(run, tmp_path):
+    """By what they know of the factors of the run's data."""
+    logdir = tmp_path / "run"
+    shutil.copytree(run, logdir)
+    shutil.rmtree(logdir / "metrics")
+    assert script.main([str(logdir), str(tmp_path / "new")]) == 0
+    model, found = ldm.load(logdir), ldm.load(tmp_path / "new").concepts
+    assert model.concepts is None
+    dataset = instantiate_from_config(load_config(logdir).data.params.validation)
+    known = ldm.match(model, dataset, progress=False)
+    assert found.tokens == known.tokens and set(found.tokens) == set(dataset.grid.names)
+    np.testing.assert_allclose([found.low, found.high], [known.low, known.high], rtol=1e-4)
+    assert "## Concepts" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_the_scores_are_those_of_the_checkpoint(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    for step in (4, 999999, 1000000):
+        text = json.dumps({"step": step, "weights": "live", "scores": {}, "scores_of_ema": {"mig": {"x": step}}})
+        (tmp_path / "metrics" / f"{step:06}.json").write_text(text)
+    assert [script.scores_of(tmp_path, "live", step)["step"] for step in (None, "999999", "7")] == [1000000, 999999, 4]
+    assert script.scores_of(tmp_path, "ema", "5")["scores"] == {"mig": {"x": 4}}
+    (tmp_path / "metrics" / "000004.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        script.scores_of(tmp_path, "live", "5")
 
 
 def test_an_export_that_differs_is_told(run, tmp_path, monkeypatch, capsys):

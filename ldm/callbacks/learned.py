@@ -124,8 +124,9 @@ def headline(record: Mapping[str, Any], metric: str) -> float | None:
 
 
 def hundredths(value: float) -> str:
-    """`.66`, `1.00`."""
-    return f"{value:.2f}".replace("0.", ".", 1)
+    """`.66`, `1.00`, `-.50`."""
+    text = f"{value:.2f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
 def read_records(logdir: Path) -> dict[int, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a run says of itself: of its model at the start, and at its end where everything is, and what to do next."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from ldm.bars import duration, short
 from ldm.callbacks.clock import Clock, images_per_step
 from ldm.callbacks.learned import WIDTH, factors_in_words, read_records, scores_in_words
 from ldm.callbacks.start import ROOT
+from ldm.evaluation.runs import figures_of
 from ldm.models.autoencoder import FirstStage
 
 # Parts of the models, in words.
 PARTS = {"model": "U-Net", "cond_stage_model": "concept encoder", "first_stage_model": "first stage"}
 FIRST_STAGE = "model.params.first_stage_config.params.ckpt_path"
+DRAWN = re.compile(r"(.+)_gs-(\d+)_e-\d+\.png")  # by `image_logger`, at a step
 LABEL = 13  # width of the first column
 
 
@@ -60,7 +63,7 @@ def closing(trainer: pl.Trainer, logdir: Path, argv: Sequence[str] = (), ended: 
         rows += [("factors", factors_in_words(records[newest], WIDTH - LABEL))]
     rows += _files(trainer, logdir, max(records, default=-1))
     if ended:
-        rows += [("next" if k == 0 else "", line) for k, line in enumerate(_next(trainer, logdir, argv))]
+        rows += [("" if k else "next", line) for k, line in enumerate(_next(trainer, logdir, argv, bool(records)))]
     return [f"{label:<{LABEL}}{text}" for label, text in rows if text]
 
 
@@ -69,7 +72,8 @@ def _trained(trainer: pl.Trainer) -> str:
     images, rate, step = images_per_step(trainer), clock.images_per_second(trainer), trainer.global_step
     steps = f"steps {clock.first:,} to {step:,}" if clock.first else f"{step:,} steps"
     told = f"{steps}, {(step - clock.first) * images:,} images" if images else steps
-    return f"{told}, in {duration(clock.elapsed)}" + (f"; {short(rate)} images/s while training" if rate else "")
+    speed = f"; {short(rate)} images/s while training" if rate else ""
+    return f"{told}, in {duration(clock.elapsed)} with validation{speed}"
 
 
 def _files(trainer: pl.Trainer, logdir: Path, scored: int) -> list[tuple[str, str]]:
@@ -82,13 +86,15 @@ def _files(trainer: pl.Trainer, logdir: Path, scored: int) -> list[tuple[str, st
                 rows.append(("best", f"{_short(Path(path), logdir)} ({callback.monitor} {short(float(score))})"))
     last = logdir / "checkpoints" / "last.ckpt"
     rows += [("last", str(last))] if last.is_file() else []
-    pictures = sorted((logdir / "images" / "train").glob("*_gs-*.png"))
+    matches = (DRAWN.fullmatch(path.name) for path in sorted((logdir / "images" / "train").glob("*.png")))
+    pictures = [(int(match[2]), match[1]) for match in matches if match]
     if pictures:
-        newest = max(path.stem.partition("_gs-")[2] for path in pictures)
-        names = [path.stem.partition("_gs-")[0] for path in pictures if path.stem.endswith(f"_gs-{newest}")]
+        names = [name for step, name in pictures if step == max(pictures)[0]]
         rows.append(("pictures", f"{logdir / 'images' / 'train'}: {', '.join(names)}"))
-    drawn = [logdir / "figures", *sorted((logdir / "images" / "figures").glob("*"), reverse=True)]
-    rows += [("figures", str(folder)) for folder in drawn if folder.is_dir()][:1]
+    drawn: dict[Path, list[str]] = {}
+    for name, paths in figures_of(logdir).items():
+        drawn.setdefault(paths[0].parent, []).append(name)
+    rows += [("" if k else "figures", f"{folder}: {', '.join(drawn[folder])}") for k, folder in enumerate(drawn)]
     metrics = logdir / "metrics" / f"{scored:06}.json"
     rows += [("metrics", str(metrics))] if metrics.is_file() else []
     rows += [("TensorBoard", f"tensorboard --logdir {logdir}")] if list(logdir.rglob("events.out.tfevents.*")) else []
@@ -102,7 +108,7 @@ def _short(path: Path, logdir: Path) -> Path:
     return logdir / path.absolute().relative_to(logdir.absolute()) if inside else path
 
 
-def _next(trainer: pl.Trainer, logdir: Path, argv: Sequence[str]) -> list[str]:
+def _next(trainer: pl.Trainer, logdir: Path, argv: Sequence[str], scored: bool) -> list[str]:
     """Commands that go on from here."""
     last = logdir / "checkpoints" / "last.ckpt"
     if not last.is_file():
@@ -114,8 +120,9 @@ def _next(trainer: pl.Trainer, logdir: Path, argv: Sequence[str]) -> list[str]:
         devices = shlex.join(gpus[0]) + " " if gpus else ""
         return [f"python main_val.py --base {second_stage(argv)} -t {devices}{FIRST_STAGE}={shlex.quote(str(last))}"]
     run = shlex.quote(str(logdir))
-    commands = {
-        "scripts/evaluate.py": f"python scripts/evaluate.py {run}  # all metrics",
+    # Without scores at validation there are no factors to score against, or nobody wants scores.
+    commands = {"scripts/evaluate.py": f"python scripts/evaluate.py {run}  # all metrics"} if scored else {}
+    commands |= {
         "scripts/figures.py": f"python scripts/figures.py {run}  # swaps, traversals, attention, …",
     }
     there = [command for script, command in commands.items() if (ROOT / script).is_file()]

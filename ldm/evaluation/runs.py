@@ -34,18 +34,49 @@ def number_order(path: Path) -> tuple[int, str]:
     return len(path.stem), path.stem
 
 
-def record_at(logdir: Path, step: int | None = None) -> dict[str, Any]:
+def record_at(logdir: Path, step: int | None = None, strict: bool = False) -> dict[str, Any]:
     """The scores of a run, `metrics/<step>.json`; empty if there are none, or they are damaged.
 
     Args:
         logdir: the run's.
         step: the latest scores until then are taken, or, if there are none, the first; by default the latest of all.
+        strict: refuse damaged scores.
+
+    Raises:
+        UserError: they are damaged, and `strict`.
     """
     paths = [path for path in (logdir / "metrics").glob("*.json") if path.stem.isdecimal()]
     until = [path for path in paths if step is None or int(path.stem) <= step]
-    if until:
-        return read_json(max(until, key=number_order))
-    return read_json(min(paths, key=number_order)) if paths else {}
+    if not paths:
+        return {}
+    path = max(until, key=number_order) if until else min(paths, key=number_order)
+    record = read_json(path)
+    if strict and not record:
+        raise UserError(f"'{path}' is damaged: move it away to go on without its scores")
+    return record
+
+
+def figures_of(logdir: Path) -> dict[str, list[Path]]:
+    """The newest files of each figure of a run, PNG before GIF, by its name.
+
+    They lie in `figures/`, which `scripts/figures.py` writes, or in `images/figures/<step>/`, of validations; of these
+    the last step counts. The files of one name are of one place: that of the newest file.
+    """
+    steps = [path for path in (logdir / "images" / "figures").glob("*") if path.name.isdecimal()]
+    found: dict[str, list[Path]] = {}
+    for folder in [*sorted(steps, key=number_order), logdir / "figures"]:
+        names: dict[str, list[Path]] = {}
+        for path in [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.gif"))]:
+            names.setdefault(path.stem, []).append(path)
+        for name, own in names.items():
+            if folder.name != "figures" or _changed(own) >= _changed(found.get(name, [])):
+                found[name] = own
+    return dict(sorted(found.items()))
+
+
+def _changed(paths: Sequence[Path]) -> int:
+    """When the newest of some files was written."""
+    return max((path.stat().st_mtime_ns for path in paths), default=0)
 
 
 def newest_config(logdir: Path, kind: str) -> Path | None:

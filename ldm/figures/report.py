@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ldm.bars import duration
 from ldm.data.files import atomic_output
 from ldm.evaluation.heatmaps import HEATMAPS, diagonal_order
 from ldm.evaluation.paper import TITLES, number
@@ -16,7 +17,7 @@ from ldm.figures.report_charts import Line, chart, logarithmic
 from ldm.figures.report_config import between
 from ldm.figures.report_data import KINDS, gather
 from ldm.figures.report_events import thinned
-from ldm.figures.report_facts import compared, duration, facts_of, record_rows, stage_of
+from ldm.figures.report_facts import compared, facts_of, record_rows, stage_of
 from ldm.metrics.evaluate import HEADLINES
 from ldm.util import UserError
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.bars import duration
 from ldm.evaluation.runs import as_dict
 
 
@@ -150,24 +151,17 @@ def trained_words(run: Mapping[str, Any]) -> str:
 
 
 def time_words(run: Mapping[str, Any]) -> str:
-    """`14 min in 2 starts, 310 images/s in training`."""
+    """`14 min in 2 starts, from command to end, 310 images/s in training`."""
     words = [duration(run["seconds"])] if run["seconds"] else []
     if words and len(run["starts"]) > 1:
         words[0] += f" in {len(run['starts'])} starts"
+    words += ["from command to end"] if words else []
     return ", ".join([*words, *([f"{speed_words(run['speed'])} in training"] if run["speed"] else [])])
 
 
 def speed_words(speed: float) -> str:
     """Images per second."""
     return f"{speed:,.0f} images/s" if speed >= 10 else f"{speed:.3g} images/s"
-
-
-def duration(seconds: float) -> str:
-    """`2 h 5 min`, `14 min`, `45 s`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def machine_words(start: Mapping[str, Any]) -> str:

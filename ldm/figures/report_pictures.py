@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.evaluation.runs import number_order
+from ldm.evaluation.runs import figures_of
 
 LARGEST = 8 * 2**20  # bytes of a picture that is embedded
 KINDS = {"PNG": "image/png", "GIF": "image/gif"}
@@ -38,15 +38,14 @@ ORDER = (
 
 
 def pictures_of(logdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The figures of a run, else those of its last validation, else the older pictures of its last step.
+    """The figures of a run, of each name the newest, else the older pictures of its last step.
 
     Returns:
         For each: name, title, caption, `src` (a data URI), `width` and `height` to show it at, `pixels` (it is
         small), `wide`, `moves`; and what is wrong with others.
     """
-    files, origin = _files(logdir)
     found, notes = [], []
-    for path, name in files:
+    for path, name, origin in _files(logdir):
         where = path.relative_to(logdir).as_posix()
         try:
             found.append(_embedded(path, name, origin))
@@ -58,22 +57,19 @@ def pictures_of(logdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return sorted(found, key=lambda p: (places.get(p["name"], len(places)), p["name"], p["moves"])), notes
 
 
-def _files(logdir: Path) -> tuple[list[tuple[Path, str]], str]:
+def _files(logdir: Path) -> list[tuple[Path, str, str]]:
     """Files with their names, and where they come from, in words."""
-
-    def figures(folder: Path) -> list[tuple[Path, str]]:
-        found = sorted([*folder.glob("*.png"), *folder.glob("*.gif")])
-        return [(path, path.stem) for path in found if path.stem not in TABLES]
-
-    if own := figures(logdir / "figures"):
-        return own, ""
-    for folder in sorted((logdir / "images" / "figures").glob("[0-9]*"), key=number_order, reverse=True):
-        if own := figures(folder):
-            return own, f"step {int(folder.name):,}" if folder.name.isdigit() else ""
+    own = [(path, name) for name, paths in figures_of(logdir).items() if name not in TABLES for path in paths]
+    if own:
+        return [(path, name, _step(path.parent.name)) for path, name in own]
     old = [(path, OLD.fullmatch(path.stem)) for path in sorted((logdir / "images" / "train").glob("*_gs-*.png"))]
     steps = [int(match[2]) for _, match in old if match]
-    last = [(path, match[1]) for path, match in old if match and int(match[2]) == max(steps)]
-    return last, f"step {max(steps):,}" if steps else ""
+    return [(path, match[1], _step(match[2])) for path, match in old if match and int(match[2]) == max(steps)]
+
+
+def _step(text: str) -> str:
+    """`step 4,000`, of a folder's name or a part of a file's; empty where that is no number."""
+    return f"step {int(text):,}" if text.isdecimal() else ""
 
 
 def _embedded(path: Path, name: str, origin: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm.callbacks.clock import Clock
 from ldm.callbacks.learned import WIDTH, factors_in_words, hundredths, learned_line, losses_in_words, read_records
-from ldm.callbacks.summary import model_in_words, second_stage
+from ldm.callbacks.summary import _files, _next, model_in_words, second_stage
 from ldm.cli.main import QUIET, SILENT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,30 @@ def test_without_matrices_there_are_no_factors():
     assert learned_line(1, 64, {1: {**made, "factors": {"x": 2}}}, "").startswith("step 1 (64 images): FactorVAE .91")
 
 
+def test_hundredths():
+    numbers = {0.66: ".66", 1.0: "1.00", -0.5: "-.50", 10.0: "10.00", 20.01: "20.01", 0.0: ".00"}
+    assert {value: hundredths(value) for value in numbers} == numbers
+
+
+def test_scoring_is_offered_where_there_are_scores(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    run: Any = SimpleNamespace(lightning_module=None)
+    for scored in (True, False):
+        commands = _next(run, tmp_path, [], scored)
+        assert any("evaluate.py" in command for command in commands) == scored and "figures.py" in commands[-2]
+
+
+def test_pictures_of_the_last_step(tmp_path):
+    """By number, and whatever else lies there."""
+    folder = tmp_path / "images" / "train"
+    folder.mkdir(parents=True)
+    for name in ("a_gs-999999_e-000001", "b_gs-1000000_e-000002", "mine_gs-x"):
+        (folder / f"{name}.png").touch()
+    rows = dict(_files(SimpleNamespace(callbacks=[]), tmp_path, -1))
+    assert rows["pictures"] == f"{folder}: b"
+
+
 def test_losses():
     values = {"val/rec_loss": 0.0123, "val/mse": 0.0047, "val/codes_in_use": 231.0}
     assert losses_in_words(values, 256) == "val rec_loss .0123, mse .00470, 231 of 256 codes used"
@@ -101,7 +125,9 @@ def closing_rows(log: str) -> dict[str, list[str]]:
 def test_the_end_of_a_first_stage(trained, cli):
     rows = closing_rows(trained.log)
     assert set(rows) == {"trained", "best", "last", "pictures", "report", "TensorBoard", "log", "next"}
-    assert re.fullmatch(r"8 steps, 128 images, in \d+ s; [\d.,]+ images/s while training", rows["trained"][0])
+    assert re.fullmatch(
+        r"8 steps, 128 images, in \d+ s with validation; [\d.,]+ images/s while training", rows["trained"][0]
+    )
     best, score = re.fullmatch(r"(\S+) \(val/rec_loss (\S+)\)", rows["best"][0]).groups()
     content = torch.load(trained.folder / best, weights_only=True)
     assert content["global_step"] in (4, 8) and float(score) < 10
@@ -123,6 +149,7 @@ def test_the_end_of_encdiff(trained_encdiff):
     rows = closing_rows(trained_encdiff.log)
     assert rows["metrics"][0].endswith("metrics/000008.json") and rows["scores"][0].startswith("FactorVAE ")
     assert "best" not in rows, "the monitor counts epochs"
+    assert rows["figures"][0].endswith("images/figures/000008: matrices, reconstructions")
     for command in rows["next"]:
         if command.startswith("python"):
             script, run = shlex.split(command, comments=True)[1:]

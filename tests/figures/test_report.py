@@ -80,7 +80,7 @@ def test_what_was_trained(whole):
         "RenderedTrain, 4,096 images of 32 × 32",
         "floor hue 3 × wall hue 2 × shape 4",
         "400 of 400 steps of 64 images: 25,600 seen",
-        "7 min, 640 images/s in training",
+        "7 min, from command to end, 640 images/s in training",
         "A processor, 2 cores",
         "0123abcd with changes that are not committed",
         "python 3.12.1, torch 2.9.0",
@@ -163,7 +163,7 @@ def test_resumed_twice_the_time_between_does_not_count(tmp_path):
     (tmp_path / "log.txt").write_text("2023-11-14T23:13:25Z INFO step\na line\n2023-11-15T00:13:30Z INFO step\n")
     run = gather(tmp_path)
     assert run["seconds"] == 30 + 5 + 20 and run["status"] == "stopped by SIGINT" and run["steps"] == 90
-    assert "55 s in 3 starts" in page_of(tmp_path).text
+    assert "55 s in 3 starts, from command to end" in page_of(tmp_path).text
 
 
 def test_without_a_recorded_end_the_log_tells_it(tmp_path):
@@ -187,7 +187,9 @@ def test_figures_or_else_the_newest_pictures(tmp_path):
     assert [(p["name"], p["caption"].rpartition(", ")[2]) for p in found] == [("attention", "step 1,000")]
     picture(tmp_path / "figures" / "swaps.png")
     picture(tmp_path / "figures" / "matrices.png")
-    assert [p["name"] for p in gather(tmp_path)["pictures"]] == ["swaps"], "the page has matrices of its own"
+    found = gather(tmp_path)["pictures"]
+    assert [p["name"] for p in found] == ["swaps", "attention"], "the page has matrices of its own"
+    assert [p["caption"].rpartition(", ")[2] for p in found][1] == "step 1,000" and "step" not in found[0]["caption"]
 
 
 # ---- how it is shown

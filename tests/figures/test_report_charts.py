@@ -7,7 +7,6 @@ import pytest
 
 from ldm.figures.report_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, chart, powers, short, ticks
 from ldm.figures.report_events import Curve, rate, thinned
-from ldm.figures.report_facts import duration
 
 
 @pytest.mark.parametrize(
@@ -83,8 +82,3 @@ def test_the_rate_is_not_moved_by_pauses_or_a_resume():
     known.steps[12:] = [step - 100 for step in known.steps[12:]]
     assert rate({"train/loss_step": known, "val/loss": curve(np.zeros(90))}) == pytest.approx(10)
     assert rate({}) is None and rate({"train/loss_step": curve(np.zeros(2))}) is None
-
-
-def test_durations():
-    found = [duration(seconds) for seconds in (4, 95, 100, 3600, 7200, 90_061)]
-    assert found == ["4 s", "95 s", "2 min", "60 min", "2 h 0 min", "25 h 1 min"]
