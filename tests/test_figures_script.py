@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from command_line import ROOT
+from command_line import ROOT, data_node
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -15,6 +15,7 @@ from ldm.figures.draw import FIGURES
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import export
 import figures
 
 QUICK = ("--images", "2", "--steps", "2", "--device", "cpu")
@@ -60,14 +61,55 @@ def test_a_checkpoint_and_live_weights(logdir, tmp_path, capsys, monkeypatch):
     ]
 
 
-def test_an_exported_model_without_ema(logdir, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def exported(logdir):
+    """What scripts/export.py writes of it."""
+    assert export.main([str(logdir), str(logdir.parent / "my-model")]) == 0
+    return logdir.parent / "my-model"
+
+
+def test_an_exported_folder_and_the_data_of_a_run(logdir, exported, capsys):
+    assert figures.main([str(exported), "reconstructions", "swaps", "--data", str(logdir), *QUICK]) == 0
+    drawn = [str(exported / "figures" / f"{name}.png") for name in ("reconstructions", "swaps")]
+    assert capsys.readouterr().out.split()[-2:] == drawn
+
+
+def test_an_exported_file_and_a_folder_of_pictures(exported, tmp_path, capsys):
+    """Of any size: they become as large as the model's."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 9, 200)).save(tmp_path / "pictures" / f"{number}.png")
+    argv = ["reconstructions", "attention", "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
+    assert figures.main([str(exported / "model.safetensors"), *argv, *QUICK]) == 0, capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"reconstructions.png", "attention.png"}
+
+
+def test_a_yaml_file_and_an_address(rooms, exported, tmp_path, monkeypatch, capsys):
+    """Nothing is written into the hub's cache."""
+    (tmp_path / "mine.yaml").write_text(json.dumps({"data": data_node(rooms)}))
+    monkeypatch.setattr("ldm.hub._downloaded", lambda address: exported)
+    monkeypatch.chdir(tmp_path)
+    assert figures.main(["hf://user/name", "reconstructions", "--data", "mine.yaml", *QUICK]) == 0
+    assert capsys.readouterr().out.split()[-1] == "figures/reconstructions.png"
+    assert (tmp_path / "figures" / "reconstructions.png").is_file()
+
+
+def test_without_data(exported, tmp_path, capsys):
+    (tmp_path / "none.yaml").write_text("model: {}")
+    for argv in ([], ["--data", str(tmp_path / "none.yaml")]):
+        assert figures.main([str(exported), *argv, *QUICK]) == 1
+        err = capsys.readouterr().err
+        assert "has no data with it: give a log directory, a YAML file" in err and err.count("\n") == 1
+
+
+def test_a_file_with_the_configuration_of_its_run(logdir, tmp_path):
     state = torch.load(logdir / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     kept = {name: value.contiguous() for name, value in state.items() if "_ema" not in name}
     save_file(kept, tmp_path / "model.safetensors")
     (config,) = (logdir / "configs").glob("*-project.yaml")
     shutil.copy(config, tmp_path / "model.yaml")
-    assert figures.main([str(tmp_path / "model.safetensors"), "reconstructions", *QUICK]) == 0
-    assert (tmp_path / "figures" / "reconstructions.png").is_file()
+    assert figures.main([str(tmp_path / "model.safetensors"), "bottleneck", *QUICK]) == 0
+    assert (tmp_path / "figures" / "bottleneck.png").is_file()
 
 
 def test_mistakes(logdir, tmp_path, capsys):
