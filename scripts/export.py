@@ -117,16 +117,20 @@ def add_concepts(model: Any, config: Any, allow: tuple[str, ...]) -> str:
             data.setup()
         dataset = data.datasets.get("validation") or data.datasets["train"]
         rows = evenly_spaced(len(dataset), ROWS)
-        codes, factors = model.scalars(dataset.fetch(rows)["image"].numpy()).numpy(), factors_of(dataset)
-        if known.tokens or factors is None:
-            low, high = (known.low, known.high) if known.low else ranges_of(codes)
-            model.concepts = dataclasses.replace(known, low=low, high=high)
-        else:
-            values = factors.factors(rows) if isinstance(factors, FactorGrid) else factors.values[rows]
-            match(model, codes, FactorTable(values, factors.names))
-    except (ValueError, OSError, AttributeError, KeyError) as error:  # UserError is a ValueError
+        codes = model.scalars(dataset.fetch(rows)["image"].numpy()).numpy()
+    except (UserError, OSError, AttributeError, KeyError) as error:
         told = "how far each scalar goes is" if known.tokens else "names and ranges of the concepts are"
         return f"{told} not in {CONCEPTS}, as the run's data cannot be read: {error}"
+    low, high = (known.low, known.high) if known.low else ranges_of(codes)
+    model.concepts = dataclasses.replace(known, low=low, high=high)
+    factors = factors_of(dataset)
+    if known.tokens or factors is None:
+        return ""
+    try:
+        values = factors.factors(rows) if isinstance(factors, FactorGrid) else factors.values[rows]
+        match(model, codes, FactorTable(values, factors.names))
+    except ValueError as error:  # a single attribute, or one with a single value
+        return f"the concepts have no names: {error}"
     return ""
 
 

@@ -159,6 +159,22 @@ def test_without_scores_concepts_are_matched(run, tmp_path):
     assert "## Concepts" in (tmp_path / "new" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("names", [("a",), ("a", "b")])
+def test_one_attribute_names_no_concepts(names, monkeypatch):
+    """Ranges are told all the same."""
+    images = torch.arange(40.0).reshape(20, 2)
+    dataset = SimpleNamespace(attributes=np.arange(20)[:, None] % [2, 4][: len(names)], attribute_names=names,
+                              fetch=lambda rows: {"image": images[rows]})  # fmt: skip
+    monkeypatch.setattr(script, "len", lambda dataset: 20, raising=False)
+    module = SimpleNamespace(setup=lambda: None, datasets={"train": dataset})
+    monkeypatch.setattr(script, "instantiate_from_config", lambda *arguments: module)
+    model = SimpleNamespace(concepts=None, scalars=torch.as_tensor)
+    told = script.add_concepts(model, SimpleNamespace(data={}), ())
+    assert model.concepts.low == tuple(np.percentile(images.numpy(), 1, axis=0))
+    assert tuple(model.concepts.tokens) == (names if len(names) > 1 else ())
+    assert ("no names: disentanglement needs at least two factors" in told) == (len(names) == 1), told
+
+
 def test_the_scores_are_those_of_the_checkpoint(tmp_path):
     (tmp_path / "metrics").mkdir()
     for step in (4, 999999, 1000000):
@@ -229,6 +245,15 @@ def test_from_the_hub(address, hub, exported):
 def test_addresses_that_lead_nowhere(address, message, hub):
     with pytest.raises(UserError, match=message):
         ldm.load(address)
+
+
+def test_a_reason_that_ends_in_a_full_stop(tmp_path, monkeypatch):
+    def fail(name, **options):
+        raise ValueError("no such model.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"ValueError: no such model\. Without a network"):
+        located("hf://user/name")
 
 
 def test_something_else_on_the_hub(hub):
