@@ -196,13 +196,14 @@ def folders(paths: list[Path], opt: argparse.Namespace) -> list[Path]:
 
 
 def check_models(paths: list[Path], device: str) -> None:
-    """Refuse a path without a configuration, and a device that cannot be used."""
+    """Refuse a path without a configuration, or without data, and a device that cannot be used."""
     import torch
 
     from ldm.api import load_config
 
     for path in paths:
-        load_config(path)
+        if "data" not in load_config(path):
+            raise ValueError(f"'{path}' is an exported model, without data: in Python, ldm.score(model, dataset)")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

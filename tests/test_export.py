@@ -24,6 +24,8 @@ from ldm.hub import located
 from ldm.util import UserError, instantiate_from_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import evaluate
+
 _spec = importlib.util.spec_from_file_location("export", ROOT / "scripts" / "export.py")
 assert _spec is not None and _spec.loader is not None
 script = importlib.util.module_from_spec(_spec)
@@ -76,6 +78,11 @@ def test_averages_instead(run, tmp_path):
     assert not torch.equal(ldm.load(run).reconstruct(IMAGES, steps=2), theirs.reconstruct(IMAGES, steps=2))
     card = (tmp_path / "ema" / "README.md").read_text()
     assert "weights: averages (EMA)" in card and "## Scores" not in card, "the scores are the live weights'"
+
+
+def test_to_be_scored_it_lacks_data(exported, capsys):
+    assert evaluate.main([str(exported)]) == 1
+    assert "is an exported model, without data: in Python" in capsys.readouterr().err
 
 
 def test_a_first_stage(trained, tmp_path):
