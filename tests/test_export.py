@@ -167,8 +167,8 @@ def test_without_scores_concepts_are_matched(run, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")])
-def test_one_attribute_names_no_concepts(names, monkeypatch):
-    """Ranges are told all the same."""
+def test_attributes_name_concepts(names, monkeypatch):
+    """One is enough."""
     images = torch.arange(40.0).reshape(20, 2)
     dataset = SimpleNamespace(attributes=np.arange(20)[:, None] % [2, 4][: len(names)], attribute_names=names,
                               fetch=lambda rows: {"image": images[rows]})  # fmt: skip
@@ -178,8 +178,7 @@ def test_one_attribute_names_no_concepts(names, monkeypatch):
     model = SimpleNamespace(concepts=None, scalars=torch.as_tensor)
     told = script.add_concepts(model, SimpleNamespace(data={}), ())
     assert model.concepts.low == tuple(np.percentile(images.numpy(), 1, axis=0))
-    assert tuple(model.concepts.tokens) == (names if len(names) > 1 else ())
-    assert ("no names: disentanglement needs at least two factors" in told) == (len(names) == 1), told
+    assert tuple(model.concepts.tokens) == names and told == ""
 
 
 def test_the_scores_are_those_of_the_checkpoint(tmp_path):
