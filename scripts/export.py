@@ -129,7 +129,7 @@ def add_concepts(model: Any, config: Any, allow: tuple[str, ...]) -> str:
     try:
         values = factors.factors(rows) if isinstance(factors, FactorGrid) else factors.values[rows]
         match(model, codes, FactorTable(values, factors.names))
-    except ValueError as error:  # labels that are no classes
+    except ValueError as error:  # such as an attribute of a single value
         return f"the concepts have no names: {error}"
     return ""
 

@@ -167,8 +167,12 @@ def test_without_scores_concepts_are_matched(run, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")])
-def test_attributes_name_concepts(names, monkeypatch):
-    """One is enough."""
+def test_attributes_that_cannot_be_matched_cost_no_ranges(names, monkeypatch):
+    """As it is told."""
+
+    def refuse(*arguments):
+        raise ValueError("factor 'a' has one value")
+
     images = torch.arange(40.0).reshape(20, 2)
     dataset = SimpleNamespace(attributes=np.arange(20)[:, None] % [2, 4][: len(names)], attribute_names=names,
                               fetch=lambda rows: {"image": images[rows]})  # fmt: skip
@@ -176,9 +180,12 @@ def test_attributes_name_concepts(names, monkeypatch):
     module = SimpleNamespace(setup=lambda: None, datasets={"train": dataset})
     monkeypatch.setattr(script, "instantiate_from_config", lambda *arguments: module)
     model = SimpleNamespace(concepts=None, scalars=torch.as_tensor)
+    if len(names) == 1:
+        monkeypatch.setattr(script, "match", refuse)
     told = script.add_concepts(model, SimpleNamespace(data={}), ())
     assert model.concepts.low == tuple(np.percentile(images.numpy(), 1, axis=0))
-    assert tuple(model.concepts.tokens) == names and told == ""
+    assert tuple(model.concepts.tokens) == (names if len(names) > 1 else ())
+    assert told == ("the concepts have no names: factor 'a' has one value" if len(names) == 1 else "")
 
 
 def test_the_scores_are_those_of_the_checkpoint(tmp_path):
