@@ -48,7 +48,7 @@ class FiguresCallback(Callback):
         self,
         names: Iterable[str] = ("reconstructions", "swaps", "traversals", "attention", "matrices"),
         images: int = 6,
-        steps: int = 15,
+        steps: int = 10,
         seed: int = 0,
         logdir: str | None = None,
     ) -> None:

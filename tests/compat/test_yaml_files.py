@@ -74,6 +74,7 @@ def test_both_stages_of_the_release_train_and_resume(tmp_path, large_rooms, monk
         "lightning.callbacks.image_logger.params.log_images_kwargs.swap_images=1",
         "lightning.callbacks.image_logger.params.log_config.params.every_step_num=1",
         "lightning.callbacks.disentanglement.params.metrics=[mig]",
+        "lightning.callbacks.figures.params.names=[matrices]",
     )
     run = cli.run("--base", ENCDIFF, "-t", "--gpus", "0,", "--max_steps", 2, *quick, *few, score=True)
     assert run.status == 0, run.err
