@@ -43,7 +43,7 @@ from ldm.targets import allowing
 from ldm.util import UserError, instantiate_from_config
 
 CARD = "README.md"
-ROWS = 5000  # of the data, by which ranges are told
+ROWS = 5000  # images of the run's data on which concepts are matched, at most
 # Of a data set's arguments, those that say where it is on this machine.
 PLACES = ("path", "table")
 TRAINING = ("scheduler_config", "monitor", "ema_decay", "ema_parameters", "cache_latents")

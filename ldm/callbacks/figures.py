@@ -1,6 +1,5 @@
 """Figures at validation: the same as scripts/figures.py draws, of the model as it is then."""
 
-import json
 import logging
 import sys
 import time
@@ -17,7 +16,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ldm import signals
 from ldm.callbacks.pictures import send_picture, shown_dataset
-from ldm.evaluation.runs import number_order
+from ldm.evaluation.runs import record_at
 from ldm.figures.draw import check_names, draw_figures
 from ldm.figures.subject import Subject, make_subject
 from ldm.models.autoencoder import FirstStage
@@ -92,20 +91,6 @@ class FiguresCallback(Callback):
         log.info("drew %d figures in %.0f s: %s", len(files), time.perf_counter() - start, folder)
 
     def _subject(self, trainer: pl.Trainer, model: Any, logdir: Path, step: int) -> Subject:
-        record = newest_record(logdir / "metrics", step)
+        record = record_at(logdir, step, strict=True)
         about: dict[str, Any] = {"step": step, "steps": self.steps, "seed": self.seed}
         return make_subject(model, shown_dataset(trainer), record, self.images, sample=SAMPLE, **about)
-
-
-def newest_record(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """The scores of a run at a step, or else its newest; empty where there are none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    files = sorted(folder.glob("*.json"), key=number_order)
-    chosen = [path for path in files if step is not None and path.stem == f"{step:06}"] or files[-1:]
-    try:
-        return json.loads(chosen[0].read_text()) if chosen else {}
-    except ValueError as error:
-        raise UserError(f"{chosen[0]} is damaged ({error}): move it away to draw without its matrices") from error

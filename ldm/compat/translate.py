@@ -132,7 +132,7 @@ def rename(config: DictConfig, notes: Notes | None = None) -> DictConfig:
 
     Args:
         config: of one file.
-        notes: to add to; without, they are told at once.
+        notes: collects what was translated; without it, that is logged at once.
 
     Raises:
         UserError: a data set of the release that this project does not have.

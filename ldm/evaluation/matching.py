@@ -31,6 +31,11 @@ def information_of(codes: np.ndarray, factors: Factors) -> np.ndarray:
     """
     scalars = codes if codes.ndim == 2 else scalar_codes(codes, factors)
     values = factors.factors(np.arange(len(factors))) if isinstance(factors, FactorGrid) else factors.values
+    return information_in(scalars, values)
+
+
+def information_in(scalars: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The same, (n, k), of scalars (m, n) and factor values (m, k) of any rows."""
     return information_matrix(bin_columns(scalars, BINS), values) / np.maximum(entropies(values), 1e-12)
 
 
@@ -50,7 +55,7 @@ def match_concepts(
         matrix: (n, k), not negative: of `information_of`, or DCI's importances.
         names: of the k factors.
         codes: scalars (m, n) of a set, for their percentiles.
-        importance: (n, k), of which the shares are told; the matrix if left out.
+        importance: (n, k), whose parts are the shares; the matrix if left out.
     """
     told = matrix if importance is None else importance
     totals = told.sum(axis=0, keepdims=True)

@@ -12,9 +12,9 @@ from einops import rearrange
 from ldm.data.images import evenly_spaced, to_unit_range, to_unit_range_all
 from ldm.evaluation.batches import image_batches
 from ldm.evaluation.codes import CodeEncoder
-from ldm.evaluation.matching import concepts_of_record, match_concepts, ranges_of
+from ldm.evaluation.matching import concepts_of_record, information_in, match_concepts, ranges_of
 from ldm.factors import FactorGrid, FactorTable, factors_of
-from ldm.metrics.information import bin_columns, entropies, information_matrix
+from ldm.metrics.information import entropies
 from ldm.models.diffusion.concepts import Concepts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -22,7 +22,6 @@ from ldm.modules.mode import evaluating
 
 MOST_FACTORS = 12  # with more, a figure has a row per concept
 BATCH = 256  # a figure is one batch, unless it is larger than this
-BINS = 20  # of a scalar, for its mutual information with factors
 
 
 class NotShown(Exception):
@@ -225,10 +224,9 @@ def make_subject(
         low, high = ranges_of(codes)
         if factors is not None:
             values: Any = values_at(factors, chosen)
-            information = information_matrix(bin_columns(codes, BINS), values)
-            subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", information)}
+            part = information_in(codes, values)
+            subject.matrices = {**subject.matrices, "mig": subject.matrices.get("mig", part * entropies(values))}
             if not told:
-                part = information / np.maximum(entropies(values), 1e-12)
                 known = match_concepts(part, factors.names, importance=subject.matrices.get("dci"))
         known = Concepts(known.tokens, known.share, known.low or low, known.high or high)
     subject.concepts = known

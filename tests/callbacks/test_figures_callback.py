@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ldm import signals
 from ldm.api import model_node
-from ldm.callbacks.figures import FiguresCallback, newest_record
+from ldm.callbacks.figures import FiguresCallback
 from ldm.data.dis import Shapes3DTrain
 from ldm.util import UserError, instantiate_from_config
 
@@ -97,10 +97,11 @@ def test_rows_are_named_by_the_newest_scores(model, trainer, tmp_path):
         (tmp_path / "metrics" / f"{step:06}.json").write_text(json.dumps(record))
     subject = FiguresCallback(NAMES, **QUICK)._subject(trainer, model, tmp_path, 12)
     assert subject.concepts.tokens["floor hue"] == (1,) and subject.scored["dci"] == 12
-    assert newest_record(tmp_path / "metrics", 13)["step"] == 30 and newest_record(tmp_path) == {}
-    (tmp_path / "metrics" / "000030.json").write_text('{"step": 3')
-    with pytest.raises(UserError, match=r"000030\.json is damaged"):
-        newest_record(tmp_path / "metrics")
+    later = FiguresCallback(NAMES, **QUICK)._subject(trainer, model, tmp_path, 13)
+    assert later.scored["dci"] == 12, "the scores until then, not those of an earlier run's later steps"
+    (tmp_path / "metrics" / "000012.json").write_text('{"step": 1')
+    with pytest.raises(UserError, match=r"000012\.json' is damaged"):
+        FiguresCallback(NAMES, **QUICK)._subject(trainer, model, tmp_path, 12)
 
 
 def test_a_picture_is_not_worth_a_run(model, trainer, tmp_path, caplog):

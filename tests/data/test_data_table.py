@@ -117,7 +117,7 @@ def test_pictures_are_upright(tmp_path, orientation, kind):
 
 
 def test_odd_folders(folder, caplog):
-    """Hidden files are nobody's pictures; kinds that are not read, small and broken pictures are told."""
+    """Hidden files are left out; kinds that are not read, and small or broken pictures, are reported."""
     (folder / "._a.png").write_bytes(b"\0\5\26\7")
     (folder / ".trash").mkdir()
     (folder / ".trash" / "b.png").write_bytes(b"x")
