@@ -43,7 +43,7 @@ def as_images(images: Any, channels: int, size: int) -> torch.Tensor:
         array = array if array.ndim == 4 else array[None]
         if array.dtype != np.uint8 and array.dtype.kind != "f":
             raise UserError(f"expected uint8, or floats in [-1, 1], got {array.dtype}", "images")
-        images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
+        images = torch.from_numpy(np.array(np.moveaxis(array, -1, 1), order="C"))  # a copy: PIL's are read-only
     if not isinstance(images, torch.Tensor):
         kind = type(images).__name__
         raise UserError(f"expected PIL images, arrays (b, h, w, c) or tensors (b, c, h, w), got {kind}", "images")

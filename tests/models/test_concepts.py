@@ -140,6 +140,20 @@ def test_images_of_any_kind():
     assert as_images(np.zeros((16, 16), np.uint8), 1, 16).shape == (1, 1, 16, 16)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_that_cannot_be_written(channels):
+    """torch warns of these only once per process: here it is to warn each time."""
+    pixels = np.zeros((1, 16, 16, channels), np.uint8)
+    pixels.flags.writeable = False
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        assert as_images(pixels, channels, 16).eq(-1).all()  # a warning from ldm would raise
+        assert as_images(Image.new("RGB", (16, 16)), channels, 16).eq(-1).all()
+    finally:
+        torch.set_warn_always(before)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
