@@ -13,6 +13,7 @@ figures. No paths and no names of your machine are among it. To upload it:
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -86,9 +87,10 @@ def export(
         files[folder / CONCEPTS] = lambda path: path.write_text(concepts_text(concepts), encoding="utf-8")
     for picture in pictures:
         files[folder / "figures" / picture.name] = partial(copied, picture)
-    if concepts is None:
-        (folder / CONCEPTS).unlink(missing_ok=True)  # of an earlier export
+    earlier = exported(folder)
     write(files)
+    for path in earlier - set(files):
+        path.unlink(missing_ok=True)
     compare(model, ldm.load(folder, allow=allow))
     size = (folder / WEIGHTS).stat().st_size
     return [
@@ -132,6 +134,14 @@ def add_concepts(model: Any, config: Any, allow: tuple[str, ...]) -> str:
     except ValueError as error:  # such as an attribute of a single value
         return f"the concepts have no names: {error}"
     return ""
+
+
+def exported(folder: Path) -> set[Path]:
+    """Files of an earlier export that this one may not have: concepts, and the figures that its card shows."""
+    card = folder / CARD
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    shown = re.findall(r"\]\(figures/(\w+\.(?:png|gif))\)", text)
+    return {folder / CONCEPTS, *(folder / "figures" / name for name in shown)}
 
 
 def copied(source: Path, path: Path) -> None:

@@ -137,6 +137,20 @@ def test_mistakes(run, exported, tmp_path, capsys):
     assert script.main([str(run), str(exported), "--force"]) == 0
 
 
+def test_over_an_earlier_export(run, tmp_path):
+    """What the earlier card shows and this run lacks goes; other people's files stay."""
+    logdir = tmp_path / "run"
+    shutil.copytree(run, logdir)
+    folder = tmp_path / "model"
+    assert script.main([str(logdir), str(folder)]) == 0
+    for kept in (folder / "figures" / "mine.png", folder / "LICENSE"):
+        kept.write_text("x")
+    (logdir / "figures" / "swaps.png").unlink()
+    assert script.main([str(logdir), str(folder), "--force"]) == 0
+    names = {path.name for path in (folder / "figures").iterdir()}
+    assert names == {"matrices.png", "reconstructions.png", "mine.png"} and (folder / "LICENSE").exists()
+
+
 def test_where_the_data_are_gone(run, tmp_path, capsys):
     """The rest is exported all the same."""
     logdir = tmp_path / "run"
