@@ -1,6 +1,7 @@
 """The overlay `configs/fast.yaml`: what it turns on, and that the numbers stay."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,20 @@ def test_a_precision_that_is_given_stays(cli, first_stage):
     assert result.status == 0, result.err
     (line,) = [line for line in result.log.splitlines() if line.startswith("fast: ")]
     assert line.startswith("fast: float32") and "bf16" not in line and "ms" in line
+
+
+@pytest.mark.parametrize(("passes", "images"), [((2.0, 0.09), 16), ((2.0, 0.11), 3), ((0.05, 2.0), 16)])
+def test_whole_batches_are_timed_where_they_are_quick(rooms, monkeypatch, passes, images):
+    """By a pass of three images that is not the first, or not the slowest: sixteen may take half a second."""
+    model, sizes = encdiff(), []
+    moments = iter([0.0, passes[0], 10.0, 10.0 + passes[1]])
+    monkeypatch.setattr(
+        model, "trial_loss", lambda batch: sizes.append(len(batch["image"])) or torch.zeros((), requires_grad=True)
+    )
+    monkeypatch.setattr("ldm.callbacks.fast.time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    data = SimpleNamespace(batch_size=16)
+    Fast(trial=3)._trial_step(model, data, Shapes3DTrain(rooms), torch.device("cpu"))()
+    assert sizes == [3, 3, images]
 
 
 def test_a_mistake_is_told(cli):
