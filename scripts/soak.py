@@ -51,17 +51,21 @@ PLACES = {
     "scoring": "ldm.callbacks.disentanglement.score_codes",
     "writing scores": "ldm.callbacks.disentanglement.write_json",
     "drawing": "ldm.callbacks.images.ImageLogger.log_pictures",
+    "drawing figures": "ldm.callbacks.figures.FiguresCallback._draw",
+    "writing the report": "ldm.callbacks.report.ReportCallback._write",
     "saving": "ldm.callbacks.checkpoint_io.AtomicCheckpointIO.save_checkpoint",
     "writing a checkpoint": "torch.save",
     "renaming a checkpoint": "os.replace",
     "the end of training": "ldm.callbacks.stop.StopCallback.on_train_end",
 }
-SCORED = ("scoring", "writing scores")
+SCORED = ("scoring", "writing scores", "drawing figures")
 SMALL = ["data.params.batch_size=16", *(f"data.params.{split}.params.sizes=[2,2,2,2,2,2]" for split in
          ("train", "validation")), f"lightning.trainer.max_steps={STEPS}", "lightning.trainer.log_every_n_steps=1",
          "lightning.callbacks.progress_bar.params.seconds=60"]  # fmt: skip
 ENCDIFF = ["model.params.cond_stage_config.params.d=8", "model.params.val_loss_every=4", "model.params.timesteps=50",
-           "lightning.trainer.val_check_interval=3", "lightning.callbacks.image_logger.params.batch_frequency=5",
+           "lightning.trainer.val_check_interval=3", "lightning.callbacks.image_logger.params.disabled=false",
+           "lightning.callbacks.image_logger.params.batch_frequency=5",
+           "lightning.callbacks.figures.params={names: [reconstructions], images: 2, steps: 2}",
            "lightning.callbacks.image_logger.params.log_images_kwargs={ddim_steps: 3, swap_images: 2}",
            "lightning.callbacks.disentanglement.params.metrics=[mig, factor_vae]",
            "lightning.callbacks.disentanglement.params.settings={mig: {num_train: 64}, factor_vae: {num_train: 20,"

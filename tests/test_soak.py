@@ -14,14 +14,14 @@ import soak
 
 @pytest.mark.slow
 def test_a_short_round(tmp_path):
-    """A kill while a checkpoint is written, and signals at other places, in both stages."""
+    """A kill while a checkpoint is written, and a signal at another moment; a full disk."""
     command = [
         sys.executable,
         ROOT / "scripts" / "soak.py",
         "--rounds",
         "1",
         "--seed",
-        "11",
+        "52",
         "--disk",
         "1",
         "--folder",
