@@ -107,8 +107,13 @@ def test_a_validation_that_a_killed_run_had_logged(runs, whole):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_status_and_how_to_resume(runs, name):
-    r = runs("vq")
-    r.run(*stop(2, "batch", name), status=128 + getattr(signal, name))
+    r, number = runs("vq"), getattr(signal, name)
+    # Under nohup, or in the background of a script, the tests ignore it.
+    before = signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    try:
+        r.run(*stop(2, "batch", name), status=128 + number)
+    finally:
+        signal.signal(number, before)
     assert f"Resume with -r {r.result.logdir.relative_to(r.cli.folder)}" in r.result.err
 
 

@@ -128,7 +128,9 @@ def draw_panels(panels: Panels, dpi: int = DPI) -> Figure:
         margin = PAD * unit
         write(margin, place.title - 0.5 * TITLE * unit, panels.title, TITLE, va="baseline", ha="left")
         for x, label in zip(place.left, panels.columns, strict=False):
-            _write_label(write, x + place.cell[0] / 2, place.labels - PAD / 2 * unit, label, unit, "center", "bottom")
+            # Above small images, the last label may be too wide to be centred.
+            middle = min(x + place.cell[0] / 2, width - (PAD / 2 + _label_width(label) / 2) * unit)
+            _write_label(write, middle, place.labels - PAD / 2 * unit, label, unit, "center", "bottom")
         for y, label in zip(place.top, panels.rows, strict=False):
             middle = y + max(place.cell[1], _label_height(label) * unit) / 2
             _write_label(write, place.left[0] - margin, middle, label, unit, "right", "middle")

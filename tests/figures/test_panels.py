@@ -109,3 +109,11 @@ def test_the_style_file_is_installed():
 
     project = tomllib.loads((STYLE.parents[2] / "pyproject.toml").read_text())
     assert "figures/encdiff.mplstyle" in project["tool"]["setuptools"]["package-data"]["ldm"]
+
+
+def test_labels_of_columns_stay_on_the_page():
+    """Also above images that are narrower than they."""
+    figure = draw_panels(Panels(images(2, 9, 8), columns=["first", *[""] * 7, "\n99th percentile"], width=2.0), dpi=100)
+    right = figure.bbox.width
+    extents = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    assert len(extents) >= 2 and all(extent.x1 <= right for extent in extents)
