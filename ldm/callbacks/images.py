@@ -25,7 +25,7 @@ from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
 OPTIONS = "lightning.callbacks.image_logger.params.log_images_kwargs"
-# Where there is no GPU. From 8 steps on, the reconstruction error is that of DDIM in 200: see docs/metrics.md.
+# Used without a GPU. From 8 steps on, reconstructions are as close as by 200 steps of DDIM: see docs/metrics.md.
 FEWER: dict[str, Any] = {"sampler": "dpm", "dpm_steps": 10, "ddim_eta": 0.0}
 COUNTS = ("N", "n_row", "ddim_steps", "dpm_steps", "swap_images")
 

@@ -83,7 +83,7 @@ def test_a_precision_that_is_given_stays(cli, first_stage):
 
 @pytest.mark.parametrize(("passes", "images"), [((2.0, 0.09), 16), ((2.0, 0.11), 3), ((0.05, 2.0), 16)])
 def test_whole_batches_are_timed_where_they_are_quick(rooms, monkeypatch, passes, images):
-    """By a pass of three images that is not the first, or not the slowest: sixteen may take half a second."""
+    """By the quicker of two passes of three images: sixteen may take half a second."""
     model, sizes = encdiff(), []
     moments = iter([0.0, passes[0], 10.0, 10.0 + passes[1]])
     monkeypatch.setattr(
