@@ -99,6 +99,18 @@ def handled() -> Iterator[None]:
         yield
         return
     state.stop, state.save, state.waits, state.cuts_short = None, False, False, False
+    hook = sys.unraisablehook
+
+    def ask_again(unraisable: Any) -> None:
+        """Python drops what is raised in a finalizer or a weak reference's callback: the signal comes once more."""
+        if isinstance(unraisable.exc_value, Stopped):
+            timer = threading.Timer(0.05, _repeat, [unraisable.exc_value.signum])
+            timer.daemon = True
+            timer.start()
+        else:
+            hook(unraisable)
+
+    sys.unraisablehook = ask_again
     try:
         for number in (*STOPPING, *SAVING):
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -106,7 +118,14 @@ def handled() -> Iterator[None]:
         install()
         yield
     finally:
+        sys.unraisablehook = hook
         restore()
+
+
+def _repeat(signum: int) -> None:
+    """Send this process a signal, if it still handles it."""
+    if signum in _installed:
+        os.kill(os.getpid(), signum)
 
 
 def as_command(main: Callable[[], int | None]) -> int:

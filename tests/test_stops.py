@@ -10,6 +10,8 @@ import pytest
 from command_line import ROOT
 from resuming import SIGNAL, assert_same_end, assert_same_log, at, last, logged, scores
 
+from ldm.signals import Stopped, handled
+
 # Four batches of 16 in an epoch, a validation after each epoch and after the sixth step, the last.
 WITHOUT = f"{SIGNAL}.params.batch=1000"
 pytestmark = pytest.mark.slow
@@ -164,3 +166,18 @@ def test_a_stopped_script_tidies_up(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and err.rstrip().endswith("stopped") and "Traceback" not in err
     assert not list((tmp_path / "shapes3d").iterdir())
+
+
+def test_a_signal_in_a_finalizer_is_not_lost():
+    """Python ignores an exception there; the signal comes again a moment later."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            self.reached = True  # the handler raises before this line
+
+    with pytest.raises(Stopped, match="SIGTERM"), handled():
+        Finalized()
+        for _ in range(500):
+            time.sleep(0.01)
+        pytest.fail("the signal was lost")
