@@ -124,12 +124,12 @@ def test_the_stages_fit_together(first, second):
 
 
 @pytest.mark.parametrize("overlay", [None, "longer"])
-def test_the_quickstarts_rate_falls_until_its_end(overlay):
+def test_the_quickstarts_rate_does_not_fall_before_its_end(overlay):
     folder = ROOT / "configs" / "quickstart"
     paths = [folder / "encdiff.yaml"] + ([folder / overlay / "encdiff.yaml"] if overlay else [])
     config = merge([load_yaml(path) for path in paths])
     trainer, schedule = config.lightning.trainer, config.model.params.scheduler_config.params
-    assert list(schedule.cycle_lengths) == [trainer.max_steps] and trainer.max_steps % trainer.val_check_interval == 0
+    assert schedule.cycle_lengths[0] >= trainer.max_steps and trainer.max_steps % trainer.val_check_interval == 0
     options = trainer_options(OmegaConf.to_container(trainer))
     assert options["check_val_every_n_epoch"] is None, "the interval counts over epochs"
     assert options["val_check_interval"] == trainer.val_check_interval
