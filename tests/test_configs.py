@@ -102,11 +102,11 @@ def test_the_first_stage_must_be_given(path):
 
 
 def test_every_file_is_built():
-    """What is not whole is an overlay, in one of three folders, `fast.yaml` or `own_images.yaml`
+    """What is not whole is an overlay, in one of five folders, `fast.yaml` or `own_images.yaml`
     (tests/test_own_images.py), or a study (tests/test_sweep.py)."""
     overlays = {ROOT / "configs" / "fast.yaml", ROOT / "configs" / "own_images.yaml"}
     others = {path for path in SHIPPED if path not in WHOLE} - overlays
-    assert {path.parent.name for path in others} <= {"ablations", "longer", "studies", "timesteps"}
+    assert {path.parent.name for path in others} <= {"ablations", "longer", "studies", "timesteps", "adagn"}
     assert {"quickstart/first_stage.yaml", "quickstart/encdiff.yaml"} <= {name(path) for path in WHOLE}
 
 

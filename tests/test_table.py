@@ -137,6 +137,7 @@ def test_every_number_of_the_paper_belongs_to_an_overlay():
         ("shapes3d", ["schedule_linear"], 0.930),
         ("shapes3d", ["vector", "no_diffusion"], 0.246),
         ("shapes3d", ["vector_no_diffusion"], 0.246),
+        ("shapes3d", ["../studies/adagn/scale"], None),
         ("shapes3d", ["tokens_5", "adagn"], None),
         ("mpi3d", ["adagn"], 0.268),
         ("cars3d", ["adagn"], None),

@@ -127,6 +127,14 @@ def test_it_builds_and_no_parameter_is_idle(tiny, name):
         assert EFFECTS[name](model, config)
 
 
+@pytest.mark.parametrize("modulation", ["scale", "embedding"])
+def test_other_kinds_of_adagn(tiny, modulation):
+    config = composed([*tiny, ROOT / "configs" / "studies" / "adagn" / f"{modulation}.yaml"])
+    model, loss = built(config)
+    assert loss.isfinite() and adagn(model, config) and unet(model).modulation == modulation
+    assert all(parameter.grad is not None for parameter in unet(model).parameters() if parameter.requires_grad)
+
+
 def test_without_overlays_no_effect_shows(tiny):
     config = composed(tiny)
     model, _ = built(config)
