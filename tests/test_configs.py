@@ -102,7 +102,7 @@ def test_the_first_stage_must_be_given(path):
 
 
 def test_every_file_is_built():
-    """What is not whole is an overlay, in one of five folders, `fast.yaml` or `own_images.yaml`
+    """What is not whole is an overlay, in one of four folders, `fast.yaml` or `own_images.yaml`
     (tests/test_own_images.py), or a study (tests/test_sweep.py)."""
     overlays = {ROOT / "configs" / "fast.yaml", ROOT / "configs" / "own_images.yaml"}
     others = {path for path in SHIPPED if path not in WHOLE} - overlays
@@ -124,12 +124,14 @@ def test_the_stages_fit_together(first, second):
 
 
 @pytest.mark.parametrize("overlay", [None, "longer"])
-def test_the_quickstarts_rate_does_not_fall_before_its_end(overlay):
+def test_the_quickstarts_rate_falls_until_the_end_of_the_longer_run(overlay):
+    """In the short run too, whose rate stays high."""
     folder = ROOT / "configs" / "quickstart"
     paths = [folder / "encdiff.yaml"] + ([folder / overlay / "encdiff.yaml"] if overlay else [])
     config = merge([load_yaml(path) for path in paths])
     trainer, schedule = config.lightning.trainer, config.model.params.scheduler_config.params
-    assert schedule.cycle_lengths[0] >= trainer.max_steps and trainer.max_steps % trainer.val_check_interval == 0
+    end = load_yaml(folder / "longer" / "encdiff.yaml").lightning.trainer.max_steps
+    assert list(schedule.cycle_lengths) == [end] and trainer.max_steps % trainer.val_check_interval == 0
     options = trainer_options(OmegaConf.to_container(trainer))
     assert options["check_val_every_n_epoch"] is None, "the interval counts over epochs"
     assert options["val_check_interval"] == trainer.val_check_interval
