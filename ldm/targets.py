@@ -23,6 +23,7 @@ KINDS: dict[str, str | tuple[str, ...]] = {
     "logger": "pytorch_lightning.loggers.logger.Logger",
     "data set": ("__len__", "__getitem__"),
     "scheduler": ("schedule",),
+    "optimizer": "torch.optim.optimizer.Optimizer",
 }
 
 
@@ -128,4 +129,4 @@ def described(kind: str | type) -> str:
         return f"a {', '.join(list(KINDS)[:-1])} or {list(KINDS)[-1]}"
     wanted = KINDS[kind]
     how = f"with {' and '.join(wanted)}" if isinstance(wanted, tuple) else f"derived from {wanted}"
-    return f"a {kind} ({how})"
+    return f"{'an' if kind[0] in 'aeio' else 'a'} {kind} ({how})"

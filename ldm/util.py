@@ -74,13 +74,16 @@ def check_params(function: Any, params: Mapping[str, Any], where: str = "") -> N
             raise UserError(f"expected a list, got {value!r}", full)
 
 
-def instantiate_from_config(config: Any, where: str = "", kind: str | type = "") -> Any:
+def instantiate_from_config(
+    config: Any, where: str = "", kind: str | type = "", given: Mapping[str, Any] | None = None
+) -> Any:
     """Build what a node with `target` (a dotted name) and `params` (keyword arguments) describes.
 
     Args:
         config: the node; interpolations are resolved, and nested nodes arrive as plain dicts.
         where: its key, for error messages; relative to the `params` in which it stands.
         kind: what the place wants, a key of `ldm.targets.KINDS` or a class; no other class is called.
+        given: arguments of the caller, which the node must not have.
 
     Raises:
         UserError: a target that is unknown, not allowed, or not of the kind; an unknown key, a value of another kind,
@@ -102,9 +105,12 @@ def instantiate_from_config(config: Any, where: str = "", kind: str | type = "")
         known = {"target", "params", *(f"params.{name}" for name in parameters_of(function)[0])}
         raise UserError(f"unknown key beside 'target' and 'params'{nearest(str(key), known)}", f"{where}.{key}")
     inside = f"{where}.params" if where else ""
+    for key in (given or {}) if isinstance(params, Mapping) else ():
+        if key in params:
+            raise UserError("is not for a configuration to set", f"{inside}.{key}".lstrip("."))
     check_params(function, params, inside)
     try:
-        return function(**params)
+        return function(**params, **(given or {}))
     except UserError as error:
         raise UserError(error.message, f"{inside}.{error.key}".lstrip(".") if error.key else "") from error
     except (AttributeError, NameError):  # a bug, not a mistake in the configuration: its traceback is wanted

@@ -47,7 +47,7 @@ CARD = "README.md"
 ROWS = 5000  # images of the run's data on which concepts are matched, at most
 # Of a data set's arguments, those that say where it is on this machine.
 PLACES = ("path", "table")
-TRAINING = ("scheduler_config", "monitor", "ema_decay", "ema_parameters", "cache_latents")
+TRAINING = ("scheduler_config", "optimizer_config", "monitor", "ema_decay", "ema_parameters", "cache_latents")
 AVERAGES = ("model_ema.", "cond_stage_model_ema.")
 
 

@@ -17,6 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "factors": set(),
     "pictures": {"util"},
     "lr_scheduler": set(),
+    "optimizers": {"util"},
     "signatures": set(),
     "signals": set(),
     "bars": set(),
@@ -26,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"util", "factors", "pictures", "bars"},
     "modules": {"util"},
     "metrics": {"factors"},
-    "models": {"util", "pictures", "signals", "bars", "lr_scheduler", "modules", "compat"},
+    "models": {"util", "pictures", "signals", "bars", "lr_scheduler", "optimizers", "modules", "compat"},
     "variants": {"util", "modules", "models"},
     "evaluation": USES,
     "figures": {*USES, "evaluation", "config"},  # the report compares configurations

@@ -47,6 +47,22 @@ def test_the_discriminator_starts_after_the_stop(whole, runs):
     assert factors == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_another_optimiser(runs, whole, stage):
+    """Muon: in two pieces as in one; a run that began with it does not go on with the usual one."""
+    muon = "model.params.optimizer_config.target=ldm.optimizers.Muon"
+    r = runs(stage)
+    logdir = r.run(muon, steps=3)
+    states = last(logdir)["optimizer_states"][0]["state"].values()
+    assert {"exp_avg_sq" in state for state in states} == {True, False}, "some weights are Muon's, some AdamW's"
+    r.run("-r", logdir)
+    assert_same_end(whole(stage, muon), logdir)
+    assert_same_losses(whole(stage, muon), logdir)
+    assert losses(logdir) != losses(whole(stage))
+    r.run("-r", logdir, "model.params.optimizer_config=null", status=2)
+    assert "compare optimizer_config" in r.result.err
+
+
 @pytest.mark.parametrize("stage", ["kl", "encdiff"])
 def test_from_a_checkpoint_of_the_directory(runs, whole, stage):
     """`-r CHECKPOINT` goes on from an older one than the last."""

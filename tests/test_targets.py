@@ -77,7 +77,7 @@ def test_kinds_are_told_by_their_bases():
     examples = {
         "Lightning module": pl.LightningModule, "data module": pl.LightningDataModule, "network": torch.nn.Module,
         "callback": pl.callbacks.ModelCheckpoint, "logger": pl.loggers.WandbLogger, "data set": Shapes3DTrain,
-        "scheduler": LambdaLinearScheduler,
+        "scheduler": LambdaLinearScheduler, "optimizer": torch.optim.SGD,
     }  # fmt: skip
     assert set(examples) == set(KINDS)
     found = {kind: {other for other, cls in examples.items() if suits(cls, kind)} for kind in KINDS}
@@ -92,7 +92,7 @@ def test_kinds_are_told_by_their_bases():
         ("network", r"expected a network \(derived from torch\.nn\.modules\.module\.Module\), and 'ldm\.\S+' is none"),
         ("data set", r"expected a data set \(with __len__ and __getitem__\)"),
         (pl.Callback, r"expected a Callback \(derived from pytorch_lightning\.callbacks\.callback\.Callback\)"),
-        ("", "expected a Lightning module, .* or scheduler"),
+        ("", "expected a Lightning module, .* or optimizer"),
     ],
 )
 def test_another_kind_is_not_called(kind, said):

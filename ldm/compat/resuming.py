@@ -29,6 +29,7 @@ NEW = f"{LOOP}val_loop.batch_progress"  # what checkpoints of Lightning 1 lack
 # Settings of Adam and AdamW: how many numbers each is, and those that are true, false or open.
 RATES = {"lr": 1, "eps": 1, "weight_decay": 1, "betas": 2}
 SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+ADAM = {*RATES, *SWITCHES, "params", "initial_lr"}
 OPTIMIZED = {  # which of them counts the steps
     True: f"{LOOP}automatic_optimization.optim_progress/optimizer/step",
     False: f"{LOOP}manual_optimization.optim_step_progress",
@@ -59,14 +60,15 @@ def check_resumable(path: Path, model: Any, named_by: str, callbacks: Sequence[A
         )
     if not isinstance(content, dict) or not TRAINING_STATE <= set(content):
         raise UserError(alone, named_by)
-    adam = has_adam(model)
+    ours = is_ours(model)
+    optimizer = first_optimizer(model) if ours else None
     first_problem(problems_of_weights(content["state_dict"]), path, named_by)
     check_weights(content["state_dict"], model, path, named_by)
     first_problem(problems_of_counters(content, model), path, named_by)
-    first_problem(problems_of_optimizers(content["optimizer_states"], adam), path, named_by)
+    first_problem(problems_of_optimizers(content["optimizer_states"], optimizer), path, named_by)
     if hasattr(model, "trained_parameters"):
         check_optimizers(content["optimizer_states"], model.trained_parameters(), path, named_by)
-    first_problem(problems_of_schedulers(content.get("lr_schedulers"), model if adam else None), path, named_by)
+    first_problem(problems_of_schedulers(content.get("lr_schedulers"), model if ours else None), path, named_by)
     first_problem(problems_of_callbacks(content.get("callbacks"), callbacks), path, named_by)
 
 
@@ -185,8 +187,12 @@ def problems_of_loops(content: Mapping[str, Any], model: Any) -> Iterator[str]:
         yield f"loops.fit_loop: _batches_that_stepped is {shown(batches)}, not a count"
 
 
-def problems_of_optimizers(states: Any, adam: bool) -> Iterator[str]:
-    """Settings and moments that are none; `adam`: of Adam or AdamW."""
+def problems_of_optimizers(states: Any, own: torch.optim.Optimizer | None) -> Iterator[str]:
+    """Settings and moments that are none, or another optimiser's; `own`: one of the model's, None if not ours."""
+    adam = isinstance(own, torch.optim.Adam)  # Muon and, since PyTorch 2.7, AdamW derive from it
+    both = type(own) in (torch.optim.Adam, torch.optim.AdamW)
+    names = ("exp_avg", "exp_avg_sq") if both else ("exp_avg",) if adam else ()
+    settings = set() if own is None else set(own.param_groups[0]) - ADAM
     if not isinstance(states, list) or not states:
         yield f"optimizer_states is {shown(states)}, not a list of optimisers"
     for number, state in enumerate(states):
@@ -198,11 +204,15 @@ def problems_of_optimizers(states: Any, adam: bool) -> Iterator[str]:
             return
         for group in groups:
             yield from problems_of_group(group, f"{where}.param_groups", adam)
+            if own is not None and set(group) - ADAM != settings:
+                there, here = (", ".join(sorted(keys)) or "none" for keys in (set(group) - ADAM, settings))
+                other = f"another optimiser's (settings beyond Adam's: {there}; here: {here})"
+                yield f"{where} is {other}: compare optimizer_config"
         known = {index for group in groups for index in group["params"]}
         for index, moment in moments.items():
             if index not in known or not isinstance(moment, dict):
                 yield f"{where}.state holds {shown(moment)} for {shown(index)}, which is no parameter's state"
-            yield from problems_of_moments(moment, f"{where}.state: of the parameter {index},", adam)
+            yield from problems_of_moments(moment, f"{where}.state: of the parameter {index},", names)
 
 
 def problems_of_group(group: Any, where: str, adam: bool) -> Iterator[str]:
@@ -218,14 +228,14 @@ def problems_of_group(group: Any, where: str, adam: bool) -> Iterator[str]:
             yield f"{where}: {key} is {shown(group[key])}, neither true nor false"
 
 
-def problems_of_moments(moment: dict[str, Any], where: str, adam: bool) -> Iterator[str]:
-    """What an optimiser keeps of one parameter."""
+def problems_of_moments(moment: dict[str, Any], where: str, names: Sequence[str]) -> Iterator[str]:
+    """What an optimiser keeps of one parameter; `names`: of its moments, as far as they are known."""
     for name, value in moment.items():
         if isinstance(value, torch.Tensor) and not is_finite(value):
             yield f"{where} {name} is not finite"
-    if adam and not is_number(moment.get("step")):
+    if names and not is_number(moment.get("step")):
         yield f"{where} step is {shown(moment.get('step'))}, not a count"
-    for name in ("exp_avg", "exp_avg_sq") if adam else ():
+    for name in names:
         value = moment.get(name)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             yield f"{where} {name} is {shown(value)}, not a tensor of numbers"
@@ -278,10 +288,17 @@ def problems_of_callbacks(states: Any, callbacks: Sequence[Any]) -> Iterator[str
             yield f"the state of {name} holds {shown(best)} as best_k_models, not scores of files"
 
 
-def has_adam(model: Any) -> bool:
-    """Whether its optimisers are those of the models here: Adam or AdamW, one group each, with one LambdaLR or none."""
+def is_ours(model: Any) -> bool:
+    """Whether its optimisers are those of the models here: of one group each, with one LambdaLR or none."""
     configure = getattr(type(model), "configure_optimizers", None)
     return hasattr(model, "trained_parameters") and getattr(configure, "__module__", "").startswith("ldm.models.")
+
+
+def first_optimizer(model: Any) -> torch.optim.Optimizer:
+    """The optimiser of one of the models here, or the first of them."""
+    made = model.configure_optimizers()
+    made = made["optimizer"] if isinstance(made, dict) else made[0] if isinstance(made, tuple) else made
+    return made[0] if isinstance(made, list) else made
 
 
 def is_count(value: Any) -> bool:

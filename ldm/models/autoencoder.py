@@ -19,6 +19,7 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.modules.speed import any_batch_size, match_layouts
+from ldm.optimizers import build_optimizer, checked_optimizer
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class FirstStage(pl.LightningModule):
         image_key: entry of the batch.
         monitor: the value by which the best checkpoints are kept.
         scheduler_config: node of the multiplier of both learning rates, from `ldm.lr_scheduler`.
+        optimizer_config: node of both optimisers, of `torch.optim` or `ldm.optimizers`; Adam (.5, .9) if None.
         lr_g_factor: factor on the autoencoder's learning rate.
         use_ema: keep EMA weights, and validate with them too.
         val_loss_images: compute the validation losses of at most as many images, in batches evenly spread over the set;
@@ -77,6 +79,7 @@ class FirstStage(pl.LightningModule):
         image_key: str = "image",
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
         lr_g_factor: float = 1.0,
         use_ema: bool = False,
         val_loss_images: int | None = 10000,
@@ -91,6 +94,7 @@ class FirstStage(pl.LightningModule):
         self.gradient_clip_algorithm = "norm"
         self.image_key, self.monitor = image_key, monitor
         self.schedule, self.lr_g_factor = build_schedule(scheduler_config), lr_g_factor
+        self.optimizer_config = checked_optimizer(optimizer_config)
         self.use_ema, self.loss_budget = use_ema, LossBudget(val_loss_images, val_loss_every)
         check_params(Encoder, ddconfig, "ddconfig")
         self.encoder = Encoder(**ddconfig)
@@ -253,10 +257,11 @@ class FirstStage(pl.LightningModule):
         return [own] if discriminator is None else [own, list(discriminator.parameters())]
 
     def configure_optimizers(self) -> Any:
-        """Adam (.5, .9) for each of `trained_parameters`."""
+        """Adam (.5, .9), or the one of `optimizer_config`, for each of `trained_parameters`."""
         rates = (self.lr_g_factor * self.learning_rate, self.learning_rate)
+        config = self.optimizer_config or {"target": "torch.optim.Adam", "params": {"betas": [0.5, 0.9]}}
         groups = zip(self.trained_parameters(), rates, strict=False)
-        optimizers = [torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9)) for parameters, rate in groups]
+        optimizers = [build_optimizer(config, parameters, rate) for parameters, rate in groups]
         if self.schedule is None:
             return optimizers
         return optimizers, [{"scheduler": LambdaLR(o, self.schedule), "interval": "step"} for o in optimizers]

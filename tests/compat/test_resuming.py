@@ -103,6 +103,10 @@ CASES: dict[str, tuple[Callable[[dict], Any], str]] = {
     "moment's step": (put(*MOMENT, "step", value="8"), "of the parameter 0, step is '8'"),
     "no moment": (put(*MOMENT, "exp_avg", value=DELETE), "exp_avg is missing"),
     "switch a text": (put("optimizer_states", 0, "param_groups", 0, "maximize", value="abc"), "maximize is 'abc'"),
+    "another optimiser": (
+        put("optimizer_states", 0, "param_groups", 0, "momentum", value=0.9),
+        "another optimiser's (settings beyond Adam's: momentum; here: none): compare optimizer_config",
+    ),
     "moment a list": (put(*MOMENT, value=[1]), "state holds a list for 0"),
     # ---- schedules
     "no schedules": (put("lr_schedulers", value=DELETE), "lr_schedulers is missing"),

@@ -26,6 +26,7 @@ from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.modules.speed import any_batch_size, match_layouts
+from ldm.optimizers import build_optimizer, checked_optimizer
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         use_ema, ema_decay, ema_parameters: EMA weights of the `unet`, as released, or of `all` networks, the encoder's
             BatchNorm statistics included.
         scheduler_config: node of the learning-rate multiplier, from `ldm.lr_scheduler`.
+        optimizer_config: node of the optimiser, of `torch.optim` or `ldm.optimizers`; AdamW, as released, if None.
         monitor: the value by which the best checkpoints are kept.
         ckpt_path, ignore_keys: weights to start from, and prefixes of names to leave out.
         log_every_t: samplers keep an intermediate result every N steps.
@@ -123,6 +125,7 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         ema_decay: float = 0.9999,
         ema_parameters: str = "unet",
         scheduler_config: Mapping[str, Any] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
         monitor: str | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
@@ -168,6 +171,7 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
             raise UserError(f"{scale_factor} would be replaced: set scale_by_std to false", "scale_factor")
         self.log_every_t = log_every_t
         self.schedule = build_schedule(scheduler_config)
+        self.optimizer_config = checked_optimizer(optimizer_config)
         self.monitor, self.loss_budget = monitor, LossBudget(val_loss_images, val_loss_every)
         self.num_timesteps = timesteps
         self.cache_latents = cache_latents
@@ -517,10 +521,11 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         return [[*parameters, self.logvar] if self.learn_logvar else parameters]
 
     def configure_optimizers(self) -> Any:
-        """AdamW over `trained_parameters`, in one group."""
+        """AdamW, or the one of `optimizer_config`, over `trained_parameters`, in one group."""
         # The fused kernel unscales gradients itself, which Lightning cannot combine with clipping under float16.
         scaled = getattr(self._trainer, "precision", None) == "16-mixed"
-        optimizer = torch.optim.AdamW(self.trained_parameters()[0], lr=self.learning_rate, fused=not scaled)
+        adamw = {"target": "torch.optim.AdamW", "params": {"fused": not scaled}}
+        optimizer = build_optimizer(self.optimizer_config or adamw, self.trained_parameters()[0], self.learning_rate)
         if self.schedule is None:
             return optimizer
         scheduler = {"scheduler": LambdaLR(optimizer, self.schedule), "interval": "step", "frequency": 1}

@@ -1,0 +1,135 @@
+"""Optimisers for `optimizer_config`, beside those of `torch.optim`."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ldm.util import UserError, instantiate_from_config
+
+# One round turns each singular value x in [0, 1] into a x + b x³ + c x⁵ (Jordan et al., Muon, 2024). It is steep at 0:
+# after five rounds all but the smallest lie between .68 and 1.14.
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+def build_optimizer(
+    config: Mapping[str, Any], parameters: Iterable[torch.nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """The optimiser that a node with `target` and `params` describes.
+
+    Raises:
+        UserError: no optimiser, unknown or wrong `params`, or a learning rate among them.
+    """
+    settings = config.get("params") if isinstance(config, Mapping) else None
+    if isinstance(settings, Mapping) and "lr" in settings:
+        raise UserError(
+            "the learning rate is base_learning_rate times the images of a step: set that", "optimizer_config.params.lr"
+        )
+    given = {"params": list(parameters), "lr": lr}
+    return instantiate_from_config(config, "optimizer_config", "optimizer", given=given)
+
+
+def checked_optimizer(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The same node, after the optimiser was built once, for one weight: mistakes are told before data is read.
+
+    Raises:
+        UserError: as `build_optimizer`.
+    """
+    if config is not None:
+        build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))], 1e-4)
+    return config
+
+
+def orthogonalize(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
+    """Matrices (..., rows, columns) of the same singular vectors, with singular values near 1; zeros stay zeros.
+
+    By Newton and Schulz's iteration, which needs nothing but products of matrices.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = A * x + (B * gram + C * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for matrices and kernels, AdamW for everything else, at one learning rate.
+
+    Muon (Jordan et al., 2024) takes the momentum's nearest orthogonal matrix as its step, so that all directions of a
+    layer are learned at one pace. A kernel (out, in, h, w) is a matrix (out, in · h · w). The entries of a step have a
+    root mean square of .2, as AdamW's have about (Liu et al., "Muon is Scalable for LLM Training", 2025, Section 2.2):
+    a learning rate and a weight decay found for AdamW can stay.
+
+    Args:
+        params: weights to train.
+        lr: learning rate of both.
+        momentum: of Muon, with Nesterov's step.
+        smallest: a matrix with fewer rows or columns is AdamW's, such as a first or a last layer.
+        fused: of AdamW; see there.
+        settings: of AdamW; `weight_decay` is Muon's too.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        smallest: int = 16,
+        fused: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, fused=fused, **settings)
+        # Gradient scalers are to undo their scale themselves, as for any optimiser but a fused one.
+        self._step_supports_amp_scaling = False
+        own = {"momentum": momentum, "smallest": smallest}
+        self.defaults |= own
+        for group in self.param_groups:
+            group |= own
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both; gives what the closure gives."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients: dict[torch.Tensor, torch.Tensor] = {}
+        for group in self.param_groups:
+            alike: dict[Any, list[torch.Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None and is_matrix(parameter, group["smallest"]):
+                    alike[parameter.shape, parameter.device, parameter.dtype].append(parameter)
+                    gradients[parameter] = parameter.grad
+            for parameters in alike.values():
+                self._step_matrices(parameters, [gradients[parameter] for parameter in parameters], group)
+        for parameter in gradients:
+            parameter.grad = None  # AdamW passes over what has no gradient
+        super().step()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        return loss
+
+    def _step_matrices(
+        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], group: Mapping[str, Any]
+    ) -> None:
+        """A step of Muon for weights of one shape, as one batch."""
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:  # AdamW looks for a step in every state that it loads
+                state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
+            state["step"] += 1
+        averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
+        steps = orthogonalize(torch.stack([step.flatten(1) for step in ahead]))
+        size = -0.2 * group["lr"] * max(steps.shape[-2:]) ** 0.5  # an entry's root mean square is 1 / √max before
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, [step.view_as(p) for step, p in zip(size * steps, parameters, strict=True)])
+
+
+def is_matrix(weight: torch.Tensor, smallest: int) -> bool:
+    """Whether a weight (rows, ...) has at least `smallest` rows, and columns."""
+    return weight.ndim >= 2 and weight.shape[0] >= smallest and weight[0].numel() >= smallest
