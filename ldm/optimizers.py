@@ -42,17 +42,32 @@ def checked_optimizer(config: Mapping[str, Any] | None) -> Mapping[str, Any] | N
 
 
 def orthogonalize(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """Matrices (..., rows, columns) of the same singular vectors, with singular values near 1; zeros stay zeros.
+    """Matrices (b, rows, columns) of the same singular vectors, with singular values near 1; zeros stay zeros.
 
     By Newton and Schulz's iteration, which needs nothing but products of matrices.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(rounds):
+    if x.shape[-1] < 2 * x.shape[-2]:
+        for _ in range(rounds):
+            x = factor(x @ x.mT) @ x
+    else:  # long rows: the rounds' factors, which commute, are gathered first, and meet the rows once
         gram = x @ x.mT
-        x = A * x + (B * gram + C * gram @ gram) @ x
+        gathered = first = factor(gram)
+        for _ in range(rounds - 1):
+            gram = first @ gram @ first
+            first = factor(gram)
+            gathered = first @ gathered
+        x = gathered @ x
     return x.mT if tall else x
+
+
+def factor(gram: torch.Tensor) -> torch.Tensor:
+    """A + B x xᵀ + C (x xᵀ)², by which a round multiplies x."""
+    result = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+    result.diagonal(dim1=-2, dim2=-1).add_(A)
+    return result
 
 
 class Muon(torch.optim.AdamW):
