@@ -17,6 +17,7 @@ from ldm.cli.checks import dry_run
 from ldm.cli.configure import Run, compose
 from ldm.config import find_config, from_dotlist, load_yaml, merge
 from ldm.data.dis import Shapes3D
+from ldm.optimizers import Muon, is_matrix
 from ldm.util import UserError, instantiate_from_config
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -102,12 +103,27 @@ def test_the_first_stage_must_be_given(path):
 
 
 def test_every_file_is_built():
-    """What is not whole is an overlay, in one of four folders, `fast.yaml` or `own_images.yaml`
+    """What is not whole is an overlay, in one of four folders, `fast.yaml`, `muon.yaml` or `own_images.yaml`
     (tests/test_own_images.py), or a study (tests/test_sweep.py)."""
-    overlays = {ROOT / "configs" / "fast.yaml", ROOT / "configs" / "own_images.yaml"}
+    overlays = {ROOT / "configs" / f"{overlay}.yaml" for overlay in ("fast", "muon", "own_images")}
     others = {path for path in SHIPPED if path not in WHOLE} - overlays
     assert {path.parent.name for path in others} <= {"ablations", "longer", "studies", "timesteps", "adagn"}
     assert {"quickstart/first_stage.yaml", "quickstart/encdiff.yaml"} <= {name(path) for path in WHOLE}
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=name)
+def test_muon_goes_with_every_configuration(path, stages, vgg16):
+    """Both stages, the discriminator too; most of the weights are matrices and kernels."""
+    given = completed(path, stages, vgg16)
+    config = merge([given, load_yaml(ROOT / "configs" / "muon.yaml")])
+    model = instantiate_from_config(config.model, "model", "Lightning module")
+    made = model.configure_optimizers()
+    optimizers = [made["optimizer"]] if isinstance(made, dict) else made[0] if isinstance(made, tuple) else made
+    assert len(optimizers) == len(model.trained_parameters()) and {type(o) for o in optimizers} == {Muon}
+    sizes = {is_matrix(p, 16): 0 for p in model.trained_parameters()[0]}
+    for parameter in model.trained_parameters()[0]:
+        sizes[is_matrix(parameter, 16)] += parameter.numel()
+    assert sizes[True] > 10 * sizes[False]
 
 
 PAIRS = [(f"autoencoder/{d}_vq_4_16.yaml", f"latent-diffusion/{d}-vq-4-16.yaml") for d in DATASETS]
