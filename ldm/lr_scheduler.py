@@ -21,6 +21,8 @@ class _Cycles:
                 "warm_up_steps, f_min, f_max, f_start and cycle_lengths must be lists of the same length, one entry"
                 f" per cycle; they have {lengths} entries"
             )
+        if min(cycle_lengths) < 1:
+            raise ValueError(f"cycle_lengths must be at least 1, and are {list(cycle_lengths)}")
         self.warm_up_steps, self.f_min, self.f_max = list(warm_up_steps), list(f_min), list(f_max)
         self.f_start, self.cycle_lengths = list(f_start), list(cycle_lengths)
 

@@ -139,7 +139,9 @@ class Muon(torch.optim.AdamW):
         averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
-        steps = orthogonalize(torch.stack([step.flatten(1) for step in ahead]))
+        # Manual optimisation steps inside of autocast, and in half precision the iteration diverges.
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            steps = orthogonalize(torch.stack([step.flatten(1) for step in ahead]))
         size = -0.2 * group["lr"] * max(steps.shape[-2:]) ** 0.5  # an entry's root mean square is 1 / √max before
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, [step.view_as(p) for step, p in zip(size * steps, parameters, strict=True)])

@@ -124,6 +124,16 @@ def test_a_gradient_scaler_finds_its_scale_undone():
     assert all(map(torch.equal, before, scaled))
 
 
+def test_autocast_does_not_reach_the_step():
+    """Manual optimisation steps inside of it; the iteration would diverge in bf16."""
+    shapes = ((16, 16), (16, 16, 3, 3), (16,))
+    plain, cast = weights(*shapes), weights(*shapes)
+    train(Muon(plain), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(Muon(cast), cast)
+    assert all(map(torch.equal, plain, cast))
+
+
 def test_one_by_name():
     made = build_optimizer({"target": "torch.optim.SGD", "params": {"momentum": 0.9}}, weights((2,)), 0.3)
     assert isinstance(made, torch.optim.SGD) and made.defaults["lr"] == 0.3 and made.defaults["momentum"] == 0.9
