@@ -152,8 +152,11 @@ def test_the_quickstarts_rate_falls_until_the_end_of_the_longer_run(overlay):
     assert options["check_val_every_n_epoch"] is None, "the interval counts over epochs"
     assert options["val_check_interval"] == trainer.val_check_interval
     if overlay:
-        short, long = (load_yaml(path / "first_stage.yaml").lightning.trainer for path in (folder, folder / overlay))
-        assert long.max_steps > short.max_steps
+        short = load_yaml(folder / "first_stage.yaml")
+        long = merge([short, load_yaml(folder / overlay / "first_stage.yaml")])
+        for stage in (short, long):
+            assert list(stage.model.params.scheduler_config.params.cycle_lengths) == [stage.lightning.trainer.max_steps]
+        assert long.lightning.trainer.max_steps > short.lightning.trainer.max_steps
 
 
 def test_the_quickstart_needs_no_network(tmp_path, monkeypatch):

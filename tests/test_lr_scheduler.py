@@ -44,6 +44,5 @@ def test_lists_must_agree():
 
 
 def test_a_cycle_has_a_length():
-    """Such as one that is taken from a `max_steps` of -1."""
     with pytest.raises(ValueError, match="at least 1"):
         LambdaLinearScheduler([1], [0.0], [1.0], [0.0], [-1])
