@@ -140,22 +140,21 @@ def test_the_stages_fit_together(first, second):
 
 
 @pytest.mark.parametrize("overlay", [None, "longer"])
-def test_the_quickstarts_rate_falls_until_the_end_of_the_longer_run(overlay):
-    """In the short run too, whose rate stays high."""
+def test_the_quickstarts_rate_stays_high(overlay):
+    """To the end of the longer run too; that of the first stages falls over the run."""
     folder = ROOT / "configs" / "quickstart"
     paths = [folder / "encdiff.yaml"] + ([folder / overlay / "encdiff.yaml"] if overlay else [])
     config = merge([load_yaml(path) for path in paths])
     trainer, schedule = config.lightning.trainer, config.model.params.scheduler_config.params
-    end = load_yaml(folder / "longer" / "encdiff.yaml").lightning.trainer.max_steps
-    assert list(schedule.cycle_lengths) == [end] and trainer.max_steps % trainer.val_check_interval == 0
+    assert list(schedule.cycle_lengths) == [20000] and trainer.max_steps <= 12000
+    assert trainer.max_steps % trainer.val_check_interval == 0
     options = trainer_options(OmegaConf.to_container(trainer))
     assert options["check_val_every_n_epoch"] is None, "the interval counts over epochs"
     assert options["val_check_interval"] == trainer.val_check_interval
     if overlay:
         short = load_yaml(folder / "first_stage.yaml")
         long = merge([short, load_yaml(folder / overlay / "first_stage.yaml")])
-        for stage in (short, long):
-            assert list(stage.model.params.scheduler_config.params.cycle_lengths) == [stage.lightning.trainer.max_steps]
+        assert short.model.params.scheduler_config.params.cycle_lengths is None, "as long as the run"
         assert long.lightning.trainer.max_steps > short.lightning.trainer.max_steps
 
 

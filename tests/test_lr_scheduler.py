@@ -43,6 +43,18 @@ def test_lists_must_agree():
         LambdaLinearScheduler([1], [0.0], [1.0], [0.0, 0.0], [10])
 
 
+@pytest.mark.parametrize("cls", [LambdaLinearScheduler, LambdaWarmUpCosineScheduler2])
+def test_a_cycle_as_long_as_the_run(cls):
+    settings = {"warm_up_steps": [10], "f_min": [0.1], "f_max": [1.0], "f_start": [0.0]}
+    open_end, fixed = cls(**settings, cycle_lengths=None), cls(**settings, cycle_lengths=[300])
+    assert [open_end(step) for step in (5, 10, 10**6)] == [0.5, 1.0, 1.0], "a run of unknown length"
+    open_end.run_length = 300
+    assert [open_end(step) for step in range(400)] == [fixed(step) for step in range(400)]
+    assert fixed(300) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="same length"):
+        cls([1, 1], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], None)
+
+
 def test_a_cycle_has_a_length():
     with pytest.raises(ValueError, match="at least 1"):
         LambdaLinearScheduler([1], [0.0], [1.0], [0.0], [-1])

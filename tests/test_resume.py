@@ -48,6 +48,21 @@ def test_the_discriminator_starts_after_the_stop(whole, runs):
 
 
 @pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_a_rate_that_falls_over_the_run(runs, stage):
+    """However long it is, also when a resume makes it longer; it must be known."""
+    key = "model.params.scheduler_config.params"
+    given = (f"{key}.cycle_lengths=null", f"{key}.warm_up_steps=[1]", f"{key}.f_min=[0.0]")
+    r = runs(stage)
+    logdir = r.run(*given, steps=4)
+    found = rates(logdir)
+    assert [found[step] / found[1] for step in (2, 3)] == pytest.approx([2 / 3, 1 / 3])
+    found = rates(r.run("-r", logdir, steps=8))
+    assert [found[step] / found[7] for step in (4, 5, 6)] == pytest.approx([4, 3, 2])
+    result = r.cli.run("--base", "run.yaml", *given, "-t", "--gpus", 0, "--max_epochs", 1, score=stage == "encdiff")
+    assert result.status == 2 and f"{key}.cycle_lengths: null means" in result.err, result.err
+
+
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
 def test_another_optimiser(runs, whole, stage):
     """Muon: in two pieces as in one; a run that began with it does not go on with the usual one."""
     muon = "model.params.optimizer_config.target=ldm.optimizers.Muon"

@@ -254,6 +254,7 @@ def build_trainer(
     log.info("%s", model_in_words(model, trainer.strategy.root_device))
     check_batches(options, datasets, config["data"], trainer.world_size)
     set_learning_rate(model, config, accumulate, trainer.world_size, datasets.get("train"))
+    set_run_length(model, trainer.max_steps)
     return trainer
 
 
@@ -307,6 +308,23 @@ def check_batches(options: dict[str, Any], datasets: dict[str, Any], data: dict[
             " lightning.trainer.check_val_every_n_epoch=null",
             "lightning.trainer.val_check_interval",
         )
+
+
+def set_run_length(model: Any, max_steps: int) -> None:
+    """Tell a schedule whose cycle is as long as the run how many steps that is.
+
+    Raises:
+        UserError: the run has no `max_steps`.
+    """
+    schedule: Any = getattr(getattr(model, "schedule", None), "__self__", None)  # it is a bound method
+    if not getattr(schedule, "fits_the_run", False):
+        return
+    if max_steps < 1:
+        raise UserError(
+            "null means one cycle as long as the run, which has no --max_steps: give it, or numbers of steps",
+            "model.params.scheduler_config.params.cycle_lengths",
+        )
+    schedule.run_length = max_steps
 
 
 def set_learning_rate(model: Any, config: dict[str, Any], accumulate: int, processes: int, images: Any = None) -> None:
