@@ -1,7 +1,7 @@
 """Optimisers for `optimizer_config`, beside those of `torch.optim`."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,23 +80,24 @@ class Muon(torch.optim.AdamW):
 
     Args:
         params: weights to train.
-        lr: learning rate of both.
+        lr, weight_decay: of both.
+        betas, eps, fused: of AdamW; see there.
         momentum: of Muon, with Nesterov's step.
         smallest: a matrix with fewer rows or columns is AdamW's, such as a first or a last layer.
-        fused: of AdamW; see there.
-        settings: of AdamW; `weight_decay` is Muon's too.
     """
 
     def __init__(
         self,
         params: Iterable[torch.nn.Parameter],
         lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
         momentum: float = 0.95,
         smallest: int = 16,
         fused: bool = True,
-        **settings: Any,
     ) -> None:
-        super().__init__(params, lr=lr, fused=fused, **settings)
+        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused)
         # Gradient scalers are to undo their scale themselves, as for any optimiser but a fused one.
         self._step_supports_amp_scaling = False
         own = {"momentum": momentum, "smallest": smallest}

@@ -57,7 +57,7 @@ def test_a_rate_that_falls_over_the_run(runs, stage):
     found = rates(logdir)
     assert [found[step] / found[1] for step in (2, 3)] == pytest.approx([2 / 3, 1 / 3])
     found = rates(r.run("-r", logdir, steps=8))
-    assert [found[step] / found[7] for step in (4, 5, 6)] == pytest.approx([4, 3, 2])
+    assert [found[step] / found[7] for step in (5, 6)] == pytest.approx([3, 2]), "step 4 has the saved rate"
     result = r.cli.run("--base", "run.yaml", *given, "-t", "--gpus", 0, "--max_epochs", 1, score=stage == "encdiff")
     assert result.status == 2 and f"{key}.cycle_lengths: null means" in result.err, result.err
 

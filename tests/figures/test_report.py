@@ -120,7 +120,7 @@ def test_differences_from_the_shipped_file(tmp_path):
     assert {key: (old, new) for key, old, new in gather(tmp_path / "a")["changes"]} == {
         "model.params.linear_end": ("0.0155", "0.03"),
         "data.params.batch_size": ("64", "8"),
-        "lightning.trainer.max_steps": ("4000", "7"),
+        "lightning.trainer.max_steps": ("2000", "7"),
         "lightning.callbacks.image_logger.params.max_images": ("8", "4"),
     } | {k: v for k, v in _quickstart_image_logger().items() if v[0] != "8"}
     configs(tmp_path / "b", quickstart(), start())
