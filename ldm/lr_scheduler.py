@@ -83,8 +83,7 @@ class LambdaLinearScheduler(_Cycles):
     def decay(self, cycle: int, step: float) -> float:
         """Linear in the step."""
         low, high, length = self.f_min[cycle], self.f_max[cycle], self.cycle_lengths[cycle]
-        left = 1.0 if length == math.inf else (length - step) / length
-        return low + (high - low) * left
+        return high if length == math.inf else low + (high - low) * (length - step) / length
 
 
 class LambdaWarmUpCosineScheduler2(_Cycles):
