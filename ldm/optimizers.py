@@ -31,7 +31,10 @@ def build_optimizer(
 
 
 def checked_optimizer(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The same node, after the optimiser was built once, for one weight: mistakes are told before data is read.
+    """Build a node's optimiser for a single weight, so that mistakes are told before any data are read.
+
+    Returns:
+        The node.
 
     Raises:
         UserError: as `build_optimizer`.
