@@ -31,7 +31,7 @@ def build_optimizer(
 
 
 def checked_optimizer(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Build a node's optimiser for a single weight, so that mistakes are told before any data are read.
+    """Build a node's optimiser for a single weight, so that mistakes are reported before any data are read.
 
     Returns:
         The node.
