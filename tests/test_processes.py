@@ -27,8 +27,10 @@ class SaveEachRank(Callback):
 
 @pytest.mark.slow
 def test_two_processes_train_one_first_stage(cli):
-    process = cli.start("main.py", "--base", cli.vq, "-t", "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp",
-                        "--max_steps", 3, "--accumulate_grad_batches", 2, "data.params.batch_size=4",
+    """By Muon, whose steps each process computes from the common gradient."""
+    process = cli.start("main.py", "--base", cli.vq, ROOT / "configs" / "muon.yaml", "-t", "--accelerator", "cpu",
+                        "--devices", 2, "--strategy", "ddp", "--max_steps", 3, "--accumulate_grad_batches", 2,
+                        "data.params.batch_size=4",
                         "lightning.callbacks.ranks.target=test_processes.SaveEachRank",
                         "--allow", "test_processes")  # fmt: skip
     result = cli.result(process, timeout=240)
