@@ -42,6 +42,7 @@ def test_two_processes_train_one_first_stage(cli):
     assert all(torch.equal(a[name], b[name]) for name in a if "running" not in name)
     content = torch.load(result.logdir / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["global_step"] == 3
+    assert "momentum" in content["optimizer_states"][0]["param_groups"][0]
     assert [list(a) == list(content["state_dict"]), result.err.count("building the model")] == [True, 1]
 
 
