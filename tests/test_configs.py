@@ -103,7 +103,7 @@ def test_the_first_stage_must_be_given(path):
 
 
 def test_every_file_is_built():
-    """What is not whole is an overlay, in a folder of theirs, `fast.yaml`, `muon.yaml` or `own_images.yaml`
+    """What is not whole is an overlay, in a folder of its own, `fast.yaml`, `muon.yaml` or `own_images.yaml`
     (tests/test_own_images.py), or a study (tests/test_sweep.py)."""
     overlays = {ROOT / "configs" / f"{overlay}.yaml" for overlay in ("fast", "muon", "own_images")}
     others = {path for path in SHIPPED if path not in WHOLE} - overlays
