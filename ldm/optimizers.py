@@ -54,23 +54,24 @@ def orthogonalize(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     if x.shape[-1] < 2 * x.shape[-2]:
         for _ in range(rounds):
-            x = factor(x @ x.mT) @ x
+            x = torch.baddbmm(x, even(x.bmm(x.mT)), x, beta=A)
     else:  # long rows: the rounds' factors, which commute, are gathered first, and meet the rows once
-        gram = x @ x.mT
-        gathered = first = factor(gram)
+        gram = x.bmm(x.mT)
+        part = even(gram)
+        gathered = part.clone()
+        gathered.diagonal(dim1=-2, dim2=-1).add_(A)
         for _ in range(rounds - 1):
-            gram = first @ gram @ first
-            first = factor(gram)
-            gathered = first @ gathered
-        x = gathered @ x
+            gram = torch.baddbmm(gram, part, gram, beta=A)
+            gram = torch.baddbmm(gram, gram, part, beta=A)
+            part = even(gram)
+            gathered = torch.baddbmm(gathered, part, gathered, beta=A)
+        x = gathered.bmm(x)
     return x.mT if tall else x
 
 
-def factor(gram: torch.Tensor) -> torch.Tensor:
-    """A + B x xᵀ + C (x xᵀ)², by which a round multiplies x."""
-    result = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-    result.diagonal(dim1=-2, dim2=-1).add_(A)
-    return result
+def even(gram: torch.Tensor) -> torch.Tensor:
+    """B x xᵀ + C (x xᵀ)²: with A, the factor by which a round multiplies x."""
+    return torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
 
 
 class Muon(torch.optim.AdamW):
@@ -139,7 +140,7 @@ class Muon(torch.optim.AdamW):
             state = self.state[parameter]
             if not state:  # AdamW looks for a step in every state that it loads
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
-            state["step"] += 1
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
         averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])

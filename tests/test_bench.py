@@ -105,3 +105,24 @@ def test_a_first_stage_that_the_release_does_not_have():
     model.loss.pixel_loss = "l2"
     with pytest.raises(ValueError, match="l1"):
         bench_release.as_released(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["train", "loader", "startup"])
+def test_a_row_is_measured(row, tmp_path, monkeypatch):
+    """What is timed is built by the command line, which takes classes of the project alone unless it is told more."""
+    import bench_process
+    import bench_rows
+    import bench_training
+
+    if row == "train":
+        small = [
+            "model.params.unet_config.params.model_channels=32",
+            "model.params.unet_config.params.num_res_blocks=1",
+        ]
+        found = bench_training.compare(row, "cpu", 4, pairs=1, budget=0, image_size=32, images=16, extra=small)
+        assert found.ratios[0] > 0 and found.memory["fast"] > 0
+    elif row == "loader":
+        assert bench_rows.loader(tmp_path, pairs=1, budget=0, batch_size=4, images=16).ratios[0] > 0
+    else:
+        assert bench_process.first_step_seconds("cpu", 4, tmp_path, fast=False) > 0

@@ -37,7 +37,8 @@ class Fast(Callback):
     Args:
         bf16: bfloat16 by autocast. A precision that the Trainer is given stays.
         channels_last: convolutions in this layout; on a CPU with fused kernels.
-        compile: `torch.compile` of the networks, with CUDA graphs: on a GPU.
+        cuda_graphs: record the launches of EncDiff's networks on a GPU, and replay them.
+        compile: `torch.compile` of the networks on a GPU instead, which takes minutes before the first step.
         cache_latents: keep the latents of training images that do not change, in at most a quarter of the memory.
         images_on_device: keep training images on the GPU as uint8, in at most half of its memory.
         trial: images in the steps that are timed; a whole batch on a GPU, or where its forward pass would take less
@@ -50,7 +51,8 @@ class Fast(Callback):
         self,
         bf16: bool = True,
         channels_last: bool = True,
-        compile: bool = True,
+        cuda_graphs: bool = True,
+        compile: bool = False,
         cache_latents: bool = True,
         images_on_device: bool = True,
         trial: int = 6,
@@ -60,7 +62,7 @@ class Fast(Callback):
             raise UserError(f"expected at least 1, got {trial}", "trial")
         if chosen is not None and set(chosen) != {"device", *WAYS}:
             raise UserError(f"expected {', '.join(('device', *WAYS))}, got {', '.join(chosen)}", "chosen")
-        self.allowed = {"bf16": bf16, "channels_last": channels_last, "compile": compile}
+        self.allowed = {"bf16": bf16, "channels_last": channels_last, "compile": compile, "cuda_graphs": cuda_graphs}
         self.cache_latents, self.images_on_device, self.trial = cache_latents, images_on_device, trial
         self.chosen = None if chosen is None else dict(chosen)
 
@@ -77,7 +79,9 @@ class Fast(Callback):
             return
         device, given = device_of(options), options.get("precision")
         precision = None if given is None else FULL_NAMES.get(str(given), str(given))
-        allowed = {**self.allowed, "cuda_graphs": (options.get("accumulate_grad_batches") or 1) == 1}
+        # What accumulates gradients keeps them, where a replay would overwrite them.
+        single = (options.get("accumulate_grad_batches") or 1) == 1 and not several_processes(options)
+        allowed = {**self.allowed, "cuda_graphs": self.allowed["cuda_graphs"] and single}
         choices = self._as_before(device, precision, allowed)
         if choices is None:
             step = None if several_processes(options) else self._trial_step(model, data, dataset, device)

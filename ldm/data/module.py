@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         seed: of the training order; by default, that of `seed_everything`, else 0.
 
     Attributes:
-        resident: the device holds all training images as uint8, and batches are drawn there, not loaded from files. For
-            data sets of `ldm.data` with `images`.
+        resident: the device holds all training images as uint8, and batches are drawn there, not loaded from files;
+            those of other splits too, where they are of the same data set. For data sets of `ldm.data` with `images`.
 
     Raises:
         UserError: a number out of range, no node at all, or what a data set raises.
@@ -115,7 +116,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             world=trainer.world_size if trainer else 1,
             shuffle=training or self.shuffle[split],
         )
-        if training and self.resident:
+        if self.resident and self.datasets[split] is self.datasets.get("train"):
             if self._images is None:
                 self._images = copied(dataset.images, trainer.strategy.root_device if trainer else torch.device("cpu"))
             dataset = Rows(dataset)
@@ -181,6 +182,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
 def copied(images: np.ndarray, device: torch.device, part: int = 4096) -> torch.Tensor:
     """Images of a memory map, read-only, on a device; copied in parts, so that the host needs little memory."""
     found = torch.empty(images.shape, dtype=torch.uint8, device=device)
-    for start in range(0, len(images), part):
+
+    def copy(start: int) -> None:
         found[start : start + part] = torch.from_numpy(np.array(images[start : start + part]))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # one alone waits for the pages of the file
+        list(threads.map(copy, range(0, len(images), part)))
     return found

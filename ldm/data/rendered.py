@@ -4,6 +4,8 @@ import colorsys
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import h5py
@@ -89,24 +91,33 @@ def render_blocks(
     floors, walls, things, scales, shapes, angles = factor_values(sizes)
     scenes = [(scale, SHAPES[int(shape)], angle) for scale in scales for shape in shapes for angle in angles]
     planes = np.empty((4, len(scenes), image_size, image_size, 1), dtype=np.float32)
-    for k, (scale, shape, angle) in enumerate(bar(scenes, len(scenes) >= 50, desc="ray casting", unit="scenes")):
+
+    def cast(k: int) -> None:
+        scale, shape, angle = scenes[k]
         planes[:, k, ..., 0] = np.moveaxis(geometry_buffer(shape, scale, angle, image_size, samples), -1, 0) * 255
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        done = threads.map(cast, range(len(scenes)))
+        for _ in bar(done, len(scenes) >= 50, desc="ray casting", unit="scenes", total=len(scenes)):
+            pass
     floor_plane, wall_plane, thing_plane, white_plane = planes
     white_plane += 0.5  # so that the cast to integers rounds
     block = np.empty((len(scenes), image_size, image_size, 3), dtype=np.uint8)
-    row = 0
-    for floor in floors:
-        for wall in walls:
-            for thing in things:
-                # One scene at a time, so that the working set fits into the processor's cache.
-                for k in range(len(scenes)):
-                    pixels = floor_plane[k] * colour(floor)
-                    pixels += wall_plane[k] * colour(wall)
-                    pixels += thing_plane[k] * colour(thing)
-                    pixels += white_plane[k]
-                    block[k] = pixels
-                yield row, block
-                row += len(scenes)
+    # A few scenes at a time, so that the working set fits into a processor's cache; NumPy lets other threads run.
+    few = max(1, (1 << 16) // image_size**2)
+    parts = [slice(start, start + few) for start in range(0, len(scenes), few)]
+
+    def paint(part: slice, floor: float, wall: float, thing: float) -> None:
+        pixels = floor_plane[part] * colour(floor)
+        pixels += wall_plane[part] * colour(wall)
+        pixels += thing_plane[part] * colour(thing)
+        pixels += white_plane[part]
+        block[part] = pixels
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for number, hues in enumerate(product(floors, walls, things)):
+            list(threads.map(lambda part, hues=hues: paint(part, *hues), parts))
+            yield number * len(scenes), block
 
 
 def render(sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3) -> np.ndarray:

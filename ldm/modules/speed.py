@@ -13,6 +13,7 @@ from torch import nn
 
 from ldm.modules import fused
 from ldm.modules.ema import LitEma
+from ldm.modules.graphs import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ class Choices:
         precision: of Lightning's Trainer: 32-true or bf16-mixed.
         channels_last: memory layout of convolutions' weights and of feature maps.
         kernels: the fused CPU kernels of `ldm.modules.fused` and `ldm.modules.kernels`.
-        compile: `torch.compile` of the networks. cuda_graphs: and replay their launches.
+        cuda_graphs: record the launches of the networks that train, and replay them (`ldm.modules.graphs`).
+        compile: `torch.compile` of the networks, in place of graphs.
         reasons: why, in one line.
     """
 
@@ -68,7 +70,9 @@ def apply(model: nn.Module, choices: Choices) -> None:
         if hasattr(module, "kernels"):
             module.kernels = choices.kernels
         if choices.compile and getattr(module, "compiles", False):
-            module.compile(mode="reduce-overhead" if choices.cuda_graphs else None)
+            module.compile()
+        if getattr(module, "replays", False):
+            module.recorder = Recorder() if choices.cuda_graphs else None
 
 
 def match_layouts(optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -104,12 +108,11 @@ def choose(
         repeats: timed steps per way; the shortest counts. A way that takes twice as long as another gets one.
 
     Returns:
-        What to give to `apply`. Compiling takes minutes, and is not timed: it is chosen on a GPU, and not on a CPU,
-        where it gained a tenth. A GPU that compiles is not timed at all: before it compiles, launches bound a step of
-        these small networks whatever they compute. It takes bf16 if it computes in it, and channels-last. On other
-        devices than these two, the plain path is taken.
+        What to give to `apply`. On a GPU, steps are timed as they will run, with their launches recorded. Compiling
+        takes minutes, and is not timed: where it is allowed, a GPU takes it with bf16, if it computes in it, and
+        channels-last. On other devices than these two, the plain path is taken.
     """
-    allowed = {"bf16": True, "channels_last": True, "compile": True, "cuda_graphs": True, **(allowed or {})}
+    allowed = {"bf16": True, "channels_last": True, "compile": False, "cuda_graphs": True, **(allowed or {})}
     if device.type not in ("cpu", "cuda"):
         return Choices(precision or "32-true", reasons=f"the plain path: not tried on {device.type}")
     kernels = device.type == "cpu" and fused.available()
@@ -117,19 +120,20 @@ def choose(
     if precision is None and allowed["bf16"] and (device.type == "cpu" or has_bf16()):
         precisions.append("bf16-mixed")
     layouts = [False, True] if allowed["channels_last"] else [False]
-    # Half precision in the contiguous layout is never the fastest.
+    graphs = device.type == "cuda" and allowed["cuda_graphs"] and any(hasattr(m, "replays") for m in model.modules())
+    # On a CPU, half precision in the contiguous layout is never the fastest.
     ways = [
-        Choices(p, last, kernels and last)
+        Choices(p, last, kernels and last, cuda_graphs=graphs and step is not None)
         for p in precisions
         for last in layouts
-        if last or p == precisions[0] or len(layouts) == 1
+        if last or p == precisions[0] or len(layouts) == 1 or device.type == "cuda"
     ]
     compiled = allowed["compile"] and device.type == "cuda" and find_spec("triton") is not None
     if compiled or step is None:
         way = ways[-1] if device.type == "cuda" else [way for way in ways if way.precision == precisions[0]][-1]
         why = "several processes must agree" if step is None else "a step that is not compiled yet would mislead"
         told = f"{_name(way)}{', compiled' if compiled else ''} (not timed: {why})"
-        return replace(way, compile=compiled, cuda_graphs=compiled and allowed["cuda_graphs"], reasons=told)
+        return replace(way, compile=compiled, cuda_graphs=False, reasons=told)
     times: list[float] = [0.0] * len(ways)
     for index in reversed(range(len(ways))):  # the fastest is likely to be the last: the others need fewer steps
         fastest = min(times[index + 1 :], default=float("inf"))
@@ -146,20 +150,22 @@ def has_bf16() -> bool:
 
 def _name(way: Choices) -> str:
     precision = {"32-true": "float32", "bf16-mixed": "bf16"}.get(way.precision, way.precision)
-    return precision + (" channels-last" if way.channels_last else "") + (" with fused kernels" if way.kernels else "")
+    beside = " with fused kernels" if way.kernels else " with CUDA graphs" if way.cuda_graphs else ""
+    return precision + (" channels-last" if way.channels_last else "") + beside
 
 
 def _time(
     model: nn.Module, way: Choices, step: Callable[[], Any], device: torch.device, repeats: int, enough: float
 ) -> float:
-    """The shortest of several steps, in seconds, after one that is not counted; a step above `enough` is the last."""
+    """The shortest of several steps, in seconds, after those that set things up; a step above `enough` is the last."""
     apply(model, way)
     # Steps change batch norm's running statistics, among others.
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     cuda = device.type == "cuda"
-    found = []
+    # The first step chooses PyTorch's kernels, the second records graphs.
+    found, warm_up = [], 3 if way.cuda_graphs else 1
     with torch.random.fork_rng(devices=[device] if cuda else []):
-        for _ in range(1 + repeats):
+        for _ in range(warm_up + repeats):
             start = time.perf_counter()
             with way.autocast(device):
                 step()
@@ -167,9 +173,9 @@ def _time(
                 torch.cuda.synchronize(device)
             found.append(time.perf_counter() - start)
             model.zero_grad(set_to_none=True)
-            if len(found) > 1 and found[-1] > enough:
+            if len(found) > warm_up and found[-1] > enough:
                 break
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
-    return min(found[1:])
+    return min(found[warm_up:])

@@ -15,7 +15,8 @@ from ldm.config import load_yaml
 from ldm.data.dis import Shapes3DTrain
 from ldm.data.module import DataModuleFromConfig
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.speed import Choices
+from ldm.modules.graphs import Recorder
+from ldm.modules.speed import Choices, apply
 from ldm.util import instantiate_from_config
 
 FAST = ROOT / "configs" / "fast.yaml"
@@ -201,6 +202,18 @@ def test_images_on_the_device_are_those_of_the_loader(rooms):
     assert loader.dataset[0]["image"].shape == (16, 16, 3), "single items are still there"
 
 
+def test_a_validation_set_of_the_same_images_is_on_the_device_too(rooms):
+    node = {"target": "ldm.data.dis.Shapes3DTrain", "params": {"path": str(rooms)}}
+    batches = []
+    for resident in (False, True):
+        data = DataModuleFromConfig(batch_size=24, train=node, validation=dict(node), val_batch_size=16)
+        data.resident = resident
+        batches.append([data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()])
+    assert "image" not in next(iter(data.val_dataloader())), "drawn from the device"
+    for a, b in zip(*batches, strict=True):
+        assert torch.equal(a["idx"], b["idx"]) and torch.equal(a["image"], b["image"])
+
+
 def test_latents_of_a_set_are_kept_only_where_they_are_always_the_same(rooms):
     cpu, dataset = torch.device("cpu"), Shapes3DTrain(path=str(rooms))
     model = encdiff()
@@ -225,6 +238,15 @@ def test_switches_restrict_the_choice(monkeypatch):
         datasets = {"train": [{"image": torch.zeros(16, 16, 3), "idx": 0}] * 4}
 
     options = {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2}
-    Fast(bf16=False, compile=False).prepare(encdiff(), Data(), options)
+    Fast(bf16=False).prepare(encdiff(), Data(), options)
     assert seen["allowed"] == {"bf16": False, "channels_last": True, "compile": False, "cuda_graphs": False}
     assert options["precision"] == "32-true"
+
+
+def test_networks_that_train_are_recorded():
+    model = encdiff()
+    apply(model, Choices(cuda_graphs=True))
+    found = {name for name, module in model.named_modules() if isinstance(getattr(module, "recorder", None), Recorder)}
+    assert found == {"model.diffusion_model", "cond_stage_model"}
+    apply(model, Choices())
+    assert not any(getattr(module, "recorder", None) for module in model.modules())

@@ -25,6 +25,7 @@ from ldm.models.diffusion.visuals import NAMES, diffusion_images
 from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
+from ldm.modules.graphs import call
 from ldm.modules.speed import any_batch_size, match_layouts
 from ldm.optimizers import build_optimizer, checked_optimizer
 from ldm.util import UserError, instantiate_from_config
@@ -45,7 +46,7 @@ class DiffusionWrapper(nn.Module):
     ) -> torch.Tensor:
         """x (b, c, h, w), t (b,), tokens (b, n, d) -> (b, c, h, w)."""
         any_batch_size(x, t, tokens, *(part for pair in options.get("computed") or () for part in pair))
-        return self.diffusion_model(x, t, tokens, **options)
+        return self.diffusion_model(x, t, tokens, **options) if options else call(self.diffusion_model, x, t, tokens)
 
 
 class LatentDiffusion(ConceptMethods, pl.LightningModule):
@@ -290,7 +291,7 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
     def get_learned_conditioning(self, x: torch.Tensor) -> torch.Tensor:
         """Image (b, c, h, w) -> concept tokens (b, n, d)."""
         any_batch_size(x)
-        return self.cond_stage_model(x)
+        return call(self.cond_stage_model, x)
 
     # ---- diffusion
 

@@ -131,7 +131,7 @@ class UNetModel(nn.Module):
         UserError: sizes that do not fit, or a value that is not supported.
     """
 
-    compiles = True  # see `ldm.modules.speed`
+    compiles = replays = True  # see `ldm.modules.speed`
 
     def __init__(
         self,

@@ -95,7 +95,7 @@ class ConceptEncoder(nn.Module):
         UserError: sizes that do not fit.
     """
 
-    compiles = True  # see `ldm.modules.speed`
+    compiles = replays = True  # see `ldm.modules.speed`
 
     def __init__(
         self,

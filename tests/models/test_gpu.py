@@ -1,8 +1,13 @@
 """What only a GPU can show; elsewhere these tests are skipped. `scripts/gpu_check.sh` runs them."""
 
+import copy
+
 import pytest
 import torch
 from command_line import CHECKPOINT, ROOT
+
+from ldm.modules.graphs import Recorder, call
+from ldm.modules.speed import Choices, apply
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FAST = ROOT / "configs" / "fast.yaml"
@@ -45,16 +50,36 @@ def test_loss_and_gradients_are_the_cpus():
             torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: name + m)
 
 
-def test_compiled_with_graphs_gives_the_same_loss():
-    from ldm.modules.speed import Choices, apply
+def test_replays_give_the_losses_and_gradients_of_launches():
+    """At the batch size that is recorded and at another one, with batch norm's statistics moving on alike."""
+    _, launched, batch = pair()
+    replayed = copy.deepcopy(launched)
+    apply(replayed, Choices(cuda_graphs=True))
+    for count in (4, 4, 4, 3, 4, 4):
+        for part in batch:
+            part.copy_(part.flip(0))
+        some = tuple(part[:count] for part in batch)
+        losses = []
+        for model in (launched, replayed):
+            model.zero_grad()
+            losses.append(loss(model, some))
+            losses[-1].backward()
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+        for (name, a), b in zip(launched.named_parameters(), replayed.parameters(), strict=True):
+            if a.grad is not None:
+                torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: name + m)
+    for network in (replayed.model.diffusion_model, replayed.cond_stage_model):
+        assert len(network.recorder.replays) == 1 and not network.recorder.failed
+    for (name, a), b in zip(launched.named_buffers(), replayed.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: name + m)
 
-    cpu, gpu, batch = pair()
-    apply(gpu, Choices(channels_last=True, compile=True, cuda_graphs=True))
-    for _ in range(4):  # graphs are recorded after the first calls
-        found = loss(gpu, batch)
-        found.backward()
-        gpu.zero_grad()
-    assert found.item() == pytest.approx(loss(cpu, batch).item(), rel=1e-4)
+
+def test_replays_draw_dropout_anew():
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).cuda()
+    network.recorder = Recorder()
+    x = torch.ones(4, 8, device="cuda")
+    outputs = [call(network, x).detach().clone() for _ in range(4)]
+    assert network.recorder.replays and not torch.equal(outputs[2], outputs[3])
 
 
 def test_a_step_does_not_wait_for_the_gpu():
@@ -78,6 +103,7 @@ def test_both_stages_train_by_the_fast_overlay(cli):
     given = [f"{CHECKPOINT}={first.logdir / 'checkpoints' / 'last.ckpt'}", "data.params.batch_size=24"]
     second = cli.run("--base", cli.enc, FAST, "-t", "--gpus", "0,", "--max_epochs", 2, *given, score=True)
     assert second.status == 0, second.err
+    assert "with CUDA graphs" in second.log and "cannot be recorded" not in second.log
     assert "keeping latents; keeping images on the GPU" in second.log and list(second.logdir.glob("metrics/*.json"))
     resumed = cli.run("-r", second.logdir, "-t", "--max_epochs", 3)
     assert resumed.status == 0, resumed.err
