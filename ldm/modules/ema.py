@@ -52,7 +52,7 @@ class LitEma(nn.Module):
     def _live(self, model: nn.Module) -> list[torch.Tensor]:
         """The tensors of `model` that are followed, in the order of `_shadows`."""
         found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return [found[name].detach() for name in self.names]
+        return [found[name] for name in self.names]
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
@@ -100,7 +100,7 @@ class LitEma(nn.Module):
     @torch.no_grad()
     def restore(self, model: nn.Module | Iterable[torch.Tensor]) -> None:
         """Put back what `store` kept of the same argument."""
-        tensors = self._live(model) if isinstance(model, nn.Module) else [tensor.detach() for tensor in model]
+        tensors = self._live(model) if isinstance(model, nn.Module) else list(model)
         torch._foreach_copy_(tensors, self._stored)
         self._stored = []
 
