@@ -3,20 +3,20 @@
 # and both stages trained from scratch on a rendered Shapes3D, with scores against images seen. All into one folder.
 #
 #   bash scripts/gpu_check.sh OUT                    every part
-#   bash scripts/gpu_check.sh OUT render encdiff     some of: tests, render, first_stage, encdiff, bench, profile
+#   bash scripts/gpu_check.sh OUT render encdiff     some of: tests, render, first_stage, muon, bench, profile, encdiff
 #   SMALL=1 bash scripts/gpu_check.sh OUT            small numbers, to try it anywhere in a few minutes
 #
 # Environment variables:
 #   FIRST_STAGE    a checkpoint, where first_stage is left out
-#   SECONDS_OF     seconds that encdiff may train (default 300), and EVERY how many steps it is scored (default 4000)
-#   OVERLAYS       further configurations for encdiff, such as configs/muon.yaml; VALUES: further key=value
+#   SECONDS_OF     seconds that muon and encdiff may each train (default 300), and EVERY how many steps they are scored
+#                  (default 2000); VALUES: further key=value
 #   ROWS           of bench
 #   WHEELS         a folder of wheels to install from where there is no network: omegaconf, taming-transformers-rom1504
 #                  and whatever else of pyproject.toml is missing
 set -uo pipefail
 out="${1:?usage: gpu_check.sh OUT [PART...]}"
 shift
-parts=" ${*:-tests render first_stage encdiff bench profile} "
+parts=" ${*:-tests render first_stage muon bench profile encdiff} "
 mkdir -p "$out" && out="$(cd "$out" && pwd)"
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python}"
@@ -27,7 +27,7 @@ fi
 
 seconds="${SECONDS_OF:-300}"
 if [ -z "${SMALL:-}" ]; then
-    sizes=10,10,10,8,4,15 rows=() batch=() stage_steps=1000 every="${EVERY:-4000}" limit=120 dci=()
+    sizes=10,10,10,8,4,15 rows=() batch=() stage_steps=1000 every="${EVERY:-2000}" limit=120 dci=()
 else
     sizes=4,4,4,4,4,4 rows=(--only encode loader) batch=(data.params.batch_size=8) stage_steps=3 every=2 limit=600
     dci=("lightning.callbacks.disentanglement.params.settings.dci={num_train: 500, num_test: 200}")
@@ -61,21 +61,28 @@ part first_stage "$limit" "$python" main.py --base configs/autoencoder/shapes3d_
     --max_steps "$stage_steps" --limit_val_batches 8 --check_val_every_n_epoch null --val_check_interval "$stage_steps"
 wait
 first_stage="${FIRST_STAGE:-$(newest shapes3d_vq)checkpoints/last.ckpt}"
-part encdiff "$seconds" "$python" main_val.py --base configs/latent-diffusion/shapes3d-vq-4-16.yaml ${OVERLAYS:-} \
-    configs/fast.yaml "${common[@]}" data.params.val_batch_size=4096 "${dci[@]}" \
-    --max_epochs 1000 --check_val_every_n_epoch null --val_check_interval "$every" \
-    "model.params.first_stage_config.params.ckpt_path=$first_stage" \
-    "lightning.callbacks.disentanglement.params.metrics=[factor_vae, dci]" \
-    lightning.callbacks.disentanglement.params.dtype=bf16 lightning.callbacks.figures.params.names=[swaps] ${VALUES:-}
 
-[[ "$parts" == *" encdiff "* ]] && "$python" - "$(newest shapes3d-vq)" <<'PYTHON' | tee -a "$out/summary.txt"
+# encdiff NAME [CONFIG|key=value...]: the release's EncDiff and what is changed, as a part of this name.
+encdiff() {
+    local name="$1" configs=() values=()
+    [[ "$parts" == *" $name "* ]] || return 0
+    shift
+    for argument in "$@"; do [[ "$argument" == *.yaml ]] && configs+=("$argument") || values+=("$argument"); done
+    part "$name" "$seconds" "$python" main_val.py --base configs/latent-diffusion/shapes3d-vq-4-16.yaml "${configs[@]}" \
+        configs/fast.yaml "${common[@]}" -n "$name" data.params.val_batch_size=4096 "${dci[@]}" \
+        --max_epochs 1000 --check_val_every_n_epoch null --val_check_interval "$every" \
+        "model.params.first_stage_config.params.ckpt_path=$first_stage" \
+        "lightning.callbacks.disentanglement.params.metrics=[factor_vae, dci]" \
+        lightning.callbacks.disentanglement.params.dtype=bf16 lightning.callbacks.figures.params.names=[swaps] \
+        "${values[@]}" ${VALUES:-}
+    "$python" - "$(newest "_$name")" <<'PYTHON' | tee -a "$out/summary.txt"
 import json, sys
 from pathlib import Path
 
 import yaml
 
 if not sys.argv[1]:
-    sys.exit("EncDiff was not trained: see encdiff.txt")
+    sys.exit("it was not trained")
 run = Path(sys.argv[1])
 config = next((run / "configs").glob("*-project.yaml"))
 batch = yaml.safe_load(config.read_text())["data"]["params"]["batch_size"]
@@ -85,6 +92,11 @@ for path in sorted((run / "metrics").glob("*.json")):
     scores = record["scores"]
     print(f"{record['step'] * batch:>12,} {scores['factor_vae']['eval_accuracy']:>10.3f} {scores['dci']['disentanglement']:>7.3f}")
 PYTHON
+}
+
+# 1e-3 in batches of 128, of which Muon makes more than AdamW of the release's 2.56e-4.
+encdiff muon configs/muon.yaml model.base_learning_rate=7.8125e-6 model.params.scheduler_config.params.warm_up_steps=[200]
 part bench "$limit" "$python" scripts/bench.py --quick "${rows[@]}" ${ROWS:+--only $ROWS} --json "$out/bench.json"
 part profile 90 "$python" scripts/profile_step.py ${SMALL:+--batch-size 4 --steps 2}
+encdiff encdiff
 echo "everything is in $out"
