@@ -61,10 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=23)
     parser.add_argument("--first-stage", type=Path, default=CONFIGS / "first_stage.yaml", help="its configuration")
     parser.add_argument("--encdiff", type=Path, default=CONFIGS / "encdiff.yaml", help="its configuration")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--longer", action="store_const", dest="overlay", const="longer", help="more steps")
-    size.add_argument("--grid", action="store_const", dest="overlay", const="grid",
-                      help="480,000 rooms of Shapes3D's grid; more steps; takes 1.5 GB of disk")  # fmt: skip
+    parser.add_argument("--longer", action="store_true",
+                        help="more steps, on 480,000 rooms of Shapes3D's grid; takes 1.5 GB of disk")  # fmt: skip
     parser.add_argument("--plain", action="store_true", help="without configs/fast.yaml, in float32")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the configuration of EncDiff")
     return parser.parse_args()
@@ -76,9 +74,9 @@ def main() -> None:
     log_to_screen()
     start = time.perf_counter()
     first_stage, encdiff = [opt.first_stage], [opt.encdiff]
-    if opt.overlay:
-        first_stage.append(CONFIGS / opt.overlay / "first_stage.yaml")
-        encdiff.append(CONFIGS / opt.overlay / "encdiff.yaml")
+    if opt.longer:
+        first_stage.append(CONFIGS / "longer" / "first_stage.yaml")
+        encdiff.append(CONFIGS / "longer" / "encdiff.yaml")
     if not opt.plain:
         first_stage.append(FAST)
         encdiff.append(FAST)
