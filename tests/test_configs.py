@@ -107,7 +107,7 @@ def test_every_file_is_built():
     (tests/test_own_images.py), or a study (tests/test_sweep.py)."""
     overlays = {ROOT / "configs" / f"{overlay}.yaml" for overlay in ("fast", "muon", "own_images")}
     others = {path for path in SHIPPED if path not in WHOLE} - overlays
-    assert {path.parent.name for path in others} <= {"ablations", "longer", "grid", "studies", "timesteps", "adagn"}
+    assert {path.parent.name for path in others} <= {"ablations", "longer", "studies", "timesteps", "adagn"}
     assert {"quickstart/first_stage.yaml", "quickstart/encdiff.yaml"} <= {name(path) for path in WHOLE}
 
 
@@ -139,7 +139,7 @@ def test_the_stages_fit_together(first, second):
     assert "validation" in first.data.params and "validation" in second.data.params
 
 
-@pytest.mark.parametrize("overlay", [None, "longer", "grid"])
+@pytest.mark.parametrize("overlay", [None, "longer"])
 def test_the_quickstarts_rate_stays_high(overlay):
     """To the end of the longer run too; that of the first stages falls over the run."""
     folder = ROOT / "configs" / "quickstart"
