@@ -181,7 +181,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
 def copied(images: np.ndarray, device: torch.device, part: int = 4096) -> torch.Tensor:
     """Images of a memory map, read-only, on a device; copied in parts, so that the host needs little memory."""
-    found = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # Lightning asks for validation loaders inside of it, and threads are outside
+        found = torch.empty(images.shape, dtype=torch.uint8, device=device)
 
     def copy(start: int) -> None:
         found[start : start + part] = torch.from_numpy(np.array(images[start : start + part]))

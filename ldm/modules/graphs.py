@@ -4,7 +4,6 @@ A step of these networks is thousands of short kernels, which take longer to lau
 """
 
 import inspect
-import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-log = logging.getLogger(__name__)
+from ldm.util import UserError
+
 # A batch size is recorded when it is met again: the last batch of an epoch is smaller, and comes once.
 SECOND, KEPT = 2, 2
 
@@ -22,15 +22,21 @@ class Recorder:
     """Records a network's forward and backward pass for each kind of input that comes again, and replays them.
 
     It belongs to a network as its attribute `recorder`, and `call` goes through it. In evaluation mode, without
-    gradients, on a CPU, and for inputs that are not recorded, the network computes as ever. Gradients of a replay lie
-    in memory that the next one overwrites: they must be used and cleared (`zero_grad`) in the same step, so graphs do
-    not go together with the accumulation of batches. Copies of the network get a recorder without records.
+    gradients, on a CPU, and for inputs that are not recorded, the network computes as ever. Copies of the network get a
+    recorder without records.
+
+    Output and gradients of a replay lie in memory that the next one overwrites: each call needs its backward pass
+    before the next call, and gradients must be used and set to None (`zero_grad`) in the same step. So graphs do not go
+    together with the accumulation of batches.
+
+    Raises:
+        UserError: an input came again, and PyTorch could not record it. It may leave the GPU in a state in which
+            training should not go on.
     """
 
     def __init__(self) -> None:
         self.replays: dict[Any, Callable[..., Any]] = {}
         self.met: Counter[Any] = Counter()
-        self.failed = False
 
     def __deepcopy__(self, memo: Any) -> "Recorder":
         return Recorder()
@@ -41,7 +47,7 @@ class Recorder:
     def __call__(self, network: nn.Module, *inputs: Any) -> Any:
         """The network's output for `inputs`, by a replay where there is one."""
         training = network.training and torch.is_grad_enabled()
-        if self.failed or not training or not all(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+        if not training or not all(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
             return network(*inputs)
         half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = half, tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
@@ -52,9 +58,10 @@ class Recorder:
             try:
                 self.replays[key] = record(network, inputs, half)
             except (RuntimeError, AssertionError) as error:
-                self.failed = True
-                log.warning("fast: CUDA graphs cannot be recorded, so launches stay: %s", error)
-                return network(*inputs)
+                raise UserError(
+                    f"the CUDA graphs of {type(network).__name__} cannot be recorded: set"
+                    f" lightning.callbacks.fast.params.cuda_graphs=false. PyTorch says: {error}"
+                ) from error
         return self.replays[key](*inputs)
 
 
@@ -67,6 +74,7 @@ def record(network: nn.Module, inputs: tuple[torch.Tensor, ...], half: torch.dty
         half: the type of autocast, None without it.
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    random = torch.cuda.get_rng_state(inputs[0].device)
     samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
     names, weights = zip(*network.named_parameters(), strict=True)
     # Aliases in the same memory: the record keeps its autograd graph, and with it the node that accumulates a weight's
@@ -87,6 +95,7 @@ def record(network: nn.Module, inputs: tuple[torch.Tensor, ...], half: torch.dty
         with torch.no_grad():
             for buffer, value in buffers:  # the passes before the record changed batch norm's statistics
                 buffer.copy_(value)
+        torch.cuda.set_rng_state(random, inputs[0].device)  # and drew dropout
     return lambda *given: replay(*given, *weights)
 
 
@@ -94,3 +103,16 @@ def call(network: nn.Module, *inputs: Any) -> Any:
     """`network(*inputs)`, through its recorder if it has one."""
     recorder = getattr(network, "recorder", None)
     return network(*inputs) if recorder is None else recorder(network, *inputs)
+
+
+def can_replay(network: nn.Module) -> bool:
+    """Whether a network is one of those that are recorded: `replays` says so, and no part is `capturable = False`."""
+    return getattr(network, "replays", False) and all(getattr(m, "capturable", True) for m in network.modules())
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the records of all its networks: at another time their weights and statistics may lie elsewhere."""
+    module: Any
+    for module in model.modules():
+        if isinstance(getattr(module, "recorder", None), Recorder):
+            module.recorder = Recorder()

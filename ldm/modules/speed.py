@@ -1,5 +1,6 @@
 """Ways of computing the same thing faster: chosen by timing them on the machine at hand, and switched on in place."""
 
+import gc
 import logging
 import sys
 import time
@@ -13,7 +14,7 @@ from torch import nn
 
 from ldm.modules import fused
 from ldm.modules.ema import LitEma
-from ldm.modules.graphs import Recorder
+from ldm.modules.graphs import Recorder, can_replay, forget
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def apply(model: nn.Module, choices: Choices) -> None:
         if choices.compile and getattr(module, "compiles", False):
             module.compile()
         if getattr(module, "replays", False):
-            module.recorder = Recorder() if choices.cuda_graphs else None
+            module.recorder = Recorder() if choices.cuda_graphs and can_replay(module) else None
 
 
 def match_layouts(optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -120,7 +121,7 @@ def choose(
     if precision is None and allowed["bf16"] and (device.type == "cpu" or has_bf16()):
         precisions.append("bf16-mixed")
     layouts = [False, True] if allowed["channels_last"] else [False]
-    graphs = device.type == "cuda" and allowed["cuda_graphs"] and any(hasattr(m, "replays") for m in model.modules())
+    graphs = device.type == "cuda" and allowed["cuda_graphs"] and any(can_replay(m) for m in model.modules())
     # On a CPU, half precision in the contiguous layout is never the fastest.
     ways = [
         Choices(p, last, kernels and last, cuda_graphs=graphs and step is not None)
@@ -132,8 +133,8 @@ def choose(
     if compiled or step is None:
         way = ways[-1] if device.type == "cuda" else [way for way in ways if way.precision == precisions[0]][-1]
         why = "several processes must agree" if step is None else "a step that is not compiled yet would mislead"
-        told = f"{_name(way)}{', compiled' if compiled else ''} (not timed: {why})"
-        return replace(way, compile=compiled, cuda_graphs=False, reasons=told)
+        way = replace(way, compile=compiled, cuda_graphs=False)
+        return replace(way, reasons=f"{_name(way)}{', compiled' if compiled else ''} (not timed: {why})")
     times: list[float] = [0.0] * len(ways)
     for index in reversed(range(len(ways))):  # the fastest is likely to be the last: the others need fewer steps
         fastest = min(times[index + 1 :], default=float("inf"))
@@ -178,4 +179,8 @@ def _time(
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
+    if cuda:  # records hold memory, and references in a circle
+        forget(model)
+        gc.collect()
+        torch.cuda.empty_cache()
     return min(found[warm_up:])

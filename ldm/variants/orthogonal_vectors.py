@@ -20,6 +20,8 @@ class OrthogonalVectors(nn.Module):
         UserError: more vectors than dimensions, which cannot all be orthogonal.
     """
 
+    capturable = False  # see `ldm.modules.graphs`: the matrix exponential asks the GPU for the size of its argument
+
     def __init__(self, latent_unit: int, context_dim: int) -> None:
         super().__init__()
         if latent_unit > context_dim:

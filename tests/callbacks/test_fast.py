@@ -208,7 +208,9 @@ def test_a_validation_set_of_the_same_images_is_on_the_device_too(rooms):
     for resident in (False, True):
         data = DataModuleFromConfig(batch_size=24, train=node, validation=dict(node), val_batch_size=16)
         data.resident = resident
-        batches.append([data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()])
+        with torch.inference_mode():  # as Lightning asks for it
+            loader = data.val_dataloader()
+        batches.append([data.on_after_batch_transfer(batch, 0) for batch in loader])
     assert "image" not in next(iter(data.val_dataloader())), "drawn from the device"
     for a, b in zip(*batches, strict=True):
         assert torch.equal(a["idx"], b["idx"]) and torch.equal(a["image"], b["image"])
@@ -250,3 +252,6 @@ def test_networks_that_train_are_recorded():
     assert found == {"model.diffusion_model", "cond_stage_model"}
     apply(model, Choices())
     assert not any(getattr(module, "recorder", None) for module in model.modules())
+    model.cond_stage_model.net.capturable = False  # as what reads from the GPU in its forward pass
+    apply(model, Choices(cuda_graphs=True))
+    assert model.model.diffusion_model.recorder and not model.cond_stage_model.recorder

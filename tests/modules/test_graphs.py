@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from ldm.modules.graphs import Recorder, call
+from ldm.modules.graphs import Recorder, call, forget
+from ldm.util import UserError
 
 
 class Recorded(torch.Tensor):
@@ -33,7 +34,13 @@ def records(monkeypatch):
         return lambda *given: function(*given)
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    without_gpu(monkeypatch)
     return found
+
+
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
 
 
 def network():
@@ -82,18 +89,25 @@ def test_what_does_not_train_is_not_recorded(records):
     assert not records
 
 
-def test_what_cannot_be_recorded_is_launched(monkeypatch, caplog):
+def test_what_cannot_be_recorded_ends_with_what_to_do(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
+    without_gpu(monkeypatch)
     model, x = network(), torch.randn(4, 3, 6, 6)
-    statistics = []
-    for _ in range(3):
-        output = call(model, *on_gpu(x))
-        statistics.append(int(model[1].num_batches_tracked))
-    assert statistics == [1, 2, 3] and output.shape == (4, 4, 4, 4)
-    assert caplog.text.count("cannot be recorded") == 1
+    call(model, *on_gpu(x))
+    with pytest.raises(UserError, match=r"Sequential cannot be recorded: set lightning.*cuda_graphs=false.*capturing"):
+        call(model, *on_gpu(x))
+
+
+def test_records_are_forgotten(records):
+    """So that a second training of a model, which has been on the CPU between the two, finds its weights."""
+    model = torch.nn.ModuleList([network(), torch.nn.Linear(2, 2)])
+    for _ in range(2):
+        call(model[0], *on_gpu(torch.randn(4, 3, 6, 6)))
+    forget(model)
+    assert not model[0].recorder.replays and not hasattr(model[1], "recorder")
 
 
 def test_copies_start_without_records(records):

@@ -25,7 +25,7 @@ from ldm.models.diffusion.visuals import NAMES, diffusion_images
 from ldm.models.validation import LossBudget
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
-from ldm.modules.graphs import call
+from ldm.modules.graphs import call, forget
 from ldm.modules.speed import any_batch_size, match_layouts
 from ldm.optimizers import build_optimizer, checked_optimizer
 from ldm.util import UserError, instantiate_from_config
@@ -408,13 +408,15 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
     # ---- training
 
     def on_train_start(self) -> None:
-        """Restored moments get the weights' memory layout; make room for latents, if they are kept."""
+        """Restored moments get the weights' memory layout; record the networks anew; make room for latents to keep."""
         match_layouts(self.trainer.optimizers)
+        forget(self)
         self._latents = LatentCache(self) if self.cache_latents else None
 
     def on_train_end(self) -> None:
-        """Free the kept latents."""
+        """Free the kept latents, and the records of the networks."""
         self._latents = None
+        forget(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Remember the batch's rows while they are on the host, by which latents are kept."""
