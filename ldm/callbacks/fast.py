@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
 from torch.utils.data import default_collate
 
 from ldm.data.images import ImageDataset, evenly_spaced, to_unit_range_all
@@ -99,6 +99,19 @@ class Fast(Callback):
             data.resident = True
             told.append("keeping images on the GPU")
         log.info("fast: %s", "; ".join(told))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a callback that accumulates gradients where a replay would overwrite them.
+
+        Raises:
+            UserError: there is one.
+        """
+        accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if accumulates and self.chosen is not None and self.chosen["cuda_graphs"]:
+            raise UserError(
+                "the gradients of CUDA graphs cannot be accumulated: leave out GradientAccumulationScheduler, or set"
+                " lightning.callbacks.fast.params.cuda_graphs=false"
+            )
 
     def _trial_step(self, model: Any, data: Any, dataset: Any, device: torch.device) -> Callable[[], None]:
         """What `choose` times."""

@@ -1,5 +1,6 @@
 """The overlay `configs/fast.yaml`: what it turns on, and that the numbers stay."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import CHECKPOINT, ROOT, Result, encdiff_config
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from resuming import assert_same_end
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,7 +19,7 @@ from ldm.data.module import DataModuleFromConfig
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.graphs import Recorder
 from ldm.modules.speed import Choices, apply
-from ldm.util import instantiate_from_config
+from ldm.util import UserError, instantiate_from_config
 
 FAST = ROOT / "configs" / "fast.yaml"
 PARAMS = "lightning.callbacks.fast.params"
@@ -255,3 +257,11 @@ def test_networks_that_train_are_recorded():
     model.cond_stage_model.net.capturable = False  # as what reads from the GPU in its forward pass
     apply(model, Choices(cuda_graphs=True))
     assert model.model.diffusion_model.recorder and not model.cond_stage_model.recorder
+
+
+def test_gradients_of_graphs_are_not_accumulated():
+    trainer: Any = SimpleNamespace(callbacks=[GradientAccumulationScheduler({0: 2})])
+    for graphs in (False, True):
+        callback = Fast(chosen=FLOAT | {"cuda_graphs": graphs})
+        with pytest.raises(UserError, match="cuda_graphs=false") if graphs else nullcontext():
+            callback.on_train_start(trainer, encdiff())
