@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What to learn from a GPU in a quarter of an hour: tests on the device, the table of speeds, a profile of the fast step,
+# What to learn from a GPU in 20 minutes: tests on the device, the table of speeds, a profile of the fast step,
 # and both stages trained from scratch on a rendered Shapes3D, with scores against images seen. All into one folder.
 #
 #   bash scripts/gpu_check.sh OUT                    every part
@@ -10,7 +10,7 @@
 #   FIRST_STAGE    a checkpoint, where first_stage is left out
 #   SECONDS_OF     seconds that muon and encdiff may each train (default 300), and EVERY how many steps they are scored
 #                  (default 2000); VALUES: further key=value
-#   ROWS           of bench
+#   ROWS           of bench, such as "train sample" (default all)
 #   WHEELS         a folder of wheels to install from where there is no network: omegaconf, taming-transformers-rom1504
 #                  and whatever else of pyproject.toml is missing
 set -uo pipefail
@@ -82,7 +82,7 @@ from pathlib import Path
 import yaml
 
 if not sys.argv[1]:
-    sys.exit("it was not trained")
+    sys.exit("EncDiff was not trained: see its text file")
 run = Path(sys.argv[1])
 config = next((run / "configs").glob("*-project.yaml"))
 batch = yaml.safe_load(config.read_text())["data"]["params"]["batch_size"]
@@ -96,7 +96,7 @@ PYTHON
 
 # 1e-3 in batches of 128, of which Muon makes more than AdamW of the release's 2.56e-4.
 encdiff muon configs/muon.yaml model.base_learning_rate=7.8125e-6 model.params.scheduler_config.params.warm_up_steps=[200]
-part bench "$limit" "$python" scripts/bench.py --quick "${rows[@]}" ${ROWS:+--only $ROWS} --json "$out/bench.json"
+part bench $((2 * limit)) "$python" scripts/bench.py --quick "${rows[@]}" ${ROWS:+--only $ROWS} --json "$out/bench.json"
 part profile 90 "$python" scripts/profile_step.py ${SMALL:+--batch-size 4 --steps 2}
 encdiff encdiff
 echo "everything is in $out"

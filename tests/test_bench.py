@@ -109,7 +109,7 @@ def test_a_first_stage_that_the_release_does_not_have():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["train", "loader", "startup"])
-def test_a_row_is_measured(row, tmp_path, monkeypatch):
+def test_a_row_is_measured(row, tmp_path):
     """What is timed is built by the command line, which takes classes of the project alone unless it is told more."""
     import bench_process
     import bench_rows

@@ -1,6 +1,6 @@
 """CUDA graphs of the networks that train: their launches are recorded once, and replayed as a whole in every step.
 
-A step of these networks is thousands of short kernels, which take longer to launch than to run.
+A step of these networks is thousands of short kernels, each of which costs a launch.
 """
 
 import inspect

@@ -24,7 +24,7 @@ def on_gpu(*values):
 
 @pytest.fixture
 def records(monkeypatch):
-    """What was recorded: number of inputs; passes before a record are run, as PyTorch does."""
+    """The inputs of each record; the passes before one are run, as by PyTorch."""
     found = []
 
     def make(function, samples, allow_unused_input, **_):
