@@ -1,6 +1,7 @@
 """Disentanglement scores at validation: where the model meets the metrics."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm import signals
 from ldm.bars import DETAIL
+from ldm.evaluation.batches import Rows
 from ldm.evaluation.codes import CodeEncoder, check_dtype
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
@@ -75,7 +76,7 @@ class DisentanglementCallback(Callback):
         self.score_ema = score_ema and weights == "live"
         self.factors: Factors | None = None
         self._validations = 0
-        self._parts: list[tuple[torch.Tensor, ...]] = []
+        self._rows: Rows | None = None
         self._encoder: CodeEncoder | None = None
         self._ema_encoder: CodeEncoder | None = None
         self.encoding = False  # whether the validation that runs is one that is scored
@@ -149,7 +150,7 @@ class DisentanglementCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what an interrupted validation left behind."""
-        self._parts, self._encoder, self._ema_encoder, self.encoding = [], None, None, self._scoring(trainer)
+        self._rows, self._encoder, self._ema_encoder, self.encoding = None, None, None, self._scoring(trainer)
 
     def on_validation_batch_end(
         self,
@@ -173,7 +174,10 @@ class DisentanglementCallback(Callback):
                     self._ema_encoder = CodeEncoder(model.cond_stage_model, self.dtype)
         images = model.get_input(batch, model.cond_stage_key)
         of_ema = [] if self._ema_encoder is None else self._ema_encoder(images)
-        self._parts.append((batch["idx"], *self._encoder(images, self.score_tokens), *of_ema))
+        if self._rows is None:
+            assert self.factors is not None
+            self._rows = Rows(math.ceil(len(self.factors) / trainer.world_size))
+        self._rows.add(batch["idx"], *self._encoder(images, self.score_tokens), *of_ema)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score on the first process, and log the scores on all.
@@ -217,9 +221,10 @@ class DisentanglementCallback(Callback):
         Raises:
             UserError: some rows were not validated.
         """
-        own = tuple(torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        assert self._rows is not None
+        own = self._rows.tensors()
         gathered: Any = pl_module.all_gather(own)
-        self._parts = []
+        self._rows = None
         index = gathered[0].reshape(-1).cpu().numpy()
         codes = {}
         kinds = ["scalars", *(["tokens"] if self.score_tokens else []), *(["ema"] if self.score_ema else [])]

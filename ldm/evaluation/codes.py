@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ldm.data.images import to_unit_range
-from ldm.evaluation.batches import image_batches
+from ldm.evaluation.batches import Rows, image_batches
 from ldm.factors import factors_of
 from ldm.util import UserError
 
@@ -106,10 +106,10 @@ def encode(
     Raises:
         UserError: a data set without `fetch`, or an unknown dtype.
     """
-    encoder, parts = CodeEncoder(model.cond_stage_model, dtype), []
+    encoder, codes = CodeEncoder(model.cond_stage_model, dtype), Rows(len(dataset))
     for images in image_batches(dataset, np.arange(len(dataset)), batch_size, progress, "encoding"):
-        parts.append(encoder(to_unit_range(images.to(model.device)), tokens)[-1].cpu())
-    return torch.cat(parts).numpy()
+        codes.add(encoder(to_unit_range(images.to(model.device)), tokens)[-1].cpu())
+    return codes.tensors()[0].numpy()
 
 
 def why_not_encoded(model: Any) -> str:
