@@ -10,6 +10,7 @@ import pytest
 from command_line import ROOT
 from resuming import SIGNAL, assert_same_end, assert_same_log, at, last, logged, scores
 
+from ldm.callbacks.disentanglement import DisentanglementCallback
 from ldm.signals import Stopped, handled
 
 # Four batches of 16 in an epoch, a validation after each epoch and after the sixth step, the last.
@@ -105,6 +106,28 @@ def test_a_validation_that_a_killed_run_had_logged(runs, whole):
     expected = whole("encdiff", *at(1000))
     assert_same_end(expected, logdir)
     assert_same_log(expected, logdir)
+
+
+@pytest.mark.parametrize("batch", [4, 6])
+def test_a_run_that_dies_while_scoring(runs, whole, monkeypatch, batch):
+    """As where the memory does not suffice: what was trained is saved before, and the validation comes first then."""
+    r = runs("encdiff")
+
+    def scored(callback, trainer, codes, score=DisentanglementCallback._score):
+        if trainer.global_step == batch:
+            raise MemoryError
+        return score(callback, trainer, codes)
+
+    monkeypatch.setattr("ldm.callbacks.stop.AT_STAKE", 0.0)
+    monkeypatch.setattr(DisentanglementCallback, "_score", scored)
+    with pytest.raises(MemoryError):
+        r.run()
+    monkeypatch.undo()
+    (logdir,) = Path(r.cli.folder / "logs").iterdir()
+    assert last(logdir)["global_step"] == batch
+    r.run("-r", logdir)
+    assert_same_end(whole("encdiff"), logdir)
+    assert_same_log(whole("encdiff"), logdir)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

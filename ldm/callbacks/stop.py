@@ -10,11 +10,14 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.trainer.states import TrainerFn
 
 from ldm import signals
 from ldm.signals import Stopped
 
 log = logging.getLogger(__name__)
+# Seconds of training after which `last.ckpt` is saved before a validation, too, in which the run might be killed.
+AT_STAKE = 300.0
 
 
 class Interrupted(Stopped):
@@ -226,6 +229,9 @@ def reached_max_steps(trainer: pl.Trainer) -> bool:
 class LastCheckpoint(Checkpoint):
     """Saves `last.ckpt` at every epoch's end, every validation, and the end of training, whatever the monitor says.
 
+    Where minutes of training would be lost with it, it is saved before the validation, too: scoring needs memory of its
+    own, and a run that is killed for that resumes with the validation.
+
     Args:
         path: the file.
         every_n_train_steps: also every N steps.
@@ -260,6 +266,12 @@ class LastCheckpoint(Checkpoint):
         if trainer.strategy.broadcast(late) if self.interval is not None else False:
             self._save(trainer)
         if self.steps is not None and trainer.global_step % self.steps == 0:
+            self._save(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where the last save is long ago."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and trainer.strategy.broadcast(time.monotonic() - self._time >= AT_STAKE):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
