@@ -48,7 +48,8 @@ class DisentanglementCallback(Callback):
         score_tokens: score the concept tokens too, each by its first principal component (paper, Table 11): logged as
             `val/tokens_<metric>`, and `scores_of_tokens` in the file.
         seed: of the metrics' random states.
-        dtype: `float32`, or `bf16` to encode several times as fast where the machine has it.
+        dtype: `float32`; `bf16`, to encode several times as fast where the machine has it; or `auto`: bf16 where the
+            Trainer's precision is.
         logdir: folder in which `metrics/` is made; the trainer's `default_root_dir` if left out.
     """
 
@@ -64,7 +65,7 @@ class DisentanglementCallback(Callback):
         dtype: str = "float32",
         logdir: str | None = None,
     ) -> None:
-        check_dtype(dtype)
+        check_dtype("float32" if dtype == "auto" else dtype)
         if weights not in ("live", "ema"):
             raise UserError(f"expected live or ema, got {weights!r}", "weights")
         if every_n_validations < 1:
@@ -148,6 +149,12 @@ class DisentanglementCallback(Callback):
         due = self._validations % self.every_n_validations == 0
         return bool(self.metrics) and self.factors is not None and not trainer.sanity_checking and due
 
+    def _dtype(self, trainer: pl.Trainer) -> str:
+        """In which scalars are computed."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bf16" if str(trainer.precision).startswith("bf16") else "float32"
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what an interrupted validation left behind."""
         self._rows, self._encoder, self._ema_encoder, self.encoding = None, None, None, self._scoring(trainer)
@@ -168,10 +175,10 @@ class DisentanglementCallback(Callback):
         if self._encoder is None:
             # Not before the first batch, in whose step DDP gives all processes the first one's BatchNorm statistics.
             with model.ema_scope() if self.weights == "ema" else nullcontext():
-                self._encoder = CodeEncoder(model.cond_stage_model, self.dtype)
+                self._encoder = CodeEncoder(model.cond_stage_model, self._dtype(trainer))
             if self.score_ema:
                 with model.ema_scope():
-                    self._ema_encoder = CodeEncoder(model.cond_stage_model, self.dtype)
+                    self._ema_encoder = CodeEncoder(model.cond_stage_model, self._dtype(trainer))
         images = model.get_input(batch, model.cond_stage_key)
         of_ema = [] if self._ema_encoder is None else self._ema_encoder(images)
         if self._rows is None:
@@ -252,7 +259,8 @@ class DisentanglementCallback(Callback):
         assert self.factors is not None
         step, folder = trainer.global_step, Path(self.logdir or trainer.default_root_dir) / "metrics"
         record: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "weights": self.weights}
-        record |= {"dtype": self.dtype} if self.dtype != "float32" else {}
+        dtype = self._dtype(trainer)
+        record |= {"dtype": dtype} if dtype != "float32" else {}
         record |= {"processes": trainer.world_size} if trainer.world_size > 1 else {}
         told = getattr(getattr(trainer, "progress_bar_callback", None), "scoring", None)
         scores: dict[str, dict[str, Scores]] = {}

@@ -145,10 +145,31 @@ def test_scalars_of_the_averages_are_scored_too(callback, tmp_path):
         callback.check(model, {"validation": dataset()}, {})
 
 
-def test_bf16_is_written_down(callback, tmp_path):
-    callback.dtype = "bf16"
-    validate(callback, Model(), trainer(tmp_path), np.arange(12))
-    assert json.loads((tmp_path / "metrics" / "000007.json").read_text())["dtype"] == "bf16"
+@pytest.mark.parametrize(
+    ("dtype", "precision", "used"),
+    [
+        ("bf16", "32-true", "bf16"),
+        ("float32", "bf16-mixed", None),
+        ("auto", "bf16-mixed", "bf16"),
+        ("auto", "32-true", None),
+        ("auto", "16-mixed", None),
+    ],
+)
+def test_precision_of_the_scalars(callback, tmp_path, dtype, precision, used):
+    """What is not float32 is written down. bf16 has eight bits: 1 + 1/512 is 1 there."""
+    callback.dtype, mean, encoded = dtype, Encoder.encoding, []
+
+    class Half(Encoder):
+        def encoding(self, image):
+            one = torch.ones(1, 1)
+            encoded.append(float(one @ (one + 1 / 512)))
+            return mean(self, image)
+
+    model, fit = Model(), trainer(tmp_path)
+    model.cond_stage_model, fit.precision = Half(), precision
+    validate(callback, model, fit, np.arange(12))
+    record = json.loads((tmp_path / "metrics" / "000007.json").read_text())
+    assert record.get("dtype") == used and (encoded[0] == 1) == (used == "bf16")
 
 
 def test_missing_rows_are_refused(callback, tmp_path):
