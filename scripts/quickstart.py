@@ -98,8 +98,8 @@ def main() -> None:
     record = record_at(second, strict=True)
     if not record:
         raise UserError(f"{second} holds no scores: the quickstart's configuration must have metrics")
-    # The same points, settings and seed for the model before its training.
-    scalars = encode(untrained(load_config(second), opt.seed), dataset)
+    # The same points, settings, seed and precision for the model before its training.
+    scalars = encode(untrained(load_config(second), opt.seed), dataset, dtype=record.get("dtype", "float32"))
     before = evaluate(scalars, dataset.grid, record["settings"], record["settings"], record["random_state"])
     marks.append(("scores before", time.perf_counter()))
     report(opt, dataset, first, second, mse, before, record, start, marks)

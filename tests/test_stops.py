@@ -130,6 +130,15 @@ def test_a_run_that_dies_while_scoring(runs, whole, monkeypatch, batch):
     assert_same_log(whole("encdiff"), logdir)
 
 
+def test_an_open_validation_of_a_run_that_validates_by_time(runs):
+    """It comes first, whenever the next one is due."""
+    r, by_time = runs("encdiff"), ("--check_val_every_n_epoch", "null", "--val_check_interval")
+    logdir = r.run(*stop(2, "validation"), *by_time, "00:00:00:00", status=143)
+    assert set(scores(logdir)) == {"000001.json"}
+    r.run("-r", logdir, WITHOUT, "--val_check_interval", "00:01:00:00")
+    assert set(scores(logdir)) == {"000001.json", "000002.json", "000006.json"}  # the last step's comes at any rate
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_status_and_how_to_resume(runs, name):
     r, number = runs("vq"), getattr(signal, name)

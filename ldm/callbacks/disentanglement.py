@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ldm import signals
 from ldm.bars import DETAIL
-from ldm.evaluation.batches import Rows
+from ldm.evaluation.batches import RowBuffer
 from ldm.evaluation.codes import CodeEncoder, check_dtype
 from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
@@ -65,7 +65,7 @@ class DisentanglementCallback(Callback):
         dtype: str = "float32",
         logdir: str | None = None,
     ) -> None:
-        check_dtype("float32" if dtype == "auto" else dtype)
+        check_dtype(dtype, "auto")
         if weights not in ("live", "ema"):
             raise UserError(f"expected live or ema, got {weights!r}", "weights")
         if every_n_validations < 1:
@@ -77,7 +77,7 @@ class DisentanglementCallback(Callback):
         self.score_ema = score_ema and weights == "live"
         self.factors: Factors | None = None
         self._validations = 0
-        self._rows: Rows | None = None
+        self._rows: RowBuffer | None = None
         self._encoder: CodeEncoder | None = None
         self._ema_encoder: CodeEncoder | None = None
         self.encoding = False  # whether the validation that runs is one that is scored
@@ -183,7 +183,7 @@ class DisentanglementCallback(Callback):
         of_ema = [] if self._ema_encoder is None else self._ema_encoder(images)
         if self._rows is None:
             assert self.factors is not None
-            self._rows = Rows(math.ceil(len(self.factors) / trainer.world_size))
+            self._rows = RowBuffer(math.ceil(len(self.factors) / trainer.world_size))
         self._rows.add(batch["idx"], *self._encoder(images, self.score_tokens), *of_ema)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -44,26 +44,30 @@ class OpenValidation(Callback):
 
     def __init__(self) -> None:
         self.open = False  # whether a validation is due at this step, or runs
-        self._before: tuple[int, Any] | None = None  # what a resume with an open validation changed
+        self._before: tuple[int, Any, Any] | None = None  # what a resume with an open validation changed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let a resumed run come to its open validation also where no step is left to train."""
         loop = trainer.fit_loop.epoch_loop
         self.open = self.open and trainer.enable_validation
         if self.open and loop.max_steps != -1:
-            self._before = loop.max_steps, None
+            self._before = loop.max_steps, None, None
             loop.max_steps += 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let it begin with the validation, at whatever step it is."""
         if self.open:
-            self._before = (self._before or (trainer.max_steps,))[0], trainer.val_check_batch
-            trainer.val_check_batch = 1
+            rhythm: Any = trainer
+            most = (self._before or (trainer.max_steps,))[0]
+            self._before = most, rhythm.val_check_batch, rhythm._val_check_time_interval
+            rhythm.val_check_batch, rhythm._val_check_time_interval = 1, None
 
     def _close(self, trainer: pl.Trainer) -> None:
         self.open = False
         if self._before is not None:
-            trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_batch = self._before
+            rhythm: Any = trainer
+            most, rhythm.val_check_batch, rhythm._val_check_time_interval = self._before
+            trainer.fit_loop.epoch_loop.max_steps = most
             self._before = None
 
     def on_train_batch_start(

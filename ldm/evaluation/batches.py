@@ -35,11 +35,11 @@ def image_batches(
             shown.update(len(images))
 
 
-class Rows:
+class RowBuffer:
     """Tensors that come batch by batch, put one after another into memory that is set aside at once.
 
-    A list of small tensors, kept among the large ones that come and go, costs a CPU far more than its size: the large
-    ones' memory is not used again around them (glibc's `memalign` before 2.38). Scoring 480,000 images took 20 GB so.
+    A list of small tensors, kept among the large ones that come and go, can cost a CPU far more than its size: the
+    large ones' memory was not used again around them (glibc 2.36). Scoring 480,000 images took 20 GB so.
 
     Args:
         expected: rows that will come, about: more are taken in, too.
@@ -50,7 +50,11 @@ class Rows:
         self._kept: list[torch.Tensor] = []
 
     def add(self, *tensors: torch.Tensor) -> None:
-        """Tensors (b, …), of the same number, dtypes, devices and trailing shapes each time, and of one length b."""
+        """Tensors (b, …), of the same number, dtypes, devices and trailing shapes each time, and of one length b.
+
+        Raises:
+            ValueError: one of another length, shape or dtype.
+        """
         end = self.count + len(tensors[0])
         if not self._kept:
             self._kept = [one.new_empty(max(self.expected, end), *one.shape[1:]) for one in tensors]
@@ -58,7 +62,12 @@ class Rows:
             more = max(end, 2 * len(self._kept[0])) - self.count
             self._kept = [torch.cat([one[: self.count], one.new_empty(more, *one.shape[1:])]) for one in self._kept]
         for kept, one in zip(self._kept, tensors, strict=True):
-            kept[self.count : end] = one
+            place = kept[self.count : end]
+            if (one.shape, one.dtype) != (place.shape, place.dtype):
+                raise ValueError(
+                    f"expected {tuple(place.shape)} of {place.dtype}, got {tuple(one.shape)} of {one.dtype}"
+                )
+            place.copy_(one)
         self.count = end
 
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -10,17 +10,18 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ldm.data.images import to_unit_range
-from ldm.evaluation.batches import Rows, image_batches
+from ldm.evaluation.batches import RowBuffer, image_batches
 from ldm.factors import factors_of
 from ldm.util import UserError
 
 DTYPES = ("float32", "bf16")
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse what is not in `DTYPES`, by a UserError."""
-    if dtype not in DTYPES:
-        raise UserError(f"expected {' or '.join(DTYPES)}, got {dtype!r}", "dtype")
+def check_dtype(dtype: str, *more: str) -> None:
+    """Refuse what is neither in `DTYPES` nor one `more`, by a UserError."""
+    known = (*DTYPES, *more)
+    if dtype not in known:
+        raise UserError(f"expected {', '.join(known[:-1])} or {known[-1]}, got {dtype!r}", "dtype")
 
 
 class CodeEncoder:
@@ -106,7 +107,7 @@ def encode(
     Raises:
         UserError: a data set without `fetch`, or an unknown dtype.
     """
-    encoder, codes = CodeEncoder(model.cond_stage_model, dtype), Rows(len(dataset))
+    encoder, codes = CodeEncoder(model.cond_stage_model, dtype), RowBuffer(len(dataset))
     for images in image_batches(dataset, np.arange(len(dataset)), batch_size, progress, "encoding"):
         codes.add(encoder(to_unit_range(images.to(model.device)), tokens)[-1].cpu())
     return codes.tensors()[0].numpy()

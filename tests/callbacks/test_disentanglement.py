@@ -223,7 +223,7 @@ def test_what_could_not_be_scored_is_refused():
         DisentanglementCallback(metrics=["tad"]).check(Model(), datasets, {})
     for options, message in (
         ({"metrics": ["dcy"]}, "unknown metric 'dcy'"),
-        ({"dtype": "fp16"}, "dtype: expected float32 or bf16, got 'fp16'"),
+        ({"dtype": "fp16"}, "dtype: expected float32, bf16 or auto, got 'fp16'"),
         ({"weights": "averaged"}, "weights: expected live or ema, got 'averaged'"),
         ({"every_n_validations": 0}, "every_n_validations: expected at least 1, got 0"),
         ({"seed": -1}, "seed must be"),
