@@ -126,6 +126,18 @@ def test_muon_goes_with_every_configuration(path, stages, vgg16):
     assert sizes[True] > 10 * sizes[False]
 
 
+def test_the_longer_quickstarts_scalars_are_adamws(stages, vgg16):
+    """And nothing else that is Muon's in the short one."""
+    quickstart = ROOT / "configs" / "quickstart"
+    short = completed(quickstart / "encdiff.yaml", stages, vgg16)
+    config = merge([short, load_yaml(quickstart / "longer/encdiff.yaml")])
+    model = instantiate_from_config(config.model, "model", "Lightning module")
+    smallest = model.configure_optimizers()["optimizer"].defaults["smallest"]
+    moved = [n for n, p in model.named_parameters() if is_matrix(p, 16) and not is_matrix(p, smallest)]
+    weight = dict(model.named_parameters())[moved[0]]
+    assert len(moved) == 1 and moved[0].startswith("cond_stage_model.encoder") and len(weight) == 20
+
+
 PAIRS = [(f"autoencoder/{d}_vq_4_16.yaml", f"latent-diffusion/{d}-vq-4-16.yaml") for d in DATASETS]
 
 

@@ -57,6 +57,17 @@ def test_everything_else_steps_as_by_adamw():
         torch.testing.assert_close(one, other)
 
 
+def test_smallest_says_whose_a_matrix_is():
+    shapes = ((20, 64), (64, 20), (24, 24))
+    ours, theirs, muons = weights(*shapes), weights(*shapes), weights(*shapes)
+    train(Muon(ours, smallest=24), ours)
+    train(torch.optim.AdamW(theirs), theirs)
+    train(Muon(muons), muons)
+    for one, other in ((ours[0], theirs[0]), (ours[1], theirs[1]), (ours[2], muons[2])):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(muons[0], theirs[0], atol=1e-4)
+
+
 def test_a_kernel_is_a_matrix_in_any_memory_layout():
     (kernel,), (matrix,) = weights((32, 16, 3, 3)), weights((32, 16 * 9))
     matrix.data = kernel.detach().flatten(1).clone()
