@@ -87,8 +87,8 @@ class Muon(torch.optim.AdamW):
         lr, weight_decay: of both.
         betas, eps, fused: of AdamW; see there.
         momentum: of Muon, with Nesterov's step.
-        smallest: a matrix with fewer rows or columns is AdamW's, such as a first or a last layer; that of N scalars has
-            N rows.
+        smallest: a matrix with fewer rows or columns is AdamW's, such as a first or a last layer; the layer that
+            gives N scalars has N rows.
     """
 
     def __init__(
