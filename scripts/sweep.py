@@ -296,10 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = [*(["--gpus", opt.gpus] if opt.gpus else []), *(f"--allow={module}" for module in opt.allow)]
     only = [sys.executable, os.path.relpath(__file__), str(opt.study), "--logdir", str(opt.logdir), *flags, "--only"]
     if opt.list:
-        for run in runs:
-            log.info("%s: %s", run.name, status_of(run))
-            if status_of(run) != "done":
-                print(shlex.join([*only, run.name]))
+        states = {run.name: status_of(run) for run in runs}
+        for name, state in states.items():
+            log.info("%s: %s", name, state)
+        # All at once: a reader that stops early, such as head, has its lines before the pipe closes.
+        sys.stdout.write("".join(f"{shlex.join([*only, name])}\n" for name in states if states[name] != "done"))
         return 0
     with atomic_output(opt.logdir / "study.json") as part:  # the order of the rows, for scripts/table.py
         part.write_text(json.dumps({"rows": list(study.rows)}) + "\n")
