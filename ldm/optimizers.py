@@ -1,5 +1,6 @@
 """Optimisers for `optimizer_config`, beside those of `torch.optim`."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,18 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def build_optimizer(
-    config: Mapping[str, Any], parameters: Iterable[torch.nn.Parameter], lr: float
+    config: Mapping[str, Any],
+    parameters: Iterable[torch.nn.Parameter],
+    lr: float,
+    named: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser that a node with `target` and `params` describes.
+
+    Args:
+        config: the node.
+        parameters: weights to train.
+        lr: the learning rate.
+        named: names and weights, for `adamw` of `Muon`, which waits for them otherwise.
 
     Raises:
         UserError: no optimiser, unknown or wrong `params`, or a learning rate among them.
@@ -27,7 +37,10 @@ def build_optimizer(
             "the learning rate is base_learning_rate times the images of a step: set that", "optimizer_config.params.lr"
         )
     given = {"params": list(parameters), "lr": lr}
-    return instantiate_from_config(config, "optimizer_config", "optimizer", given=given)
+    optimizer = instantiate_from_config(config, "optimizer_config", "optimizer", given=given)
+    if isinstance(optimizer, Muon) and named is not None:
+        optimizer.leave_to_adamw(named)
+    return optimizer
 
 
 def checked_optimizer(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -89,6 +102,11 @@ class Muon(torch.optim.AdamW):
         momentum: of Muon, with Nesterov's step.
         smallest: a matrix with fewer rows or columns is AdamW's, such as a first or a last layer; the layer that
             gives N scalars has N rows.
+        adamw: regular expressions; AdamW has what one of them is found in the name of, as soon as
+            `leave_to_adamw` is told the names.
+
+    Raises:
+        UserError: no regular expression.
     """
 
     def __init__(
@@ -100,6 +118,7 @@ class Muon(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         momentum: float = 0.95,
         smallest: int = 16,
+        adamw: Sequence[str] = (),
         fused: bool = True,
     ) -> None:
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused)
@@ -109,6 +128,32 @@ class Muon(torch.optim.AdamW):
         self.defaults |= own
         for group in self.param_groups:
             group |= own
+        self.adamw = list(adamw)
+        self.left: set[torch.nn.Parameter] = set()
+        for pattern in self.adamw:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"'{pattern}' is no regular expression: {error}", "adamw") from error
+
+    def leave_to_adamw(self, named: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+        """Leave to AdamW the weights whose names `adamw` describes.
+
+        Args:
+            named: name and weight; there may be weights among them that are another optimiser's.
+
+        Raises:
+            UserError: an expression that is found in no name.
+        """
+        names = dict(named)
+        for pattern in self.adamw:
+            found = [name for name in names if re.search(pattern, name)]
+            if not found:
+                raise UserError(
+                    f"'{pattern}' is found in no weight's name; they are such as '{next(reversed(names), 'none')}'",
+                    "optimizer_config.params.adamw",
+                )
+            self.left.update(names[name] for name in found)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -121,7 +166,7 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             alike: dict[Any, list[torch.Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is not None and is_matrix(parameter, group["smallest"]):
+                if parameter.grad is not None and self.is_muons(parameter, group["smallest"]):
                     alike[parameter.shape, parameter.device, parameter.dtype].append(parameter)
                     gradients[parameter] = parameter.grad
             for parameters in alike.values():
@@ -132,6 +177,14 @@ class Muon(torch.optim.AdamW):
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: PyTorch's knows of groups and state alone."""
+        return super().__getstate__() | {"adamw": self.adamw, "left": self.left}
+
+    def is_muons(self, weight: torch.nn.Parameter, smallest: int) -> bool:
+        """Whether Muon moves a weight, and not AdamW."""
+        return weight not in self.left and is_matrix(weight, smallest)
 
     def _step_matrices(
         self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], group: Mapping[str, Any]

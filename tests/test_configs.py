@@ -138,6 +138,19 @@ def test_the_longer_quickstarts_scalars_are_adamws(stages, vgg16):
     assert len(moved) == 1 and moved[0].startswith("cond_stage_model.encoder") and len(weight) == 20
 
 
+def test_weights_left_to_adamw_by_name(stages, vgg16):
+    quickstart = ROOT / "configs" / "quickstart"
+    names = [r"attn2\.to_[kv]", r"^cond_stage_model\.net\."]
+    overlay = OmegaConf.create({"model": {"params": {"optimizer_config": {"params": {"adamw": names}}}}})
+    config = merge([completed(quickstart / "encdiff.yaml", stages, vgg16), overlay])
+    model = instantiate_from_config(config.model, "model", "Lightning module")
+    optimizer = model.configure_optimizers()["optimizer"]
+    left = {name for name, weight in model.named_parameters() if weight in optimizer.left}
+    layers = [name for name, module in model.named_modules() if name.endswith("attn2")]
+    tokens = {f"cond_stage_model.net.{name}" for name, _ in model.cond_stage_model.net.named_parameters()}
+    assert layers and left == tokens | {f"{layer}.to_{kind}.weight" for layer in layers for kind in "kv"}
+
+
 PAIRS = [(f"autoencoder/{d}_vq_4_16.yaml", f"latent-diffusion/{d}-vq-4-16.yaml") for d in DATASETS]
 
 

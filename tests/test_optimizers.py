@@ -1,5 +1,7 @@
 """Muon against the formula on singular values, PyTorch's own Muon and AdamW; optimisers named in a configuration."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,23 @@ def test_smallest_says_whose_a_matrix_is():
     for one, other in ((ours[0], theirs[0]), (ours[1], theirs[1]), (ours[2], muons[2])):
         torch.testing.assert_close(one, other)
     assert not torch.allclose(muons[0], theirs[0], atol=1e-4)
+
+
+def test_adamw_says_whose_a_matrix_is_by_its_name():
+    shapes = ((24, 24), (24, 24), (24, 24))
+    ours, theirs, muons = weights(*shapes), weights(*shapes), weights(*shapes)
+    named = zip(("encoder.0.weight", "net.0.weight", "unet.to_k.weight"), ours, strict=True)
+    node = {"target": "ldm.optimizers.Muon", "params": {"adamw": ["to_[kv]", r"^encoder\."]}}
+    optimizer = build_optimizer(node, ours, 1e-3, named)
+    train(optimizer, ours)
+    train(torch.optim.AdamW(theirs), theirs)
+    train(Muon(muons), muons)
+    for one, other in ((ours[0], theirs[0]), (ours[1], muons[1]), (ours[2], theirs[2])):
+        torch.testing.assert_close(one, other)
+    copied, weight = copy.deepcopy((optimizer, ours))
+    for one, own in ((optimizer, ours), (copied, weight)):
+        train(one, own)
+    assert all(map(torch.equal, ours, weight))
 
 
 def test_a_kernel_is_a_matrix_in_any_memory_layout():
@@ -149,7 +168,7 @@ def test_one_by_name():
     made = build_optimizer({"target": "torch.optim.SGD", "params": {"momentum": 0.9}}, weights((2,)), 0.3)
     assert isinstance(made, torch.optim.SGD) and made.defaults["lr"] == 0.3 and made.defaults["momentum"] == 0.9
     assert checked_optimizer(None) is None
-    node = {"target": "ldm.optimizers.Muon"}
+    node = {"target": "ldm.optimizers.Muon", "params": {"adamw": ["encoder"]}}
     assert checked_optimizer(node) is node
 
 
@@ -161,6 +180,7 @@ def test_one_by_name():
         ({"target": "ldm.optimizers.Muon", "params": {"lr": 1}}, r"optimizer_config\.params\.lr: .*base_learning_rate"),
         ({"target": "ldm.optimizers.Muon", "params": {"params": 1}}, r"params\.params: is not for a configuration"),
         ({"target": "ldm.optimizers.Muon", "params": {"momentun": 1}}, r"momentun: unknown key .*momentum"),
+        ({"target": "ldm.optimizers.Muon", "params": {"adamw": ["to_[kv"]}}, r"params\.adamw: 'to_\[kv' is no regular"),
         ({"target": "torch.optim.AdamW", "params": {"betas": [2, 0.9]}}, r"optimizer_config \(AdamW\): .*beta"),
         ("adam", r"optimizer_config: expected the keys target"),
     ],
@@ -168,3 +188,10 @@ def test_one_by_name():
 def test_mistakes_in_a_configuration(config, said):
     with pytest.raises(UserError, match=said):
         checked_optimizer(config)
+
+
+def test_a_name_that_no_weight_has():
+    node = {"target": "ldm.optimizers.Muon", "params": {"adamw": ["encodr"]}}
+    (weight,) = weights((24, 24))
+    with pytest.raises(UserError, match=r"params\.adamw: 'encodr' is found in no weight's name; .*'encoder\.weight'"):
+        build_optimizer(node, [weight], 1e-3, [("encoder.weight", weight)])

@@ -261,7 +261,8 @@ class FirstStage(pl.LightningModule):
         rates = (self.lr_g_factor * self.learning_rate, self.learning_rate)
         config = self.optimizer_config or {"target": "torch.optim.Adam", "params": {"betas": [0.5, 0.9]}}
         groups = zip(self.trained_parameters(), rates, strict=False)
-        optimizers = [build_optimizer(config, parameters, rate) for parameters, rate in groups]
+        named = list(self.named_parameters())
+        optimizers = [build_optimizer(config, parameters, rate, named) for parameters, rate in groups]
         if self.schedule is None:
             return optimizers
         return optimizers, [{"scheduler": LambdaLR(o, self.schedule), "interval": "step"} for o in optimizers]

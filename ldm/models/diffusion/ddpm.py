@@ -528,7 +528,9 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         # The fused kernel unscales gradients itself, which Lightning cannot combine with clipping under float16.
         scaled = getattr(self._trainer, "precision", None) == "16-mixed"
         adamw = {"target": "torch.optim.AdamW", "params": {"fused": not scaled}}
-        optimizer = build_optimizer(self.optimizer_config or adamw, self.trained_parameters()[0], self.learning_rate)
+        optimizer = build_optimizer(
+            self.optimizer_config or adamw, self.trained_parameters()[0], self.learning_rate, self.named_parameters()
+        )
         if self.schedule is None:
             return optimizer
         scheduler = {"scheduler": LambdaLR(optimizer, self.schedule), "interval": "step", "frequency": 1}
