@@ -178,6 +178,23 @@ class Muon(torch.optim.AdamW):
             parameter.grad = gradient
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's.
+
+        Raises:
+            UserError: a weight was Muon's there, and is AdamW's here.
+        """
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state.get(weight)
+                if state and "exp_avg_sq" not in state and not self.is_muons(weight, group["smallest"]):
+                    raise UserError(
+                        f"a weight of shape {tuple(weight.shape)} was Muon's when this was saved, and is AdamW's here:"
+                        " leave smallest and adamw as they were, or start from the weights alone",
+                        "optimizer_config",
+                    )
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies: PyTorch's knows of groups and state alone."""
         return super().__getstate__() | {"adamw": self.adamw, "left": self.left}

@@ -135,6 +135,16 @@ def test_saved_and_loaded():
     assert all(map(torch.equal, whole, pieces))
 
 
+def test_a_weight_that_changes_hands_is_refused():
+    """AdamW would look for moments that Muon does not keep."""
+    (weight,) = weights((24, 24))
+    node = {"target": "ldm.optimizers.Muon", "params": {"adamw": ["net"]}}
+    before, after = Muon([weight]), build_optimizer(node, [weight], 1e-3, [("net.weight", weight)])
+    train(before, [weight])
+    with pytest.raises(UserError, match=r"optimizer_config: a weight of shape \(24, 24\) was Muon's"):
+        after.load_state_dict(before.state_dict())
+
+
 def test_a_gradient_scaler_finds_its_scale_undone():
     """Under float16: with a scale as without, and no step where a gradient overflows."""
     plain, scaled = weights((16, 32), (16,)), weights((16, 32), (16,))
