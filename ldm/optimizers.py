@@ -29,7 +29,7 @@ def build_optimizer(
         named: names and weights, for `adamw` of `Muon`, which waits for them otherwise.
 
     Raises:
-        UserError: no optimiser, unknown or wrong `params`, or a learning rate among them.
+        UserError: no optimiser, unknown or wrong `params`, or a learning rate among them; a name that is none.
     """
     settings = config.get("params") if isinstance(config, Mapping) else None
     if isinstance(settings, Mapping) and "lr" in settings:
@@ -45,6 +45,8 @@ def build_optimizer(
 
 def checked_optimizer(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Build a node's optimiser for a single weight, so that mistakes are reported before any data are read.
+
+    The names in `adamw` of `Muon` are looked up later, when the model's optimiser is built.
 
     Returns:
         The node.
@@ -102,8 +104,8 @@ class Muon(torch.optim.AdamW):
         momentum: of Muon, with Nesterov's step.
         smallest: a matrix with fewer rows or columns is AdamW's, such as a first or a last layer; the layer that
             gives N scalars has N rows.
-        adamw: regular expressions; AdamW has what one of them is found in the name of, as soon as
-            `leave_to_adamw` is told the names.
+        adamw: regular expressions; weights whose name one of them matches anywhere are AdamW's, once `leave_to_adamw`
+            has been given the names.
 
     Raises:
         UserError: no regular expression.
@@ -128,7 +130,7 @@ class Muon(torch.optim.AdamW):
         self.defaults |= own
         for group in self.param_groups:
             group |= own
-        self.adamw = list(adamw)
+        self.adamw = [adamw] if isinstance(adamw, str) else list(adamw)
         self.left: set[torch.nn.Parameter] = set()
         for pattern in self.adamw:
             try:
@@ -137,20 +139,20 @@ class Muon(torch.optim.AdamW):
                 raise UserError(f"'{pattern}' is no regular expression: {error}", "adamw") from error
 
     def leave_to_adamw(self, named: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-        """Leave to AdamW the weights whose names `adamw` describes.
+        """Leave to AdamW the weights whose names `adamw` matches.
 
         Args:
-            named: name and weight; there may be weights among them that are another optimiser's.
+            named: name and weight; those of another optimiser may be among them, and frozen ones, which do not count.
 
         Raises:
-            UserError: an expression that is found in no name.
+            UserError: an expression that matches no name.
         """
-        names = dict(named)
+        names = {name: weight for name, weight in named if weight.requires_grad}
         for pattern in self.adamw:
             found = [name for name in names if re.search(pattern, name)]
             if not found:
                 raise UserError(
-                    f"'{pattern}' is found in no weight's name; they are such as '{next(reversed(names), 'none')}'",
+                    f"'{pattern}' matches the name of no trained weight; one is '{next(reversed(names), '')}'",
                     "optimizer_config.params.adamw",
                 )
             self.left.update(names[name] for name in found)
@@ -191,8 +193,8 @@ class Muon(torch.optim.AdamW):
                 if state and "exp_avg_sq" not in state and not self.is_muons(weight, group["smallest"]):
                     raise UserError(
                         f"a weight of shape {tuple(weight.shape)} was Muon's when this was saved, and is AdamW's here:"
-                        " leave smallest and adamw as they were, or start from the weights alone",
-                        "optimizer_config",
+                        " leave it as it was, or start from the weights alone, by model.params.ckpt_path",
+                        "optimizer_config.params.adamw",
                     )
 
     def __getstate__(self) -> dict[str, Any]:
