@@ -26,10 +26,11 @@ def build_optimizer(
         config: the node.
         parameters: weights to train.
         lr: the learning rate.
-        named: names and weights, for `adamw` of `Muon`, which waits for them otherwise.
+        named: names and weights, which `adamw` of `Muon` goes by; without them it has no effect yet.
 
     Raises:
-        UserError: no optimiser, unknown or wrong `params`, or a learning rate among them; a name that is none.
+        UserError: no optimiser, unknown or wrong `params`, a learning rate among them, or an expression in
+            `adamw` that matches no name.
     """
     settings = config.get("params") if isinstance(config, Mapping) else None
     if isinstance(settings, Mapping) and "lr" in settings:
@@ -108,7 +109,7 @@ class Muon(torch.optim.AdamW):
             has been given the names.
 
     Raises:
-        UserError: no regular expression.
+        UserError: an entry of `adamw` is no regular expression.
     """
 
     def __init__(

@@ -203,6 +203,6 @@ def test_mistakes_in_a_configuration(config, said):
 def test_a_name_that_no_weight_has():
     node = {"target": "ldm.optimizers.Muon", "params": {"adamw": ["encodr"]}}
     (weight,) = weights((24, 24))
+    frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     with pytest.raises(UserError, match=r"params\.adamw: 'encodr' matches the name of no .*'encoder\.weight'"):
-        frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
         build_optimizer(node, [weight], 1e-3, [("encoder.weight", weight), ("encodr", frozen)])
