@@ -57,7 +57,7 @@ def test_a_rate_that_falls_over_the_run(runs, stage):
     found = rates(logdir)
     assert [found[step] / found[1] for step in (2, 3)] == pytest.approx([2 / 3, 1 / 3])
     found = rates(r.run("-r", logdir, steps=8))
-    assert [found[step] / found[7] for step in (5, 6)] == pytest.approx([3, 2]), "step 4 has the saved rate"
+    assert [found[step] / found[7] for step in (4, 5, 6)] == pytest.approx([4, 3, 2])
     result = r.cli.run("--base", "run.yaml", *given, "-t", "--gpus", 0, "--max_epochs", 1, score=stage == "encdiff")
     assert result.status == 2 and f"{key}.cycle_lengths: null means" in result.err, result.err
 
@@ -76,6 +76,26 @@ def test_another_optimiser(runs, whole, stage):
     assert losses(logdir) != losses(whole(stage))
     r.run("-r", logdir, "model.params.optimizer_config=null", status=2)
     assert "compare optimizer_config" in r.result.err
+
+
+@pytest.mark.parametrize("stage", ["vq", "encdiff"])
+def test_other_settings_of_the_optimiser(runs, whole, stage):
+    """A resume follows those that it is given, from its first step on, and says so."""
+    r = runs(stage)
+    logdir = r.run(steps=3)
+    before = [state["param_groups"][0] for state in last(logdir)["optimizer_states"]]
+    base = OmegaConf.load(r.cli.folder / "run.yaml").model.base_learning_rate
+    target = "torch.optim.AdamW" if stage == "encdiff" else "torch.optim.Adam"
+    config = f"{{target: {target}, params: {{weight_decay: 0.5, betas: [0.5, 0.9]}}}}"
+    r.run("-r", logdir, f"model.base_learning_rate={base / 4}", f"model.params.optimizer_config={config}")
+    groups = [state["param_groups"][0] for state in last(logdir)["optimizer_states"]]
+    assert [group["initial_lr"] * 4 for group in groups] == pytest.approx([group["initial_lr"] for group in before])
+    assert {group["weight_decay"] for group in groups} == {0.5} != {group["weight_decay"] for group in before}
+    found, usual = rates(logdir), rates(whole(stage))
+    assert [usual[step] / found[step] for step in range(STEPS)] == pytest.approx([1, 1, 1, 4, 4, 4])
+    said = (logdir / "log.txt").read_text()
+    assert "goes on with another setting: learning rate" in said and "weight_decay 0.5 in place of" in said
+    assert ("betas" in said) == (stage == "encdiff"), "a first stage has these betas anyway"
 
 
 @pytest.mark.parametrize("stage", ["kl", "encdiff"])

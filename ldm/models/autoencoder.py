@@ -19,7 +19,7 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.modules.speed import any_batch_size, match_layouts
-from ldm.optimizers import build_optimizer, checked_optimizer
+from ldm.optimizers import build_optimizer, checked_optimizer, follow_configuration
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -266,6 +266,10 @@ class FirstStage(pl.LightningModule):
         if self.schedule is None:
             return optimizers
         return optimizers, [{"scheduler": LambdaLR(o, self.schedule), "interval": "step"} for o in optimizers]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The optimisers' settings are the configuration's."""
+        follow_configuration(self, checkpoint)
 
     @torch.no_grad()
     def log_images(

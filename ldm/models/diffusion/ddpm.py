@@ -27,7 +27,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.modules.graphs import call, forget
 from ldm.modules.speed import any_batch_size, match_layouts
-from ldm.optimizers import build_optimizer, checked_optimizer
+from ldm.optimizers import build_optimizer, checked_optimizer, follow_configuration
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -542,12 +542,13 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
             checkpoint["state_dict"].pop("scale_factor", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's scale factor, unless it is the configuration's."""
+        """Take the checkpoint's scale factor, unless it is the configuration's; the optimiser's settings always are."""
         state = checkpoint["state_dict"]
         self.scale_factor_known = not self.scale_by_std or "scale_factor" in state
         if not self.scale_by_std or "scale_factor" not in state:
             state["scale_factor"] = self.scale_factor.clone()
         fit_to(self.state_dict(), state)
+        follow_configuration(self, checkpoint)
 
     @property
     def picture_names(self) -> dict[str, str]:
