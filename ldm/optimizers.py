@@ -90,7 +90,8 @@ def follow_configuration(model: Any, checkpoint: Mapping[str, Any]) -> None:
         (own,), (saved,) = optimizer.param_groups, state["param_groups"]
         rate, before = (group.get("initial_lr", group["lr"]) for group in (own, saved))
         settings = {name: value for name, value in own.items() if name not in ("params", "lr", "initial_lr")}
-        found = {"learning rate": (before, rate)} | {name: (saved.get(name), new) for name, new in settings.items()}
+        common = {name: (saved[name], value) for name, value in settings.items() if name in saved}
+        found = {"learning rate": (before, rate)} | common
         changes |= {name: pair for name, pair in found.items() if name not in WAYS and not _equal(*pair)}
         saved |= settings
         saved["lr"] = rate
