@@ -135,13 +135,16 @@ def test_saved_and_loaded():
     assert all(map(torch.equal, whole, pieces))
 
 
-def test_a_weight_that_changes_hands_is_refused():
-    """AdamW would look for moments that Muon does not keep."""
+@pytest.mark.parametrize("muons_first", [True, False])
+def test_a_weight_that_changes_hands_is_refused(muons_first):
+    """AdamW would look for moments that Muon does not keep, and Muon would take AdamW's average for its momentum."""
     (weight,) = weights((24, 24))
     node = {"target": "ldm.optimizers.Muon", "params": {"adamw": ["net"]}}
-    before, after = Muon([weight]), build_optimizer(node, [weight], 1e-3, [("net.weight", weight)])
+    muon, adamw = Muon([weight]), build_optimizer(node, [weight], 1e-3, [("net.weight", weight)])
+    before, after = (muon, adamw) if muons_first else (adamw, muon)
     train(before, [weight])
-    with pytest.raises(UserError, match=r"params: a weight of shape \(24, 24\) was Muon's"):
+    whose = r"Muon's .* AdamW's" if muons_first else r"AdamW's .* Muon's"
+    with pytest.raises(UserError, match=rf"optimizer_config\.params: a weight of shape \(24, 24\) was {whose} here"):
         after.load_state_dict(before.state_dict())
 
 
