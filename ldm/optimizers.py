@@ -1,6 +1,5 @@
 """Optimisers for `optimizer_config`, beside those of `torch.optim`."""
 
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,10 +8,6 @@ from typing import Any
 import torch
 
 from ldm.util import UserError, instantiate_from_config
-
-log = logging.getLogger(__name__)
-
-WAYS = ("fused", "foreach", "capturable", "differentiable")  # settings that say how a step is computed, not which
 
 # One round turns each singular value x in [0, 1] into a x + b x³ + c x⁵ (Jordan et al., Muon, 2024). It is steep at 0:
 # after five rounds all but the smallest lie between .68 and 1.14.
@@ -63,49 +58,6 @@ def checked_optimizer(config: Mapping[str, Any] | None) -> Mapping[str, Any] | N
     if config is not None:
         build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))], 1e-4)
     return config
-
-
-def follow_configuration(model: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Give the optimisers and schedules of a checkpoint the settings of a model's configuration, in place.
-
-    PyTorch restores learning rate, weight decay, ... together with the moments: other values given to a resume would
-    have no effect. What changes is logged.
-
-    Args:
-        model: a Lightning module whose `configure_optimizers` gives optimisers of one group, others are left alone, and
-            a LambdaLR of the module's `schedule` for each unless that is None.
-        checkpoint: what Lightning is about to restore, which stays as it is if the model is not to be trained.
-    """
-    states, trainer = checkpoint.get("optimizer_states"), getattr(model, "_trainer", None)
-    if not states or trainer is None or not trainer.training:
-        return
-    made = model.configure_optimizers()
-    optimizers = made["optimizer"] if isinstance(made, dict) else made[0] if isinstance(made, tuple) else made
-    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-    schedules = checkpoint.get("lr_schedulers") or [None] * len(states)
-    changes: dict[str, tuple[Any, Any]] = {}
-    for optimizer, state, schedule in zip(optimizers, states, schedules, strict=False):
-        if len(optimizer.param_groups) != 1 or len(state["param_groups"]) != 1:
-            continue  # somebody else's
-        (own,), (saved,) = optimizer.param_groups, state["param_groups"]
-        rate, before = (group.get("initial_lr", group["lr"]) for group in (own, saved))
-        settings = {name: value for name, value in own.items() if name not in ("params", "lr", "initial_lr")}
-        common = {name: (saved[name], value) for name, value in settings.items() if name in saved}
-        found = {"learning rate": (before, rate)} | common
-        changes |= {name: pair for name, pair in found.items() if name not in WAYS and not _equal(*pair)}
-        saved |= settings
-        saved["lr"] = rate
-        if schedule is not None and "base_lrs" in schedule and model.schedule is not None:
-            saved["initial_lr"], saved["lr"] = rate, rate * model.schedule(schedule["last_epoch"])
-            schedule["base_lrs"], schedule["_last_lr"] = [rate], [saved["lr"]]
-    if changes:
-        said = ", ".join(f"{name} {new} in place of {old}" for name, (old, new) in changes.items())
-        log.info("the optimiser goes on with another setting: %s", said)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two settings are, lists and tuples alike."""
-    return list(a) == list(b) if isinstance(a, list | tuple) and isinstance(b, list | tuple) else bool(a == b)
 
 
 def orthogonalize(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
@@ -233,20 +185,32 @@ class Muon(torch.optim.AdamW):
         """As PyTorch's.
 
         Raises:
-            UserError: a weight was Muon's there, and is AdamW's here, or the other way round.
+            UserError: see `check_moments`.
         """
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            for weight in group["params"]:
-                state, here = self.state.get(weight), self.is_muons(weight, group["smallest"])
-                if state and here == ("exp_avg_sq" in state):  # which AdamW alone keeps
-                    there, now = ("AdamW", "Muon") if here else ("Muon", "AdamW")
-                    raise UserError(
-                        f"a weight of shape {tuple(weight.shape)} was {there}'s when this was saved, and is {now}'s"
-                        " here: leave smallest and adamw as they were, or start from the weights alone, by"
-                        " model.params.ckpt_path",
-                        "optimizer_config.params",
-                    )
+            self.check_moments({weight: self.state.get(weight) for weight in group["params"]}, group["smallest"])
+
+    def check_moments(self, states: Mapping[torch.nn.Parameter, Any], smallest: int) -> None:
+        """Refuse what was saved of weights that change hands.
+
+        Args:
+            states: what was saved of each weight; nothing before the first step.
+            smallest: see the class.
+
+        Raises:
+            UserError: a weight was Muon's there, and is AdamW's here, or the other way round.
+        """
+        for weight, state in states.items():
+            here = self.is_muons(weight, smallest)
+            if state and here == ("exp_avg_sq" in state):  # which AdamW alone keeps
+                there, now = ("AdamW", "Muon") if here else ("Muon", "AdamW")
+                raise UserError(
+                    f"a weight of shape {tuple(weight.shape)} was {there}'s when this was saved, and is {now}'s here:"
+                    " leave smallest and adamw as they were, or start from the weights alone, by"
+                    " model.params.ckpt_path",
+                    "optimizer_config.params",
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: PyTorch's knows of groups and state alone."""

@@ -76,6 +76,10 @@ def test_another_optimiser(runs, whole, stage):
     assert losses(logdir) != losses(whole(stage))
     r.run("-r", logdir, "model.params.optimizer_config=null", status=2)
     assert "compare optimizer_config" in r.result.err
+    written = sorted((logdir / "configs").iterdir())
+    r.run("-r", logdir, "model.params.optimizer_config.params.smallest=1000", status=2)
+    assert "Muon's when this was saved, and is AdamW's here" in r.result.err
+    assert sorted((logdir / "configs").iterdir()) == written, "the next resume would take this configuration"
 
 
 @pytest.mark.parametrize("stage", ["vq", "encdiff"])
@@ -96,6 +100,8 @@ def test_other_settings_of_the_optimiser(runs, whole, stage):
     said = (logdir / "log.txt").read_text()
     assert "goes on with another setting: learning rate" in said and "weight_decay 0.5 in place of" in said
     assert ("betas" in said) == (stage == "encdiff"), "a first stage has these betas anyway"
+    r.run("-r", logdir, "model.params.optimizer_config.params.amsgrad=true", status=2)
+    assert "amsgrad is True here, and it was trained without" in r.result.err
 
 
 @pytest.mark.parametrize("stage", ["kl", "encdiff"])

@@ -30,6 +30,11 @@ NEW = f"{LOOP}val_loop.batch_progress"  # what checkpoints of Lightning 1 lack
 RATES = {"lr": 1, "eps": 1, "weight_decay": 1, "betas": 2}
 SWITCHES = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 ADAM = {*RATES, *SWITCHES, "params", "initial_lr"}
+NEEDS = (  # settings that need a moment of their own
+    (torch.optim.Adam, "amsgrad", "max_exp_avg_sq"),
+    (torch.optim.RMSprop, "centered", "grad_avg"),
+    (torch.optim.RMSprop, "momentum", "momentum_buffer"),
+)
 OPTIMIZED = {  # which of them counts the steps
     True: f"{LOOP}automatic_optimization.optim_progress/optimizer/step",
     False: f"{LOOP}manual_optimization.optim_step_progress",
@@ -61,13 +66,16 @@ def check_resumable(path: Path, model: Any, named_by: str, callbacks: Sequence[A
     if not isinstance(content, dict) or not TRAINING_STATE <= set(content):
         raise UserError(alone, named_by)
     ours = is_ours(model)
-    optimizer = first_optimizer(model) if ours else None
+    optimizers = optimizers_of(model) if ours else []
     first_problem(problems_of_weights(content["state_dict"]), path, named_by)
     check_weights(content["state_dict"], model, path, named_by)
     first_problem(problems_of_counters(content, model), path, named_by)
-    first_problem(problems_of_optimizers(content["optimizer_states"], optimizer), path, named_by)
+    states = content["optimizer_states"]
+    first_problem(problems_of_optimizers(states, optimizers[0] if ours else None), path, named_by)
     if hasattr(model, "trained_parameters"):
-        check_optimizers(content["optimizer_states"], model.trained_parameters(), path, named_by)
+        check_optimizers(states, model.trained_parameters(), path, named_by)
+    for own, state in zip(optimizers, states, strict=False):  # as many, as was checked
+        first_problem(problems_of_settings(own, state), path, named_by)
     first_problem(problems_of_schedulers(content.get("lr_schedulers"), model if ours else None), path, named_by)
     first_problem(problems_of_callbacks(content.get("callbacks"), callbacks), path, named_by)
 
@@ -215,6 +223,17 @@ def problems_of_optimizers(states: Any, own: torch.optim.Optimizer | None) -> It
             yield from problems_of_moments(moment, f"{where}.state: of the parameter {index},", names)
 
 
+def problems_of_settings(own: torch.optim.Optimizer, state: Mapping[str, Any]) -> Iterator[str]:
+    """Moments that an optimiser with the configuration's settings would look for in vain."""
+    (group,) = own.param_groups
+    moments = dict(zip(group["params"], map(state["state"].get, state["param_groups"][0]["params"]), strict=True))
+    for kind, setting, name in NEEDS:
+        if isinstance(own, kind) and group.get(setting) and any(m and name not in m for m in moments.values()):
+            yield f"{setting} is {group[setting]} here, and it was trained without: compare optimizer_config"
+    if hasattr(own, "check_moments"):  # Muon
+        own.check_moments(moments, group["smallest"])
+
+
 def problems_of_group(group: Any, where: str, adam: bool) -> Iterator[str]:
     """Settings of a group of parameters."""
     if not isinstance(group, dict) or not isinstance(group.get("params"), list):
@@ -294,11 +313,11 @@ def is_ours(model: Any) -> bool:
     return hasattr(model, "trained_parameters") and getattr(configure, "__module__", "").startswith("ldm.models.")
 
 
-def first_optimizer(model: Any) -> torch.optim.Optimizer:
-    """The optimiser of one of the models here, or the first of them."""
+def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
+    """Those of one of the models here, newly made."""
     made = model.configure_optimizers()
     made = made["optimizer"] if isinstance(made, dict) else made[0] if isinstance(made, tuple) else made
-    return made[0] if isinstance(made, list) else made
+    return made if isinstance(made, list) else [made]
 
 
 def is_count(value: Any) -> bool:

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.models.checkpoint import load_weights
+from ldm.models.checkpoint import follow_configuration, load_weights
 from ldm.models.validation import LossBudget
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.modules.speed import any_batch_size, match_layouts
-from ldm.optimizers import build_optimizer, checked_optimizer, follow_configuration
+from ldm.optimizers import build_optimizer, checked_optimizer
 from ldm.util import UserError, check_params, instantiate_from_config
 
 log = logging.getLogger(__name__)

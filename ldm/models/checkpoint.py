@@ -1,15 +1,20 @@
-"""Loading the weights of a checkpoint into a model."""
+"""What a model takes of a checkpoint: its weights, or the state of a run without the optimiser's settings."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ldm.compat.checkpoints import check_values, compare, fit_to, read_state_dict
+from ldm.compat.resuming import is_ours, optimizers_of
+from ldm.signatures import parameters_of
 
 log = logging.getLogger(__name__)
 
+# Settings that say how a step is computed, not which.
+WAYS = ("fused", "foreach", "capturable", "differentiable")
 # What a checkpoint may lack: losses, EMA weights, and values that are constant unless learned or computed.
 OPTIONAL = ("loss.", "model_ema.", "cond_stage_model_ema.", "logvar", "scale_factor", "alphas_cumprod_next")
 
@@ -44,6 +49,43 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     # EMA weights without their counter are still EMA weights.
     lacking = [k for k in absent if not k.endswith(("_ema.num_updates", "_ema.decay"))]
     return {prefix for prefix in OPTIONAL if any(k.startswith(prefix) for k in lacking)}
+
+
+def follow_configuration(model: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Give the optimisers of a checkpoint, and their schedules, the settings of a model's configuration, in place.
+
+    PyTorch restores learning rate, weight decay, ... together with the moments: other values given to a resume would
+    have no effect. What changes is logged.
+
+    Args:
+        model: a Lightning module; one with its own `configure_optimizers` keeps what the checkpoint has.
+        checkpoint: what Lightning is about to restore, which stays as it is if the model is not to be trained.
+    """
+    states, trainer = checkpoint.get("optimizer_states"), model._trainer
+    if not states or trainer is None or not trainer.training or not is_ours(model):
+        return
+    schedules = checkpoint.get("lr_schedulers") or [None] * len(states)
+    changes = []
+    for optimizer, state, schedule in zip(optimizers_of(model), states, schedules, strict=False):
+        (own,), (saved,) = optimizer.param_groups, state["param_groups"]
+        rate, before = (group.get("initial_lr", group["lr"]) for group in (own, saved))
+        # What a constructor takes is a setting, and what else a group holds may be counted there.
+        taken = {*parameters_of(type(optimizer))[0], "decoupled_weight_decay"} - {"params", "lr", *WAYS}
+        names = taken & set(own) & set(saved)
+        pairs = {"learning rate": (before, rate)} | {name: (saved[name], own[name]) for name in sorted(names)}
+        changes += [f"{name} {b} in place of {a}" for name, (a, b) in pairs.items() if not _equal(a, b)]
+        saved |= {name: own[name] for name in (*names, *WAYS) if name in own}
+        saved["lr"] = rate
+        if schedule is not None and model.schedule is not None:
+            saved["initial_lr"], saved["lr"] = rate, rate * model.schedule(schedule["last_epoch"])
+            schedule["base_lrs"], schedule["_last_lr"] = [rate], [saved["lr"]]
+    if changes:
+        log.info("the optimiser goes on with another setting: %s", ", ".join(dict.fromkeys(changes)))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two settings are, lists and tuples alike."""
+    return list(a) == list(b) if isinstance(a, list | tuple) and isinstance(b, list | tuple) else bool(a == b)
 
 
 def _groups(names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Checkpoint files: old ones, hostile ones, damaged ones, and ones that lack a part."""
 
 import contextlib
+import copy
 import logging
 import os
 import pickle
@@ -9,6 +10,7 @@ import runpy
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from torch import nn
 
 from ldm.compat.checkpoints import fit_to, read_checkpoint, read_state_dict
 from ldm.models.autoencoder import VQModel
-from ldm.models.checkpoint import load_weights
+from ldm.models.checkpoint import follow_configuration, load_weights
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError, instantiate_from_config
 
@@ -365,6 +367,56 @@ def test_a_checkpoint_of_ldm(tmp_path):
     loaded.on_load_checkpoint(saved)
     loaded.load_state_dict(saved["state_dict"])
     assert loaded.scale_factor == 0.5
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count in its group, as optimisers without a schedule do."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.param_groups[0]["k"] = 0
+
+
+class OwnOptimizer(LatentDiffusion):
+    """Somebody's model: a schedule that sets the learning rate itself."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.trained_parameters()[0], lr=0.5)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+@pytest.fixture
+def saved_settings():
+    group = {"lr": 0.01, "initial_lr": 0.1, "momentum": 0.9, "k": 4, "params": [0]}
+    schedule = {"last_epoch": 4, "base_lrs": [0.1], "_last_lr": [0.01]}
+    return {"optimizer_states": [{"state": {}, "param_groups": [group]}], "lr_schedulers": [schedule]}
+
+
+def test_settings_are_the_configurations_and_counts_the_checkpoints(monkeypatch, saved_settings, caplog):
+    model = small()
+    model.schedule, model._trainer = lambda step: 1 / (1 + step), SimpleNamespace(training=True)
+    made = [Counting(model.trained_parameters()[0], lr=0.3, momentum=0.5)]
+    monkeypatch.setattr("ldm.models.checkpoint.optimizers_of", lambda _: made)
+    with caplog.at_level("INFO"):
+        follow_configuration(model, saved_settings)
+    (group,), (schedule,) = saved_settings["optimizer_states"][0]["param_groups"], saved_settings["lr_schedulers"]
+    rate = pytest.approx(0.3 / 5)
+    assert (group["lr"], group["initial_lr"], group["momentum"], group["k"]) == (rate, 0.3, 0.5, 4)
+    assert (schedule["base_lrs"], schedule["_last_lr"]) == ([0.3], [rate])
+    assert caplog.messages == [
+        "the optimiser goes on with another setting: learning rate 0.3 in place of 0.1, momentum 0.5 in place of 0.9"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["not trained", "its own optimiser"])
+def test_whose_settings_stay(saved_settings, kind):
+    model = small()
+    model._trainer = SimpleNamespace(training=kind != "not trained")
+    if kind != "not trained":
+        model.__class__ = OwnOptimizer
+    before = copy.deepcopy(saved_settings)
+    follow_configuration(model, saved_settings)
+    assert saved_settings == before
 
 
 def test_ema_weights_without_their_counter_are_kept(tmp_path):

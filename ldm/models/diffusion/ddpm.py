@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.compat.checkpoints import fit_to
 from ldm.models.autoencoder import IdentityFirstStage, build_schedule
-from ldm.models.checkpoint import load_weights
+from ldm.models.checkpoint import follow_configuration, load_weights
 from ldm.models.diffusion.concepts import ConceptMethods
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -27,7 +27,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_buffers
 from ldm.modules.graphs import call, forget
 from ldm.modules.speed import any_batch_size, match_layouts
-from ldm.optimizers import build_optimizer, checked_optimizer, follow_configuration
+from ldm.optimizers import build_optimizer, checked_optimizer
 from ldm.util import UserError, instantiate_from_config
 
 log = logging.getLogger(__name__)
