@@ -1,5 +1,6 @@
 """What a model takes of a checkpoint: its weights, or the state of a run without the optimiser's settings."""
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from torch import nn
 
 from ldm.compat.checkpoints import check_values, compare, fit_to, read_state_dict
 from ldm.compat.resuming import is_ours, optimizers_of
-from ldm.signatures import parameters_of
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,10 @@ def follow_configuration(model: Any, checkpoint: Mapping[str, Any]) -> None:
     for optimizer, state, schedule in zip(optimizers_of(model), states, schedules, strict=False):
         (own,), (saved,) = optimizer.param_groups, state["param_groups"]
         rate, before = (group.get("initial_lr", group["lr"]) for group in (own, saved))
-        # What a constructor takes is a setting, and what else a group holds may be counted there.
-        taken = {*parameters_of(type(optimizer))[0], "decoupled_weight_decay"} - {"params", "lr", *WAYS}
-        names = taken & set(own) & set(saved)
+        # What constructors take is a setting, and what else a group holds may be counted there.
+        made = [vars(kind)["__init__"] for kind in type(optimizer).__mro__ if "__init__" in vars(kind)]
+        taken = {name for constructor in made for name in inspect.signature(constructor).parameters}
+        names = taken & set(own) & set(saved) - {"params", "lr", *WAYS}
         pairs = {"learning rate": (before, rate)} | {name: (saved[name], own[name]) for name in sorted(names)}
         changes += [f"{name} {b} in place of {a}" for name, (a, b) in pairs.items() if not _equal(a, b)]
         saved |= {name: own[name] for name in (*names, *WAYS) if name in own}
