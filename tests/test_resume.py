@@ -98,7 +98,7 @@ def test_other_settings_of_the_optimiser(runs, whole, stage):
     found, usual = rates(logdir), rates(whole(stage))
     assert [usual[step] / found[step] for step in range(STEPS)] == pytest.approx([1, 1, 1, 4, 4, 4])
     said = (logdir / "log.txt").read_text()
-    assert "goes on with another setting: learning rate" in said and "weight_decay 0.5 in place of" in said
+    assert "changed by this resume: learning rate" in said and "weight_decay 0.5 (was " in said
     assert ("betas" in said) == (stage == "encdiff"), "a first stage has these betas anyway"
     r.run("-r", logdir, "model.params.optimizer_config.params.amsgrad=true", status=2)
     assert "amsgrad is True here, and it was trained without" in r.result.err

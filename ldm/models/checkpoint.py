@@ -74,14 +74,14 @@ def follow_configuration(model: Any, checkpoint: Mapping[str, Any]) -> None:
         taken = {name for constructor in made for name in inspect.signature(constructor).parameters}
         names = taken & set(own) & set(saved) - {"params", "lr", *WAYS}
         pairs = {"learning rate": (before, rate)} | {name: (saved[name], own[name]) for name in sorted(names)}
-        changes += [f"{name} {b} in place of {a}" for name, (a, b) in pairs.items() if not _equal(a, b)]
+        changes += [f"{name} {b} (was {a})" for name, (a, b) in pairs.items() if not _equal(a, b)]
         saved |= {name: own[name] for name in (*names, *WAYS) if name in own}
         saved["lr"] = rate
         if schedule is not None and model.schedule is not None:
             saved["initial_lr"], saved["lr"] = rate, rate * model.schedule(schedule["last_epoch"])
             schedule["base_lrs"], schedule["_last_lr"] = [rate], [saved["lr"]]
     if changes:
-        log.info("the optimiser goes on with another setting: %s", ", ".join(dict.fromkeys(changes)))
+        log.info("settings of the optimiser changed by this resume: %s", ", ".join(dict.fromkeys(changes)))
 
 
 def _equal(a: Any, b: Any) -> bool:

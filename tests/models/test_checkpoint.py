@@ -404,7 +404,7 @@ def test_settings_are_the_configurations_and_counts_the_checkpoints(monkeypatch,
     assert (group["lr"], group["initial_lr"], group["momentum"], group["k"]) == (rate, 0.3, 0.5, 4)
     assert (schedule["base_lrs"], schedule["_last_lr"]) == ([0.3], [rate])
     assert caplog.messages == [
-        "the optimiser goes on with another setting: learning rate 0.3 in place of 0.1, momentum 0.5 in place of 0.9"
+        "settings of the optimiser changed by this resume: learning rate 0.3 (was 0.1), momentum 0.5 (was 0.9)"
     ]
 
 
