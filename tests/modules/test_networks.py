@@ -143,21 +143,6 @@ def test_encoder_takes_multiples_of_16():
         Encoder4(d=8, context_dim=6, latent_unit=5, image_size=40)
 
 
-def test_encoder_widens_from_its_third_convolution_on():
-    sizes = {"context_dim": 6, "latent_unit": 5, "image_size": 32}
-    plain, wide = Encoder4(d=8, **sizes), Encoder4(d=8, d_out=12, **sizes)
-    assert list(wide.state_dict()) == list(plain.state_dict())
-    kernels = [tuple(w.shape[:2]) for w in wide.encoder.parameters() if w.ndim == 4]
-    assert kernels == [(8, 3), (8, 8), (12, 8), (12, 12), *[(12, 12)] * 4]
-    images = torch.randn(3, 3, 32, 32)
-    assert wide(images).shape == (3, 5, 6)
-    torch.manual_seed(0)
-    plain = Encoder4(d=8, **sizes)
-    torch.manual_seed(0)
-    same = Encoder4(d=8, d_out=8, **sizes)
-    assert torch.equal(same(images), plain(images))
-
-
 @pytest.mark.parametrize("updown", [True, False])
 @pytest.mark.parametrize("scale_shift", [True, False])
 def test_unet(updown, scale_shift):

@@ -157,18 +157,16 @@ class Encoder4(ConceptEncoder):
 
     Args:
         d: width of the convolutions.
-        d_out: width from the third convolution on, if not d; the release has one for all. The paper's encoder widens,
-            too (Table 8). Where the image is small a wider network costs little.
         settings: of `ConceptEncoder`.
     """
 
-    def __init__(self, d: int, d_out: int | None = None, **settings: Any) -> None:
-        self.d, self.d_out = d, d if d_out is None else d_out
+    def __init__(self, d: int, **settings: Any) -> None:
+        self.d = d
         super().__init__(**settings)
 
     def image_network(self, outputs: int) -> nn.Module:
         """Four convolutions of stride 2, two residual blocks, one linear layer."""
-        d, out = self.d, self.d_out
+        d = self.d
         return nn.Sequential(
             nn.Conv2d(self.num_channels, d, 4, stride=2, padding=1),
             nn.BatchNorm2d(d),
@@ -176,16 +174,16 @@ class Encoder4(ConceptEncoder):
             nn.Conv2d(d, d, 4, stride=2, padding=1),
             nn.BatchNorm2d(d),
             nn.ReLU(),
-            nn.Conv2d(d, out, 4, stride=2, padding=1),
-            nn.BatchNorm2d(out),
+            nn.Conv2d(d, d, 4, stride=2, padding=1),
+            nn.BatchNorm2d(d),
             # No ReLU here: as released.
-            nn.Conv2d(out, out, 4, stride=2, padding=1),
-            nn.BatchNorm2d(out),
+            nn.Conv2d(d, d, 4, stride=2, padding=1),
+            nn.BatchNorm2d(d),
             nn.ReLU(),
-            ResBlock(out),
-            nn.BatchNorm2d(out),
+            ResBlock(d),
+            nn.BatchNorm2d(d),
             nn.ReLU(),
-            ResBlock(out),
+            ResBlock(d),
             nn.Flatten(),
-            nn.Linear(out * (self.image_size // 16) ** 2, outputs),
+            nn.Linear(d * (self.image_size // 16) ** 2, outputs),
         )
