@@ -27,11 +27,14 @@ def main() -> int:
         default=SIZES,
         help="floor, wall and object hues, scales, shapes, orientations (default: 10,10,10,8,4,15)",
     )
+    parser.add_argument(
+        "--level", action="store_true", help="larger objects, the top edges of all shapes in one row of the picture"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite an earlier rendering")
     options = parser.parse_args()
     path = options.out / "shapes3d" / "3dshapes.h5"
     try:
-        written = write_shapes3d(path, options.sizes, options.image_size, options.force)
+        written = write_shapes3d(path, options.sizes, options.image_size, options.force, level=options.level)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -75,7 +75,7 @@ def colour(hue: float) -> np.ndarray:
 
 
 def render_blocks(
-    sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3
+    sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3, level: bool = False
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Render in grid order, one block for each combination of the three colours.
 
@@ -83,6 +83,7 @@ def render_blocks(
         sizes: see `rooms_grid`.
         image_size: width and height, pixels.
         samples: rays per pixel and direction.
+        level: see `Rendered`.
 
     Yields:
         The block's first row, and its images (scales·shapes·orientations, image_size, image_size, 3) uint8. The array
@@ -94,7 +95,8 @@ def render_blocks(
 
     def cast(k: int) -> None:
         scale, shape, angle = scenes[k]
-        planes[:, k, ..., 0] = np.moveaxis(geometry_buffer(shape, scale, angle, image_size, samples), -1, 0) * 255
+        buffer = geometry_buffer(shape, scale, angle, image_size, samples, level)
+        planes[:, k, ..., 0] = np.moveaxis(buffer, -1, 0) * 255
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         done = threads.map(cast, range(len(scenes)))
@@ -120,10 +122,10 @@ def render_blocks(
             yield number * len(scenes), block
 
 
-def render(sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3) -> np.ndarray:
+def render(sizes: Sequence[int] = SIZES, image_size: int = 64, samples: int = 3, level: bool = False) -> np.ndarray:
     """All images (n, image_size, image_size, 3) uint8 in grid order, in memory; for small grids."""
     images = np.empty((len(rooms_grid(sizes)), image_size, image_size, 3), dtype=np.uint8)
-    for row, block in render_blocks(sizes, image_size, samples):
+    for row, block in render_blocks(sizes, image_size, samples, level):
         images[row : row + len(block)] = block
     return images
 
@@ -135,16 +137,18 @@ def write_shapes3d(
     force: bool = False,
     progress: bool = True,
     advice: str = "choose another folder",
+    level: bool = False,
 ) -> bool:
     """Render into a file with the layout of `3dshapes.h5`, contiguous, so that its pixels can be memory-mapped.
 
     Args:
-        path: the file; an existing one with the same grid and image size is kept.
+        path: the file; an existing one of the same grid, image size and objects is kept.
         sizes: see `rooms_grid`.
         image_size: width and height, pixels.
         force: overwrite an existing file, if it was rendered here.
         progress: show a progress bar.
         advice: what to do if the folder is full or cannot be written to, for the error.
+        level: see `Rendered`.
 
     Returns:
         Whether the file was written.
@@ -155,17 +159,17 @@ def write_shapes3d(
     path, grid = Path(path), rooms_grid(sizes)
     shape = resized_shape((len(grid), 1, 1, 3), image_size)
     remove_leftovers(path)
-    if path.exists() and _keep(path, grid, image_size, force):
+    if path.exists() and _keep(path, grid, image_size, force, level):
         return False
     make_folder(path.parent, advice)
     with one_writer(path):
-        if path.exists() and _keep(path, grid, image_size, force):
+        if path.exists() and _keep(path, grid, image_size, force, level):
             return False  # another process has rendered it in the meantime
         with atomic_output(path, advice) as temporary:
             # Claimed before HDF5 writes a byte: when it cannot, it may end the process, even later.
             size = int(np.prod(shape, dtype=np.int64)) + 48 * len(grid) + (1 << 16)
             require_space(temporary, size, f"rendering {path.name}", advice, claim=True)
-            offsets = _write_header(temporary, grid, shape)
+            offsets = _write_header(temporary, grid, shape, level)
             length = temporary.stat().st_size
             require_space(temporary, size, f"rendering {path.name}", advice, claim=True)
             with temporary.open("r+b") as file:
@@ -173,7 +177,7 @@ def write_shapes3d(
                 file.write(labels(grid.sizes).tobytes())
                 file.seek(offsets["images"])
                 with bar(total=len(grid), progress=progress, desc=f"rendering {path.name}", unit="images") as shown:
-                    for _, block in render_blocks(grid.sizes, image_size):
+                    for _, block in render_blocks(grid.sizes, image_size, level=level):
                         file.write(block.data)
                         shown.update(len(block))
                 file.truncate(length)  # what was claimed is more
@@ -182,7 +186,7 @@ def write_shapes3d(
     return True
 
 
-def _write_header(temporary: Path, grid: FactorGrid, shape: tuple[int, ...]) -> dict[str, int]:
+def _write_header(temporary: Path, grid: FactorGrid, shape: tuple[int, ...], level: bool) -> dict[str, int]:
     """An HDF5 file whose arrays, labels and images of this shape, have their places, but no content yet.
 
     Returns:
@@ -194,6 +198,7 @@ def _write_header(temporary: Path, grid: FactorGrid, shape: tuple[int, ...]) -> 
     arrays = {"labels": ((len(grid), 6), h5py.h5t.IEEE_F64LE), "images": (shape, h5py.h5t.STD_U8LE)}
     with h5py.File(temporary, "w", locking=False) as file:  # `atomic_output` holds a lock
         file.attrs["rendered_sizes"] = grid.sizes
+        file.attrs["rendered_level"] = level
         file.attrs[CHECKED] = True
         made = {
             name: h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(size), early)
@@ -202,15 +207,16 @@ def _write_header(temporary: Path, grid: FactorGrid, shape: tuple[int, ...]) -> 
         return {name: array.get_offset() for name, array in made.items()}
 
 
-def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
+def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool, level: bool) -> bool:
     """Whether the existing file `path` is the requested one. A file that was not rendered here is never overwritten."""
     try:
         with h5py.File(path, "r") as file:
             found = tuple(int(size) for size in file.attrs.get("rendered_sizes", ()))
+            found_level = bool(file.attrs.get("rendered_level", False))  # files of earlier versions do not say
             size = file["images"].shape[1] if found else 0
     except Exception:  # h5py raises many kinds for damaged files
-        found, size = (), 0
-    if found == grid.sizes and size == image_size and not force:
+        found, found_level, size = (), False, 0
+    if found == grid.sizes and size == image_size and found_level == level and not force:
         return True  # whoever opens it compares it with its checksums
     if not found or not force:
         with reading(path, "Rendered"), path.open("rb") as opened:
@@ -220,8 +226,8 @@ def _keep(path: Path, grid: FactorGrid, image_size: int, force: bool) -> bool:
     if force:
         return False
     raise UserError(
-        f"{path} holds another rendering (sizes {found}, {size}×{size} pixels); overwrite it with --force "
-        "(force=True), or choose another folder"
+        f"{path} holds another rendering (sizes {found}, {size}×{size} pixels{', level' * found_level}); overwrite it "
+        "with --force (force=True), or choose another folder"
     )
 
 
@@ -232,15 +238,21 @@ class Rendered(ImageDataset):
         path: the folder of data sets; if left out, the environment variable ENCDIFF_DATA, else `data`.
         sizes: see `rooms_grid`; default: all 480,000 rooms.
         image_size: width and height, pixels.
+        level: larger objects, the top edges of all shapes in one row of the picture (`ldm.data.rooms.LEVEL`).
     """
 
     def __init__(
-        self, path: str | os.PathLike | None = None, sizes: Sequence[int] | None = None, image_size: int = 64
+        self,
+        path: str | os.PathLike | None = None,
+        sizes: Sequence[int] | None = None,
+        image_size: int = 64,
+        level: bool = False,
     ) -> None:
         grid = rooms_grid(SIZES if sizes is None else sizes)
-        name = f"rooms-{image_size}-{'x'.join(map(str, grid.sizes))}.h5"
+        name = f"rooms-{image_size}-{'x'.join(map(str, grid.sizes))}{'-level' * level}.h5"
         file = data_root(path) / "rendered" / name
-        write_shapes3d(file, grid.sizes, image_size, advice=f"name another folder of data sets {other_root(path)}")
+        advice = f"name another folder of data sets {other_root(path)}"
+        write_shapes3d(file, grid.sizes, image_size, advice=advice, level=level)
         super().__init__(h5_pixels(file, "images", None, grid, "Rendered"), grid)
 
 

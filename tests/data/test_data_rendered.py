@@ -11,7 +11,7 @@ import pytest
 from ldm.data import rendered
 from ldm.data.dis import Shapes3DTrain
 from ldm.data.rendered import SIZES, RenderedTrain, colour, factor_values, labels, render, write_shapes3d
-from ldm.data.rooms import SHAPES, geometry_buffer, hit_object, object_normals
+from ldm.data.rooms import SHAPES, camera_rays, geometry_buffer, hit_object, object_normals
 from ldm.util import UserError
 
 SMALL = (2, 3, 2, 2, 4, 3)
@@ -75,22 +75,40 @@ def test_neighbouring_scenes_of_the_full_grid_differ():
         assert np.abs(left - right).max() > 0.1
 
 
+def top_rows(shape, level):
+    """Where the picture of each scale begins, in pixels of 32: mean over three orientations, rays at 4 per pixel."""
+    size = 128
+    tops = []
+    for scale in factor_values(SIZES)[3]:
+        hits = [np.isfinite(hit_object(shape, scale, *camera_rays(angle, size, 1), level)) for angle in (-30, 0, 30)]
+        tops.append(np.mean([hit.reshape(size, size).any(1).argmax() for hit in hits]) * 32 / size)
+    return np.array(tops)
+
+
+def test_level_objects_have_their_top_edges_in_one_row():
+    level, usual = (np.array([top_rows(shape, kind) for shape in SHAPES]) for kind in (True, False))
+    assert np.ptp(level, axis=0).max() < 0.8 and np.ptp(usual, axis=0).min() > 1.5
+    assert (np.diff(level, axis=1) < -0.5).all()  # each scale is told by more than half a pixel
+
+
+@pytest.mark.parametrize("level", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_surfaces(shape):
+def test_surfaces(shape, level):
     """Rays straight down meet the top; normals have length 1 and face the ray."""
     rng = np.random.default_rng(0)
     origin = rng.normal(size=(500, 3)) * [0.3, 0.3, 0] + [0, 0, 5]
     rays = np.broadcast_to([0.0, 0.0, -1.0], origin.shape)
-    distance = hit_object(shape, 1.0, origin, rays)
+    distance = hit_object(shape, 1.0, origin, rays, level)
     hit = np.isfinite(distance)
     points = origin[hit] + distance[hit, None] * rays[hit]
-    normals = object_normals(shape, 1.0, points)
+    normals = object_normals(shape, 1.0, points, level)
     np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, atol=1e-6)
     assert hit.sum() > 100 and (normals[:, 2] >= -1e-9).all()
-    heights = {"cube": 1.24, "cylinder": 1.3, "sphere": 1.5, "capsule": 1.75}
-    assert points[:, 2].max() <= heights[shape] + 1e-9 and points[:, 2].max() > heights[shape] - 0.05
+    heights = {"cube": (1.24, 1.5), "cylinder": (1.3, 1.57), "sphere": (1.5, 1.64), "capsule": (1.75, 1.64)}
+    height = heights[shape][level]
+    assert points[:, 2].max() <= height + 1e-9 and points[:, 2].max() > height - 0.05
     away = np.broadcast_to([0.0, 0.0, 1.0], origin.shape)
-    assert np.isinf(hit_object(shape, 1.0, origin, away)).all()
+    assert np.isinf(hit_object(shape, 1.0, origin, away, level)).all()
 
 
 def test_antialiasing_blends_edges():
@@ -118,6 +136,11 @@ def test_rendering_again_does_nothing_unless_forced(tmp_path):
     with pytest.raises(UserError, match="another rendering"):
         write_shapes3d(path, (1, 1, 1, 1, 1, 3), 8)
     assert write_shapes3d(path, (1, 1, 1, 1, 1, 3), 8, progress=False, force=True)
+    with pytest.raises(UserError, match="another rendering"):
+        write_shapes3d(path, (1, 1, 1, 1, 1, 3), 8, level=True)
+    assert write_shapes3d(path, (1, 1, 1, 1, 1, 3), 8, progress=False, force=True, level=True)
+    with pytest.raises(UserError, match=r"another rendering .*level"):
+        write_shapes3d(path, (1, 1, 1, 1, 1, 3), 8)
 
 
 def test_an_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
@@ -136,6 +159,14 @@ def test_the_data_set_renders_itself_once(tmp_path, images, monkeypatch):
     assert dataset.grid.names == Shapes3DTrain.names and dataset.image_size == 16
     monkeypatch.setattr(rendered, "render_blocks", lambda *args: pytest.fail("rendered twice"))
     assert len(RenderedTrain(path=tmp_path, sizes=list(SMALL), image_size=16)) == len(images)
+
+
+def test_level_rooms_are_another_data_set(tmp_path, images):
+    usual, level = (RenderedTrain(tmp_path, list(SMALL), 16, kind) for kind in (False, True))
+    np.testing.assert_array_equal(usual.images, images)
+    np.testing.assert_array_equal(level.images, render(SMALL, 16, level=True))
+    differ = (level.images != images).any((1, 2, 3))
+    assert differ.all() and level.grid == usual.grid
 
 
 def test_the_script(tmp_path, monkeypatch, capsys):
