@@ -17,6 +17,7 @@ from ldm.cli.checks import dry_run
 from ldm.cli.configure import Run, compose
 from ldm.config import find_config, from_dotlist, load_yaml, merge
 from ldm.data.dis import Shapes3D
+from ldm.data.rendered import SIZES
 from ldm.optimizers import Muon, is_matrix
 from ldm.util import UserError, instantiate_from_config
 
@@ -162,6 +163,31 @@ def test_the_stages_fit_together(first, second):
         assert stage[key] == first.model.params[key], key
     assert first.data.params.train.target == second.data.params.train.target
     assert "validation" in first.data.params and "validation" in second.data.params
+
+
+def rooms(base, overrides=()):
+    """Parameters of the rooms that these files train on, which must be those they validate on."""
+    files = [load_yaml(ROOT / path) for path in base if path != "configs/fast.yaml"]
+    data = merge([*files, from_dotlist(list(overrides))]).data.params
+    assert data.train == data.validation and data.train.target.endswith("RenderedTrain")
+    return OmegaConf.to_container(data.train.params)
+
+
+def test_both_stages_of_the_quickstarts_see_the_same_rooms():
+    stages = ("first_stage", "encdiff")
+    short = [rooms([f"configs/quickstart/{stage}.yaml"]) for stage in stages]
+    assert short[0] == short[1] and "level" not in short[0]
+    longer = [
+        rooms([f"configs/quickstart/{stage}.yaml", f"configs/quickstart/longer/{stage}.yaml"]) for stage in stages
+    ]
+    assert longer[0] == longer[1] == {"sizes": list(SIZES), "image_size": 32, "level": True}
+
+
+def test_the_study_of_shapes3ds_grid_keeps_its_rooms():
+    """It has the files of the longer quickstart, whose objects have other sizes."""
+    study = load_yaml(ROOT / "configs" / "studies" / "rooms_480k.yaml")
+    first = rooms(study.first_stage.base, study.first_stage.overrides)
+    assert first == rooms(study.base, study.overrides) == {"sizes": list(SIZES), "image_size": 32, "level": False}
 
 
 @pytest.mark.parametrize("overlay", [None, "longer"])
