@@ -28,7 +28,7 @@ def main() -> int:
         help="floor, wall and object hues, scales, shapes, orientations (default: 10,10,10,8,4,15)",
     )
     parser.add_argument(
-        "--level", action="store_true", help="larger objects, the top edges of all shapes in one row of the picture"
+        "--level", action="store_true", help="larger objects, the top edges of all shapes about in one row"
     )
     parser.add_argument("--force", action="store_true", help="overwrite an earlier rendering")
     options = parser.parse_args()

@@ -176,18 +176,17 @@ def rooms(base, overrides=()):
 def test_both_stages_of_the_quickstarts_see_the_same_rooms():
     stages = ("first_stage", "encdiff")
     short = [rooms([f"configs/quickstart/{stage}.yaml"]) for stage in stages]
-    assert short[0] == short[1] and "level" not in short[0]
+    assert short[0] == short[1]
     longer = [
         rooms([f"configs/quickstart/{stage}.yaml", f"configs/quickstart/longer/{stage}.yaml"]) for stage in stages
     ]
-    assert longer[0] == longer[1] == {"sizes": list(SIZES), "image_size": 32, "level": True}
+    assert longer[0] == longer[1] == {"sizes": list(SIZES), "image_size": 32}
 
 
-def test_the_study_of_shapes3ds_grid_keeps_its_rooms():
-    """It has the files of the longer quickstart, whose objects have other sizes."""
+def test_the_study_of_shapes3ds_grid_has_the_longer_quickstarts_rooms():
     study = load_yaml(ROOT / "configs" / "studies" / "rooms_480k.yaml")
     first = rooms(study.first_stage.base, study.first_stage.overrides)
-    assert first == rooms(study.base, study.overrides) == {"sizes": list(SIZES), "image_size": 32, "level": False}
+    assert first == rooms(study.base, study.overrides) == {"sizes": list(SIZES), "image_size": 32}
 
 
 @pytest.mark.parametrize("overlay", [None, "longer"])

@@ -238,7 +238,7 @@ class Rendered(ImageDataset):
         path: the folder of data sets; if left out, the environment variable ENCDIFF_DATA, else `data`.
         sizes: see `rooms_grid`; default: all 480,000 rooms.
         image_size: width and height, pixels.
-        level: larger objects, the top edges of all shapes in one row of the picture (`ldm.data.rooms.LEVEL`).
+        level: larger objects, the top edges of all shapes about in one row (`ldm.data.rooms.LEVEL`).
     """
 
     def __init__(
