@@ -81,8 +81,8 @@ def _disc(origin: np.ndarray, rays: np.ndarray, radius: float, height: float) ->
 
 # Radius (half side of the cube) and height of each shape at scale 1.
 DIMENSIONS = {"cube": (0.62, 1.24), "cylinder": (0.62, 1.3), "sphere": (0.75, 1.5), "capsule": (0.5, 1.75)}
-# Larger, and chosen so that at one scale the top edges of all shapes, on average over an object's columns, lie within
-# 1.3 pixels of 32; a round top has to be higher for that. Those above lie within 1.8 to 4 pixels.
+# Larger, and chosen so that at one scale the top edges of all shapes, each averaged over the object's columns, lie at
+# most 1.3 pixels of 32 apart; a round top has to be higher for that. With `DIMENSIONS` they lie 1.8 to 4 apart.
 LEVEL = {"cube": (0.75, 1.5), "cylinder": (0.74, 1.57), "sphere": (0.88, 1.76), "capsule": (0.7, 1.78)}
 
 
