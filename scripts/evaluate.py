@@ -139,10 +139,13 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
     from ldm.api import load, load_config
     from ldm.evaluation.codes import encode, why_not_scored
     from ldm.evaluation.images import check_images, score_images
+    from ldm.modules.speed import keep_memory
     from ldm.targets import allowing
     from ldm.util import instantiate_from_config
 
     model = load(path, opt.device or ("cuda" if torch.cuda.is_available() else "cpu"), opt.weights, opt.allow)
+    if model.device.type == "cpu":
+        keep_memory()
     with allowing(opt.allow):
         data = instantiate_from_config(load_config(path).data, "data", "data module")
         data.setup()

@@ -68,8 +68,11 @@ def load_model(opt: argparse.Namespace, path: Path) -> tuple[Any, bool]:
     import torch
 
     from ldm.api import load
+    from ldm.modules.speed import keep_memory
 
     device = opt.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        keep_memory()
     if opt.weights == "ema":
         try:
             return load(path, device, "ema", opt.allow), False

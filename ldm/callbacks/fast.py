@@ -17,7 +17,7 @@ from ldm.models.autoencoder import FirstStage, VQModel
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules import fused
 from ldm.modules.mode import evaluating
-from ldm.modules.speed import Choices, apply, choose, has_bf16
+from ldm.modules.speed import Choices, apply, choose, has_bf16, keep_memory
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Fast(Callback):
         cuda_graphs: record the launches of EncDiff's networks on a GPU, and replay them.
         compile: `torch.compile` of the networks on a GPU instead, which takes minutes before the first step.
         cache_latents: keep the latents of training images that do not change, in at most a quarter of the memory.
+        keep_memory: on a CPU, memory that is freed stays with the process.
         images_on_device: keep training images on the GPU as uint8, in at most half of its memory.
         trial: images in the steps that are timed; a whole batch on a GPU, or where its forward pass would take less
             than half a second.
@@ -54,6 +55,7 @@ class Fast(Callback):
         cuda_graphs: bool = True,
         compile: bool = False,
         cache_latents: bool = True,
+        keep_memory: bool = True,
         images_on_device: bool = True,
         trial: int = 6,
         chosen: Mapping[str, Any] | None = None,
@@ -64,6 +66,7 @@ class Fast(Callback):
             raise UserError(f"expected {', '.join(('device', *WAYS))}, got {', '.join(chosen)}", "chosen")
         self.allowed = {"bf16": bf16, "channels_last": channels_last, "compile": compile, "cuda_graphs": cuda_graphs}
         self.cache_latents, self.images_on_device, self.trial = cache_latents, images_on_device, trial
+        self.keep_memory = keep_memory
         self.chosen = None if chosen is None else dict(chosen)
 
     def prepare(self, model: pl.LightningModule, data: Any, options: dict[str, Any]) -> None:
@@ -82,6 +85,7 @@ class Fast(Callback):
         # What accumulates gradients keeps them, where a replay would overwrite them.
         single = (options.get("accumulate_grad_batches") or 1) == 1 and not several_processes(options)
         allowed = {**self.allowed, "cuda_graphs": self.allowed["cuda_graphs"] and single}
+        kept = self.keep_memory and device.type == "cpu" and keep_memory()
         choices = self._as_before(device, precision, allowed)
         if choices is None:
             step = None if several_processes(options) else self._trial_step(model, data, dataset, device)
@@ -98,6 +102,8 @@ class Fast(Callback):
         if self.images_on_device and images_fit(dataset, device) and hasattr(data, "resident"):
             data.resident = True
             told.append("keeping images on the GPU")
+        if kept:
+            told.append("keeping freed memory")
         log.info("fast: %s", "; ".join(told))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

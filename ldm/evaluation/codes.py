@@ -15,6 +15,8 @@ from ldm.factors import factors_of
 from ldm.util import UserError
 
 DTYPES = ("float32", "bf16")
+# Images at a time on a CPU, whose cache the feature maps of 256 do not fit in, and elsewhere.
+CPU_BATCH, BATCH = 64, 256
 
 
 def check_dtype(dtype: str, *more: str) -> None:
@@ -86,7 +88,7 @@ def fold_batch_norms(module: nn.Module) -> None:
 def encode(
     model: Any,
     dataset: Any,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: bool = True,
     tokens: bool = False,
     dtype: str = "float32",
@@ -96,7 +98,7 @@ def encode(
     Args:
         model: a `LatentDiffusion` with a concept encoder; it is not changed.
         dataset: of `ldm.data`, with `fetch`.
-        batch_size: images at a time.
+        batch_size: images at a time; by default what suits the model's device.
         progress: show a bar.
         tokens: give the concept tokens instead.
         dtype: of the computation, see `CodeEncoder`.
@@ -108,6 +110,7 @@ def encode(
         UserError: a data set without `fetch`, or an unknown dtype.
     """
     encoder, codes = CodeEncoder(model.cond_stage_model, dtype), RowBuffer(len(dataset))
+    batch_size = batch_size or (CPU_BATCH if torch.device(model.device).type == "cpu" else BATCH)
     for images in image_batches(dataset, np.arange(len(dataset)), batch_size, progress, "encoding"):
         codes.add(encoder(to_unit_range(images.to(model.device)), tokens)[-1].cpu())
     return codes.tensors()[0].numpy()

@@ -1,5 +1,6 @@
 """Ways of computing the same thing faster: chosen by timing them on the machine at hand, and switched on in place."""
 
+import ctypes
 import gc
 import logging
 import sys
@@ -17,6 +18,9 @@ from ldm.modules.ema import LitEma
 from ldm.modules.graphs import Recorder, can_replay, forget
 
 log = logging.getLogger(__name__)
+
+# Options of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # Autocast has costs that a short trial does not show, such as casting the weights of a large network at every step.
 WORTH = 1.15
@@ -45,6 +49,17 @@ class Choices:
     def autocast(self, device: torch.device) -> Any:
         """The context in which forward passes run, for loops without Lightning."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision.startswith("bf16"))
+
+
+def keep_memory() -> bool:
+    """Let this process keep memory that it frees, for what it needs next; returns whether it can be told so.
+
+    glibc takes large blocks from the system and gives them back when they are freed. A training step then gets most of
+    its feature maps as pages that the kernel has to clear first: a tenth to a fifth of a first stage's step. Holds for
+    the rest of the process, which stays as large as it was at its peak.
+    """
+    setting = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
+    return setting is not None and bool(setting(M_TRIM_THRESHOLD, -1)) and bool(setting(M_MMAP_MAX, 0))
 
 
 def any_batch_size(*tensors: torch.Tensor | None) -> None:

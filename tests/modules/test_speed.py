@@ -1,6 +1,9 @@
 """The ways of computing that `ldm.modules.speed` chooses among: they give the same numbers, and leave no trace."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from ldm.modules.kernels.convolution import conv3x3, pays
 from ldm.modules.speed import Choices, apply, choose, match_layouts
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def unet() -> UNetModel:
@@ -203,3 +207,30 @@ def test_a_small_convolution_follows_autocast():
     half = torch.zeros(2, 128, 8, 8, dtype=torch.bfloat16)
     assert not pays(half) and not pays(half[:, :64, :4, :4]) and pays(half[:, :, :4, :4])
     assert not pays(torch.zeros(2, 128, 4, 4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_kept_where_it_is_told_so(kept):
+    """40 MiB are used and freed: does the process still have them?"""
+    program = f"""
+import os
+import torch
+from ldm.modules.speed import keep_memory
+
+def pages():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1])
+
+torch.ones(10)
+print({kept} and keep_memory())
+before = pages()
+torch.ones(10 * 2**20)
+print((pages() - before) * os.sysconf("SC_PAGE_SIZE"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    told, more = done.stdout.split()
+    if kept and told == "False":
+        pytest.skip("the C library has no such option")
+    assert (int(more) > 35 * 2**20) == kept
