@@ -124,16 +124,16 @@ def choose(
         repeats: timed steps per way; the shortest counts. A way that takes twice as long as another gets one.
 
     Returns:
-        What to give to `apply`. On a GPU, steps are timed as they will run, with their launches recorded. Compiling
-        takes minutes, and is not timed: where it is allowed, a GPU takes it with bf16, if it computes in it, and
-        channels-last. On other devices than these two, the plain path is taken.
+        What to give to `apply`. bf16 is not tried where the device has none. On a GPU, steps are timed as they will
+        run, with their launches recorded. Compiling takes minutes, and is not timed: where it is allowed, a GPU takes
+        it with bf16, if it computes in it, and channels-last. On other devices than these two, the plain path.
     """
     allowed = {"bf16": True, "channels_last": True, "compile": False, "cuda_graphs": True, **(allowed or {})}
     if device.type not in ("cpu", "cuda"):
         return Choices(precision or "32-true", reasons=f"the plain path: not tried on {device.type}")
     kernels = device.type == "cpu" and fused.available()
     precisions = ["32-true" if precision is None else precision]
-    if precision is None and allowed["bf16"] and (device.type == "cpu" or has_bf16()):
+    if precision is None and allowed["bf16"] and has_bf16(device):
         precisions.append("bf16-mixed")
     layouts = [False, True] if allowed["channels_last"] else [False]
     graphs = device.type == "cuda" and allowed["cuda_graphs"] and any(can_replay(m) for m in model.modules())
@@ -159,9 +159,12 @@ def choose(
     return replace(ways[best], reasons=f"{_name(ways[best])} (a trial step: {told})")
 
 
-def has_bf16() -> bool:
-    """Whether the GPU has bf16 itself, and does not emulate it."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU has bf16 itself; whether a CPU may, where emulating it would cost seconds per trial step."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+    return getattr(onednn, "_is_mkldnn_bf16_supported", lambda: True)()
 
 
 def _name(way: Choices) -> str:

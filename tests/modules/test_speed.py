@@ -1,6 +1,7 @@
 """The ways of computing that `ldm.modules.speed` chooses among: they give the same numbers, and leave no trace."""
 
 import copy
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import Conv3x3
 from ldm.modules.ema import LitEma
 from ldm.modules.kernels.convolution import conv3x3, pays
-from ldm.modules.speed import Choices, apply, choose, match_layouts
+from ldm.modules.speed import Choices, apply, choose, has_bf16, match_layouts
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,7 @@ def test_choosing_leaves_the_model_and_the_random_numbers_alone():
 
 
 def test_the_fastest_way_is_chosen(monkeypatch):
+    monkeypatch.setattr("ldm.modules.speed.has_bf16", lambda device: True)
     times = {("32-true", False): 3.0, ("32-true", True): 2.0, ("bf16-mixed", True): 1.0}
     monkeypatch.setattr("ldm.modules.speed._time", lambda model, way, *_, **__: times[way.precision, way.channels_last])
     model = torch.nn.Linear(1, 1)
@@ -93,6 +95,24 @@ def test_the_fastest_way_is_chosen(monkeypatch):
     assert choose(model, lambda: None, CPU).precision == "32-true"
     several = choose(model, None, CPU)
     assert several.precision == "32-true" and "several" in several.reasons
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_cpu_that_emulates_bf16_does_not_try_it(monkeypatch, native):
+    tried = []
+    monkeypatch.setattr("ldm.modules.speed._time", lambda model, way, *_, **__: tried.append(way.precision) or 1.0)
+    monkeypatch.setattr("ldm.modules.speed.has_bf16", lambda device: native)
+    choose(torch.nn.Linear(1, 1), lambda: None, CPU)
+    assert ("bf16-mixed" in tried) == native
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file() or platform.machine() != "x86_64", reason="reads its flags")
+def test_bf16_of_this_cpu():
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        assert has_bf16(CPU)
+    elif "avx512f" not in flags and "avx_ne_convert" not in flags:
+        assert not has_bf16(CPU)
 
 
 def test_averages_lie_in_memory_as_the_weights_do():
