@@ -153,10 +153,10 @@ class Fast(Callback):
             why = "the fused kernels do not run here"
         elif before.compile and find_spec("triton") is None:
             why = "PyTorch cannot compile here, without triton"
-        elif device.type == "cuda" and before.precision == "bf16-mixed" and precision is None and not has_bf16(device):
-            why = "this GPU does not compute in bf16"
         elif half_off or any(getattr(before, n) > allowed[n] for n in ("channels_last", "compile", "cuda_graphs")):
             why = "a part of it is switched off"
+        elif before.precision == "bf16-mixed" and precision is None and not has_bf16(device):
+            why = "this machine does not compute in bf16"
         else:
             return before
         log.warning("fast: this run cannot compute as before, so that losses may differ a little: %s", why)

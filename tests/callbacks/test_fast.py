@@ -133,10 +133,13 @@ FLOAT = {"device": "cpu", "precision": "32-true", "channels_last": True, "kernel
     ({}, {}, {"precision": "bf16-mixed"}, "--precision says bf16-mixed"),
     ({}, {}, {"precision": "32"}, ""),
     ({"compile": True}, {}, {}, "without triton"),
+    ({"precision": "bf16-mixed"}, {}, {}, "does not compute in bf16"),
+    ({"precision": "bf16-mixed"}, {}, {"precision": "bf16-mixed"}, ""),
 ])  # fmt: skip
 def test_a_run_goes_on_as_before_where_it_can(monkeypatch, caplog, changes, allowed, options, why):
     monkeypatch.setattr("ldm.callbacks.fast.choose", lambda *_, **__: Choices(reasons="timed anew"))
     monkeypatch.setattr("ldm.callbacks.fast.find_spec", lambda name: None)
+    monkeypatch.setattr("ldm.callbacks.fast.has_bf16", lambda device: False)
 
     class Data:
         datasets = {"train": [{"image": torch.zeros(16, 16, 3), "idx": 0}] * 4}
@@ -156,6 +159,7 @@ def test_two_fast_pieces_are_one(cli, first_stage, monkeypatch, stage):
     given += [f"{CHECKPOINT}={first_stage}"] if stage == "enc" else []
     way = Choices("bf16-mixed", channels_last=True, kernels=True, reasons="as told")
     choose_always(monkeypatch, way)
+    monkeypatch.setattr("ldm.callbacks.fast.has_bf16", lambda device: True)  # emulated where there is none
     whole = cli.run(*given, "--max_steps", 5, "-n", "whole")
     assert whole.status == 0, whole.err
     pieces = cli.run(*given, "--max_steps", 2, "-n", "pieces")
