@@ -71,7 +71,7 @@ def load_model(opt: argparse.Namespace, path: Path) -> tuple[Any, bool]:
     from ldm.modules.speed import keep_memory
 
     device = opt.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         keep_memory()
     if opt.weights == "ema":
         try:

@@ -108,7 +108,7 @@ def test_every_file_is_built():
     (tests/test_own_images.py), or a study (tests/test_sweep.py)."""
     overlays = {ROOT / "configs" / f"{overlay}.yaml" for overlay in ("fast", "muon", "own_images")}
     others = {path for path in SHIPPED if path not in WHOLE} - overlays
-    assert {path.parent.name for path in others} <= {"ablations", "longer", "studies", "timesteps", "adagn"}
+    assert {path.parent.name for path in others} <= {"ablations", "longer", "studies", "timesteps", "adagn", "objects"}
     assert {"quickstart/first_stage.yaml", "quickstart/encdiff.yaml"} <= {name(path) for path in WHOLE}
 
 
@@ -176,17 +176,19 @@ def rooms(base, overrides=()):
 def test_both_stages_of_the_quickstarts_see_the_same_rooms():
     stages = ("first_stage", "encdiff")
     short = [rooms([f"configs/quickstart/{stage}.yaml"]) for stage in stages]
-    assert short[0] == short[1]
+    assert short[0] == short[1] == {"sizes": [4] * 6, "image_size": 32, "level": True}
     longer = [
         rooms([f"configs/quickstart/{stage}.yaml", f"configs/quickstart/longer/{stage}.yaml"]) for stage in stages
     ]
-    assert longer[0] == longer[1] == {"sizes": list(SIZES), "image_size": 32}
+    assert longer[0] == longer[1] == {"sizes": list(SIZES), "image_size": 32, "level": False}
 
 
-def test_the_study_of_shapes3ds_grid_has_the_longer_quickstarts_rooms():
-    study = load_yaml(ROOT / "configs" / "studies" / "rooms_480k.yaml")
-    first = rooms(study.first_stage.base, study.first_stage.overrides)
-    assert first == rooms(study.base, study.overrides) == {"sizes": list(SIZES), "image_size": 32}
+@pytest.mark.parametrize(("name", "sizes"), [("rooms_480k", SIZES), ("rooms", [4] * 6), ("quickstart", [4] * 6)])
+def test_both_stages_of_the_studies_see_the_same_rooms(name, sizes):
+    """With the objects that their published figures were measured with."""
+    study = load_yaml(ROOT / "configs" / "studies" / f"{name}.yaml")
+    first = rooms(study.first_stage.base, study.first_stage.get("overrides", ()))
+    assert first == rooms(study.base, study.overrides) == {"sizes": list(sizes), "image_size": 32, "level": False}
 
 
 @pytest.mark.parametrize("overlay", [None, "longer"])

@@ -156,7 +156,7 @@ class Fast(Callback):
         elif half_off or any(getattr(before, n) > allowed[n] for n in ("channels_last", "compile", "cuda_graphs")):
             why = "a part of it is switched off"
         elif before.precision == "bf16-mixed" and precision is None and not has_bf16(device):
-            why = "this machine does not compute in bf16"
+            why = "this machine would emulate bf16"
         else:
             return before
         log.warning("fast: this run cannot compute as before, so that losses may differ a little: %s", why)

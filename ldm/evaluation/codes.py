@@ -110,7 +110,8 @@ def encode(
         UserError: a data set without `fetch`, or an unknown dtype.
     """
     encoder, codes = CodeEncoder(model.cond_stage_model, dtype), RowBuffer(len(dataset))
-    batch_size = batch_size or (CPU_BATCH if torch.device(model.device).type == "cpu" else BATCH)
+    if batch_size is None:
+        batch_size = CPU_BATCH if torch.device(model.device).type == "cpu" else BATCH
     for images in image_batches(dataset, np.arange(len(dataset)), batch_size, progress, "encoding"):
         codes.add(encoder(to_unit_range(images.to(model.device)), tokens)[-1].cpu())
     return codes.tensors()[0].numpy()

@@ -52,11 +52,11 @@ class Choices:
 
 
 def keep_memory() -> bool:
-    """Let this process keep memory that it frees, for what it needs next; returns whether it can be told so.
+    """Let this process keep memory that it frees, for what it needs next; returns whether the C library can.
 
-    glibc takes large blocks from the system and gives them back when they are freed. A training step then gets most of
-    its feature maps as pages that the kernel has to clear first: a tenth to a fifth of a first stage's step. Holds for
-    the rest of the process, which stays as large as it was at its peak.
+    glibc's allocator (another one, preloaded, goes its own ways) takes large blocks from the system and gives them back
+    when they are freed. A training step then gets most of its feature maps as pages that the kernel has to clear first:
+    a tenth to a sixth of a first stage's step. Holds for the rest of the process, which stays as large as at its peak.
     """
     setting = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
     return setting is not None and bool(setting(M_TRIM_THRESHOLD, -1)) and bool(setting(M_MMAP_MAX, 0))
@@ -160,7 +160,7 @@ def choose(
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a GPU has bf16 itself; whether a CPU may, where emulating it would cost seconds per trial step."""
+    """Whether a GPU computes in bf16 itself; False of a CPU that would emulate it slowly, as without AVX-512."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None

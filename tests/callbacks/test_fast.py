@@ -133,7 +133,7 @@ FLOAT = {"device": "cpu", "precision": "32-true", "channels_last": True, "kernel
     ({}, {}, {"precision": "bf16-mixed"}, "--precision says bf16-mixed"),
     ({}, {}, {"precision": "32"}, ""),
     ({"compile": True}, {}, {}, "without triton"),
-    ({"precision": "bf16-mixed"}, {}, {}, "does not compute in bf16"),
+    ({"precision": "bf16-mixed"}, {}, {}, "would emulate bf16"),
     ({"precision": "bf16-mixed"}, {}, {"precision": "bf16-mixed"}, ""),
 ])  # fmt: skip
 def test_a_run_goes_on_as_before_where_it_can(monkeypatch, caplog, changes, allowed, options, why):
@@ -149,6 +149,23 @@ def test_a_run_goes_on_as_before_where_it_can(monkeypatch, caplog, changes, allo
     callback.prepare(encdiff(), Data(), {"accelerator": "cpu", "devices": 1, **options})
     assert ("fast: as before" in caplog.text) == (not why) and ("fast: timed anew" in caplog.text) == bool(why)
     assert why in caplog.text and set(callback.chosen) == {"device", *WAYS}
+
+
+@pytest.mark.parametrize(("allowed", "device"), [(True, "cpu"), (False, "cpu"), (True, "cuda")])
+def test_freed_memory_is_kept_on_a_cpu(monkeypatch, caplog, allowed, device):
+    asked = []
+    monkeypatch.setattr("ldm.callbacks.fast.keep_memory", lambda: asked.append(True) or True)
+    monkeypatch.setattr("ldm.callbacks.fast.choose", lambda *_, **__: Choices(reasons="timed"))
+    monkeypatch.setattr("ldm.callbacks.fast.device_of", lambda options: torch.device(device))
+    monkeypatch.setattr(Fast, "_trial_step", lambda *_: None)
+
+    class Data:
+        datasets = {"train": [{"image": torch.zeros(16, 16, 3), "idx": 0}] * 4}
+
+    caplog.set_level("INFO")
+    Fast(keep_memory=allowed, cache_latents=False, images_on_device=False).prepare(encdiff(), Data(), {"devices": 1})
+    expected = allowed and device == "cpu"
+    assert bool(asked) == expected and ("keeping freed memory" in caplog.text) == expected
 
 
 @pytest.mark.slow

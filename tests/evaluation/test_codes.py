@@ -63,6 +63,20 @@ def test_every_image_in_order():
     np.testing.assert_allclose(tokens, np.stack([expected, expected**2], axis=-1), atol=1e-2)
 
 
+@pytest.mark.parametrize(("given", "sizes"), [({}, [64, 6]), ({"batch_size": 50}, [50, 20])])
+def test_a_cpu_takes_few_images_at_a_time(given, sizes):
+    class Many(Rows):
+        def __len__(self):
+            return 70
+
+        def fetch(self, rows):
+            seen.append(len(rows))
+            return {"image": torch.zeros(len(rows), 4, 4, 3, dtype=torch.uint8)}
+
+    seen: list[int] = []
+    assert encode(model(), Many(), progress=False, **given).shape == (70, 2) and seen == sizes
+
+
 @pytest.mark.parametrize(
     ("made", "dataset", "weights", "reason"),
     [

@@ -1,6 +1,7 @@
 """The ways of computing that `ldm.modules.speed` chooses among: they give the same numbers, and leave no trace."""
 
 import copy
+import os
 import platform
 import subprocess
 import sys
@@ -248,7 +249,10 @@ before = pages()
 torch.ones(10 * 2**20)
 print((pages() - before) * os.sysconf("SC_PAGE_SIZE"))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    usual = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LD_PRELOAD", "MALLOC_", "GLIBC_"))
+    }
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=usual)
     assert done.returncode == 0, done.stderr
     told, more = done.stdout.split()
     if kept and told == "False":
