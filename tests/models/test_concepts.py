@@ -15,6 +15,9 @@ UNET = {"image_size": 16, "in_channels": 3, "out_channels": 3, "model_channels":
 UNET |= {"attention_resolutions": [1], "channel_mult": [1], "num_heads": 2, "context_dim": 8, "latent_unit": 3}
 ENCODER = {"d": 4, "context_dim": 8, "latent_unit": 3, "image_size": 16}
 
+# What batches of other sizes change in an image of three steps: up to 1.4e-4 on CPUs without AVX-512.
+ROUNDING = 5e-4
+
 
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
@@ -56,15 +59,15 @@ def test_swapping_nothing_reconstructs(model, images):
 
 def test_swapping_all_concepts_gives_the_other_image(model, images):
     swapped = model.swap(images, images[3], [0, 1, 2], steps=3)
-    torch.testing.assert_close(swapped, model.reconstruct(images[[3] * 5], steps=3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(swapped, model.reconstruct(images[[3] * 5], steps=3), atol=ROUNDING, rtol=0)
     one = model.swap(images, images[3], 1, steps=3)
-    assert (one[3] - swapped[3]).abs().max() < 1e-4 < 1e-3 < (one[0] - swapped[0]).abs().max()
+    assert (one[3] - swapped[3]).abs().max() < ROUNDING < 1e-3 < (one[0] - swapped[0]).abs().max()
 
 
 def test_images_do_not_depend_on_the_batch(model, images):
     together = model.reconstruct(images, steps=3)
-    torch.testing.assert_close(model.reconstruct(images, steps=3, batch_size=2), together, atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.reconstruct(images[4], steps=3)[0], together[4], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.reconstruct(images, steps=3, batch_size=2), together, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(model.reconstruct(images[4], steps=3)[0], together[4], atol=ROUNDING, rtol=0)
     assert torch.equal(model.reconstruct(images, steps=3), together)
     assert not torch.equal(model.reconstruct(images, steps=3, seed=1), together)
 
@@ -81,10 +84,10 @@ def test_traversals_move_one_scalar(model, images):
     scalars = model.scalars(images[:2])
     made = model.traverse(images[:2], 1, [-1.0, float(scalars[0, 1]), 2.0], steps=3)
     assert made.shape == (2, 3, 3, 16, 16)
-    torch.testing.assert_close(made[0, 1], model.reconstruct(images[0], steps=3)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(made[0, 1], model.reconstruct(images[0], steps=3)[0], atol=ROUNDING, rtol=0)
     moved = scalars[1:].clone()
     moved[:, 1] = 2.0
-    torch.testing.assert_close(made[1, 2], model.draw(model.warp(moved), steps=3)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(made[1, 2], model.draw(model.warp(moved), steps=3)[0], atol=ROUNDING, rtol=0)
 
 
 def test_attention_is_a_share_of_each_place(model, images):

@@ -345,7 +345,8 @@ def test_kept_latents_change_nothing():
         fit(model, loader(3))
         models.append(model)
     for (name, found), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}")
+        # Steps are of 1e-3; rounding moves what is near zero by up to 7e-5 on CPUs without AVX-512.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
     assert models[1]._latents is None
 
 
