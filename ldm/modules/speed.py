@@ -56,7 +56,8 @@ def keep_memory() -> bool:
 
     glibc's allocator (another one, preloaded, goes its own ways) takes large blocks from the system and gives them back
     when they are freed. A training step then gets most of its feature maps as pages that the kernel has to clear first:
-    a tenth to a sixth of a first stage's step. Holds for the rest of the process, which stays as large as at its peak.
+    up to a sixth of a first stage's step, a quarter of encoding. Holds for the rest of the process, which stays as
+    large as at its peak.
     """
     setting = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
     return setting is not None and bool(setting(M_TRIM_THRESHOLD, -1)) and bool(setting(M_MMAP_MAX, 0))
