@@ -185,3 +185,7 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert len(Shapes3DTrain(tmp_path)) == 4
     assert run("--sizes", "1,1,1,1,1,2", "--force")[0] == 0
     assert len(Shapes3DTrain(tmp_path)) == 2
+    code, text = run("--sizes", "1,1,1,1,1,2", "--level")
+    assert code == 1 and "another rendering" in text.err
+    assert run("--sizes", "1,1,1,1,1,2", "--level", "--force")[0] == 0
+    np.testing.assert_array_equal(Shapes3DTrain(tmp_path).images, render((1, 1, 1, 1, 1, 2), 8, level=True))
