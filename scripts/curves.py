@@ -30,7 +30,7 @@ from ldm.evaluation.paper import TITLES
 from ldm.evaluation.runs import logdirs, name_of, newest_config, read_json
 from ldm.figures.style import COLOURS, PAGE, save, styled
 from ldm.metrics.dci import disentanglement
-from ldm.metrics.evaluate import HEADLINES
+from ldm.metrics.evaluate import HEADLINES, main_entry
 from ldm.util import UserError
 
 KNOWN = 0.9  # a factor counts as learned when so many of its values are predicted rightly
@@ -79,7 +79,8 @@ def points_of(logdir: Path) -> list[Point]:
             scored = record.get(f"scores{suffix}")
             if scored is None or "step" not in record:
                 continue
-            scores = {metric: entries[HEADLINES[metric]] for metric, entries in scored.items() if metric in HEADLINES}
+            chosen = {metric: main_entry(metric, entries) for metric, entries in scored.items() if metric in HEADLINES}
+            scores = {metric: scored[metric][entry] for metric, entry in chosen.items() if entry is not None}
             point = Point(row, str(seed), record["step"] * batch * record.get("processes", 1), weights, scores)
             matrices = record.get(f"matrices{suffix}", {}).get("dci", {})
             if "accuracy" in matrices:
@@ -145,6 +146,9 @@ def draw_scores(points: Sequence[Point], rows: Sequence[str], metrics: Sequence[
                 if weights == "live":
                     axis.fill_between(images, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         axis.set(xlabel="images seen", title=titles.get(metric, metric), ylim=(0, 1.02))
+        highest = max((p.scores[metric] for p in points if metric in p.scores), default=0.0)
+        if highest > 1:  # TAD is a sum over attributes, total correlation is in nats
+            axis.set_ylim(0, 1.05 * highest)
     axes[0][-1].legend()
     return save(made, folder, "scores", ("png", "pdf"))
 

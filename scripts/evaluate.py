@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,11 +31,12 @@ from ldm.metrics.sampling import Factors
 from ldm.signals import as_command
 
 MODEL_ONLY = {"reconstruction": 0, "fid": 0, "of": "scalars", "weights": "live", "split": "validation", "device": None,
-              "save_codes": False, "bf16": False, "allow": []}  # fmt: skip
+              "save_codes": False, "bf16": False, "allow": [], "batch_size": 100, "sampler": "ddim", "steps": None,
+              "eta": 1.0, "lpips": "alex", "lpips_weights": None, "inception_weights": None}  # fmt: skip
 
 
-# Name, codes and scores of what was scored.
-Scored = tuple[str, np.ndarray, CodeScores]
+# Name, codes and scores of what was scored; without factors, no scores.
+Scored = tuple[str, np.ndarray, CodeScores | None]
 
 
 def positive(text: str) -> int:
@@ -107,19 +110,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for pair in opt.settings:
         if "=" not in pair:
             raise ValueError(f"--settings {pair}: expected metric.name=value, such as dci.num_train=2000")
-    opt.settings = OmegaConf.to_container(OmegaConf.from_dotlist(opt.settings))
+    try:
+        opt.settings = OmegaConf.to_container(OmegaConf.from_dotlist(opt.settings))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"--settings {' '.join(opt.settings)}: {str(error).splitlines()[0]}") from error
     opt.lpips = None if opt.lpips == "none" else opt.lpips
     check_settings(opt.metrics or METRICS, opt.settings)
     check_seed(opt.seed)
     return opt
 
 
-def parse_factors(opt: argparse.Namespace) -> Factors:
-    """The factors of `--grid` or `--factors`."""
+def parse_factors(opt: argparse.Namespace) -> Factors | None:
+    """The factors of `--grid` or `--factors`; None if there are none, and several files of codes to be ranked."""
+    if opt.grid is None and opt.factors is None and len(opt.codes) > 1:
+        for name in ("names", "metrics"):
+            if getattr(opt, name):
+                raise ValueError(f"--{name} needs the factors of the codes: give --grid or --factors")
+        return None
     if (opt.grid is None) == (opt.factors is None):
         raise ValueError(
             "--codes needs --grid 10,10,8 (the codes are of every combination, the last factor fastest) or"
-            " --factors FILE (one row of factors per row of codes)"
+            " --factors FILE (one row of factors per row of codes); without factors, give several files, to rank them"
         )
     if opt.factors is not None:
         if opt.names:
@@ -137,7 +148,7 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
     import torch
 
     from ldm.api import load, load_config
-    from ldm.evaluation.codes import encode, why_not_scored
+    from ldm.evaluation.codes import encode, why_not_encoded, why_not_scored
     from ldm.evaluation.images import check_images, score_images
     from ldm.modules.speed import keep_memory
     from ldm.targets import allowing
@@ -153,16 +164,18 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
         raise ValueError(f"its configuration has no data.params.{opt.split}; choose another --split")
     dataset, scored = data.datasets[opt.split], None
     check_images(model, dataset, opt.reconstruction, opt.fid, opt.steps, opt.eta, opt.lpips, opt.sampler)
-    reason = why_not_scored(model, dataset, opt.weights)
-    if reason and not (opt.reconstruction or opt.fid):
+    factors, reason = factors_of(dataset), why_not_scored(model, dataset, opt.weights)
+    # Several models can be ranked without factors.
+    encoded = not reason or (factors is None and len(opt.model) > 1 and not why_not_encoded(model, opt.weights))
+    if not encoded and not (opt.reconstruction or opt.fid):
         raise ValueError(f"{reason}: ask for --reconstruction N or --fid N")
     if reason:
         print(f"no scores for disentanglement: {reason}")
-    else:
+    if encoded:
         dtype = "bf16" if opt.bf16 else "float32"
         codes = encode(model, dataset, opt.batch_size, tokens=opt.of != "scalars", dtype=dtype)
         codes = codes.reshape(len(codes), -1) if opt.of == "components" else codes
-        scored = evaluate_codes(codes, factors_of(dataset), out, about, opt)
+        scored = evaluate_codes(codes, factors, out, about, opt) if factors else (about["source"], codes, None)
         if opt.save_codes:
             write_codes(out / "codes.npy", codes)
     if opt.reconstruction or opt.fid:
@@ -229,8 +242,10 @@ def run(opt: argparse.Namespace) -> None:
         print(f"\n{path}")
         own = {"source": str(path), **about}
         try:
-            if opt.codes:
-                found: Scored | None = evaluate_codes(given[number], factors, out, own, opt)
+            if opt.codes and factors is None:
+                found: Scored | None = (str(path), given[number], None)
+            elif opt.codes:
+                found = evaluate_codes(given[number], factors, out, own, opt)
             else:
                 found = evaluate_model(path, out, own, opt)
         except ValueError as error:
@@ -238,11 +253,9 @@ def run(opt: argparse.Namespace) -> None:
         scored += [found] if found else []
     if len(scored) > 1:
         names, codes, results = zip(*scored, strict=True)
-        if len({len(entry) for entry in codes}) > 1:
-            raise ValueError(f"UDR compares codes of the same images, not of {[len(entry) for entry in codes]} images")
         path = (opt.out or paths[0].resolve().parent) / "udr.json"
-        print(f"\n{rank_codes(names, codes, results[0].factors, opt.seed, path)}")
-    failed = [f"{name}: {key}: {why}" for name, _, found in scored for key, why in found.not_computed.items()]
+        print(f"\n{rank_codes(names, codes, results[0].factors if results[0] else None, opt.seed, path)}")
+    failed = [f"{name}: {key}: {why}" for name, _, s in scored for key, why in (s.not_computed if s else {}).items()]
     if opt.metrics and failed:  # asked for by name: the rest is written, but this is a mistake
         raise ValueError("; ".join(failed))
 

@@ -36,7 +36,7 @@ from ldm.evaluation.matching import match, ranges_of
 from ldm.evaluation.runs import figures_of, newest_config, read_json, record_at
 from ldm.factors import FactorGrid, FactorTable, factors_of
 from ldm.hub import CONCEPTS, CONFIG, WEIGHTS, concepts_text, located
-from ldm.metrics.evaluate import HEADLINES
+from ldm.metrics.evaluate import main_entry
 from ldm.models.diffusion.concepts import Concepts
 from ldm.signals import as_command
 from ldm.signatures import parameters_of
@@ -290,8 +290,10 @@ def score_lines(scored: Mapping[str, Any]) -> list[str]:
     lines = [f"Of the scalars, at step {scored['step']}; factors: {', '.join(map(str, scored['factors']))}.", "",
              "| metric | entry | score |", "|---|---|---|"]  # fmt: skip
     for metric, entries in scored["scores"].items():
-        entry = HEADLINES.get(metric, next(iter(entries)))
-        lines += [f"| {metric} | {entry} | {entries[entry]:.3f} |"] if entry in entries else []
+        entry = main_entry(metric, entries)
+        if entry is not None:
+            score = "not finite" if entries[entry] is None else f"{entries[entry]:.3f}"
+            lines.append(f"| {metric} | {entry} | {score} |")
     return lines
 
 

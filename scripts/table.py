@@ -12,7 +12,7 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.config import load_yaml
 from ldm.evaluation.paper import KEYS, TITLES, compared_values, number, paper_numbers
 from ldm.evaluation.runs import logdirs, name_of, newest, newest_config, read_json
-from ldm.metrics.evaluate import HEADLINES, METRICS
+from ldm.metrics.evaluate import HEADLINES, METRICS, main_entry
 from ldm.util import UserError, nearest
 
 
@@ -35,8 +35,8 @@ class Row:
     """The runs of one name and the same values.
 
     Attributes:
-        values: by key of `paper_numbers.yaml`. scores, scores_of_tokens: by seed, metric and entry. steps: by seed,
-            when it was scored.
+        values: by key of `paper_numbers.yaml`. scores, scores_of_tokens: by seed, metric and entry. steps, images: by
+            seed, when it was scored; of a log directory its steps, of a `curves.csv` the images seen.
     """
 
     title: str
@@ -44,6 +44,17 @@ class Row:
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores_of_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+
+    def add(self, seed: str, scores: dict[str, Any], path: Path) -> None:
+        """Add a run.
+
+        Raises:
+            UserError: there is one with this seed.
+        """
+        if seed in self.scores:
+            raise UserError(f"two runs of '{self.title}' with seed {seed}, one in '{path}': name the ones that count")
+        self.scores[seed] = scores
 
 
 # ---- reading
@@ -55,9 +66,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     Raises:
         UserError: two runs of one name and seed, or no scores at all.
     """
-    rows: dict[tuple[str, ...], Row] = {
-        (row.title,): row for path in paths if path.suffix == ".csv" for row in saved(path)
-    }
+    rows: dict[tuple[str, ...], Row] = {}
     remarks = []
     for logdir in logdirs(path for path in paths if path.suffix != ".csv"):
         config, metrics = newest_config(logdir, "project"), newest(logdir / "metrics", "*.json")
@@ -75,11 +84,19 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
             seed = OmegaConf.select(load_yaml(options, "PATHS"), "lightning.seed")
         values = compared_values(project, scored.get("factors", {}))
         row, seed = rows.setdefault((title, *map(str, values.values())), Row(title, values)), str(seed)
-        if seed in row.scores:
-            raise UserError(f"two runs of '{title}' with seed {seed}, one of them '{logdir}': name the ones that count")
-        row.scores[seed], row.steps[seed] = scored["scores"], scored.get("step", 0)
+        row.add(seed, scored["scores"], logdir)
+        row.steps[seed] = scored.get("step", 0)
         if "scores_of_tokens" in scored:
             row.scores_of_tokens[seed] = scored["scores_of_tokens"]
+    for path in (path for path in paths if path.suffix == ".csv"):
+        for old in saved(path):
+            same = [row for row in rows.values() if row.title == old.title]
+            row = same[0] if len(same) == 1 else rows.setdefault((old.title,), Row(old.title, old.values))
+            if same and row.values != old.values:
+                remarks.append(f"'{row.title}': settings of seed {', '.join(old.scores)}, from {path}, are not known")
+            for seed, scores in old.scores.items():
+                row.add(seed, scores, path)
+                row.images[seed] = old.images[seed]
     if not rows:
         raise UserError("; ".join(remarks) or f"no scored runs of EncDiff under {', '.join(map(str, paths))}")
     studies = [read_json(folder / "study.json") for path in paths for folder in (path, path.parent)]
@@ -87,9 +104,10 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     found = sorted(rows.values(), key=lambda row: order.index(row.title) if row.title in order else len(order))
     tell_apart(found)
     for row in found:
-        if len(set(row.steps.values())) > 1:
-            steps = ", ".join(f"{count} (seed {seed})" for seed, count in row.steps.items())
-            remarks.append(f"'{row.title}' averages scores of different steps: {steps}")
+        for what, counts in (("steps", row.steps), ("numbers of images", row.images)):
+            if len(set(counts.values())) > 1:
+                told = ", ".join(f"{count} (seed {seed})" for seed, count in counts.items())
+                remarks.append(f"'{row.title}' averages scores of different {what}: {told}")
     return found, remarks
 
 
@@ -103,10 +121,10 @@ def saved(path: Path) -> list[Row]:
     for line in read_csv(path):
         row = rows.setdefault(line["row"], Row(line["row"], dict.fromkeys((*KEYS, "factors"))))
         seed, images = line["seed"], int(line["images"])
-        if line["weights"] != "live" or images < row.steps.get(seed, 0):
+        if line["weights"] != "live" or images < row.images.get(seed, 0):
             continue
         found = {metric: {HEADLINES[metric]: float(line[metric])} for metric in HEADLINES if line.get(metric)}
-        row.scores[seed], row.steps[seed] = found, images
+        row.scores[seed], row.images[seed] = found, images
     return list(rows.values())
 
 
@@ -141,6 +159,25 @@ def tell_apart(rows: Sequence[Row]) -> None:
 # ---- writing
 
 
+def score(run: Mapping[str, Any], metric: str) -> float:
+    """The entry of a metric that papers report; NaN where it is not finite, or not there."""
+    entry = main_entry(metric, run[metric])
+    value = None if entry is None else run[metric][entry]
+    return nan if value is None else float(value)
+
+
+def differing_lengths(first: Row, other: Row) -> str:
+    """A remark, if runs of one seed, which a test compares, were not scored after equally many steps or images."""
+    for what, own, others in (("steps", first.steps, other.steps), ("images", first.images, other.images)):
+        for seed, count in own.items():
+            if others.get(seed, count) != count:
+                return (
+                    f"the test compares '{first.title}' after {count} {what} with '{other.title}' after {others[seed]}"
+                    f" (seed {seed})"
+                )
+    return ""
+
+
 def spread(values: Sequence[float]) -> Any:
     """[mean, sample standard deviation], or the one value."""
     return [float(np.mean(values)), float(np.std(values, ddof=1))] if len(values) > 1 else values[0]
@@ -151,9 +188,9 @@ def cells(row: Row, metrics: Sequence[str], paper: Sequence[str], kind: str) -> 
     scores = getattr(row, kind)
     line = [row.title if kind == "scores" else f"{row.title}, tokens scored", str(len(scores))]
     for metric in metrics:
-        values = [run[metric][HEADLINES[metric]] for run in scores.values() if metric in run]
+        values = [score(run, metric) for run in scores.values() if metric in run]
         few = f" ({len(values)} of {len(scores)})" if 0 < len(values) < len(scores) else ""
-        line.append(number(spread([nan if v is None else v for v in values])) + few if values else "")
+        line.append(number(spread(values)) + few if values else "")
     found, _ = paper_numbers(row.values, kind)
     return line + [number(found[metric]) if metric in found else "" for metric in paper]
 
@@ -167,9 +204,8 @@ def paired(first: Row, other: Row, metric: str) -> list[str]:
     """
     from scipy.stats import ttest_rel
 
-    entry = HEADLINES[metric]
     seeds = [s for s in first.scores if metric in first.scores[s] and metric in other.scores.get(s, {})]
-    a, b = (np.array([row.scores[seed][metric][entry] for seed in seeds], dtype=float) for row in (first, other))
+    a, b = (np.array([score(row.scores[seed], metric) for seed in seeds]) for row in (first, other))
     line = [f"{first.title} - {other.title}", TITLES.get(metric, metric), str(len(seeds))]
     if not seeds:
         return [*line, "", "", ""]
@@ -239,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = rows[titles_of_rows.index(opt.against)]
         tests = [paired(chosen, row, metric) for row in rows if row is not chosen for metric in metrics]
         print("\n" + write(["difference", "score", "seeds", "mean ± std", "higher in", "p"], tests))
+        remarks += [told for row in rows if row is not chosen and (told := differing_lengths(chosen, row))]
     differ = {row.title: found for row in rows if (found := paper_numbers(row.values)[1])}
     if differ:
         title, first = next(iter(differ.items()))

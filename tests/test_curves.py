@@ -99,3 +99,14 @@ def test_points_that_were_written_before(tmp_path, capsys):
         table.main([str(tmp_path / "other.csv")])
     with pytest.raises(UserError, match="cannot read"):
         curves.main([str(tmp_path / "missing.csv")])
+
+
+def test_scores_above_one_are_inside_the_axes(tmp_path, monkeypatch):
+    """TAD is a sum over attributes."""
+    seen = {}
+    monkeypatch.setattr(
+        curves, "save", lambda figure, *_: seen.update(limits=[a.get_ylim() for a in figure.axes]) or []
+    )
+    points = [curves.Point("ours", "0", count, "live", {"tad": 1.5 + count / 100, "dci": 0.5}) for count in (10, 20)]
+    curves.draw_scores(points, ["ours"], ["tad", "dci"], tmp_path)
+    assert seen["limits"] == [(0, pytest.approx(1.05 * 1.7)), (0, 1.02)]

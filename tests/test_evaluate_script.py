@@ -110,6 +110,16 @@ def test_several_are_ranked(codes, capsys, tmp_path):
     assert folders == ["0_codes", "1_codes", "noise"] and "UDR, 60 points" in capsys.readouterr().out
 
 
+def test_several_are_ranked_without_factors(codes, capsys, tmp_path):
+    path, values, _ = codes
+    np.save(tmp_path / "turned.npy", values[:, ::-1])
+    np.save(tmp_path / "noise.npy", np.random.RandomState(0).standard_normal((60, 3)))
+    assert run("--codes", path, tmp_path / "noise.npy", tmp_path / "turned.npy", "--out", tmp_path / "new") == 0
+    record = json.loads((tmp_path / "new" / "udr.json").read_text())
+    assert np.argmin(record["lasso"]["model_scores"]) == 1 and not list((tmp_path / "new").glob("*/scores.json"))
+    assert "UDR, 60 points" in capsys.readouterr().out
+
+
 def test_settings_are_numbers_or_strings(codes, tmp_path):
     settings = ["dci.backend=sklearn", "dci.num_train=20", "dci.num_test=20", "irs.diff_quantile=9e-1"]
     assert run("--codes", codes[0], "--grid", "4,3,5", "--metrics", "dci,irs", "--settings", *settings) == 0
@@ -150,6 +160,9 @@ def test_settings_are_numbers_or_strings(codes, tmp_path):
         (["--codes", "codes.npy", "--grid", "4,3,5", "--fid", "9"], "--fid: of models, not of --codes"),
         (["--codes", "codes.npy", "--grid", "4,3,5", "--metrics", "mig", "--out", "text.npy"], "the folder text.npy"),
         (["--codes", "codes.npy", "--grid", "4,3,5", "--save-codes"], "--save-codes: of models"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--steps", "5", "--eta", "0"], "--steps, --eta: of models"),
+        (["--codes", "codes.npy", "--grid", "4,3,5", "--settings", "mig.num_bins=[1"], "--settings mig.num_bins=[1: "),
+        (["--codes", "codes.npy", "codes.npy", "--metrics", "mig"], "--metrics needs the factors of the codes"),
         (["logs/none"], "there is no log directory or checkpoint 'logs/none'"),
     ],
 )

@@ -245,3 +245,33 @@ def test_rows_are_compared_seed_by_seed(tmp_path, capsys):
     assert lines[-1] == "| ours - theirs | DCI | 3 | .200 ± .229 | 2 of 3 | 0.27 |"
     with pytest.raises(UserError, match="did you mean 'ours'"):
         table.main([str(tmp_path), "--against", "our"])
+
+
+def write_rows(path, *rows):
+    """A `curves.csv` of title, seed, images and DCI."""
+    lines = [
+        "row,seed,images,weights,dci",
+        *(f"{title},{seed},{images},live,{dci}" for title, seed, images, dci in rows),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_rows_of_several_files_are_joined(tmp_path, capsys):
+    first = write_rows(tmp_path / "a.csv", ("EncDiff", 0, 10, 0.1), ("EncDiff", 0, 20, 0.2), ("other", 0, 10, 0.5))
+    second = write_rows(tmp_path / "b.csv", ("EncDiff", 1, 20, 0.4))
+    assert shown(capsys, first, second)[2:] == ["| EncDiff | 2 | .300 ± .141 |", "| other | 1 | .500 |"]
+    with pytest.raises(UserError, match=r"two runs of 'EncDiff' with seed 1, one in '.*c\.csv'"):
+        table.main([str(first), str(second), str(write_rows(tmp_path / "c.csv", ("EncDiff", 1, 20, 0.4)))])
+    run(tmp_path, "2026-01-01T00-00-00_EncDiff", 2, {"dci": 0.6})
+    table.main([str(tmp_path / "2026-01-01T00-00-00_EncDiff"), str(first), str(second)])
+    done = capsys.readouterr()
+    assert "| EncDiff | 3 | .400 ± .200 |" in done.out and "settings of seed 0, from" in done.err
+
+
+def test_a_test_of_unequal_lengths_is_remarked(tmp_path, capsys):
+    path = write_rows(tmp_path / "a.csv", ("a", 0, 10, 0.1), ("a", 1, 10, 0.2), ("b", 0, 10, 0.3), ("b", 1, 20, 0.5))
+    table.main([str(path), "--against", "a"])
+    told = capsys.readouterr().err
+    assert "the test compares 'a' after 10 images with 'b' after 20 (seed 1)" in told
+    assert "'b' averages scores of different numbers of images: 10 (seed 0), 20 (seed 1)" in told

@@ -19,9 +19,9 @@ from ldm.evaluation.files import write_json
 from ldm.evaluation.heatmaps import write_heatmaps
 from ldm.evaluation.matching import information_of, ranges_of
 from ldm.evaluation.scores import score_codes
-from ldm.factors import factors_of
-from ldm.metrics.evaluate import HEADLINES, SUITE, check_seed, check_settings, defined_metrics
-from ldm.metrics.sampling import Factors, Scores
+from ldm.factors import FactorTable, factors_of
+from ldm.metrics.evaluate import HOLDING, SUITE, check_seed, check_settings, defined_metrics, main_entry
+from ldm.metrics.sampling import Factors, Scores, check_held
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -140,10 +140,19 @@ class DisentanglementCallback(Callback):
                 f"limit_val_batches is {limit}: scores of a part of the set would mean nothing. Leave it out"
                 f" (model.params.val_loss_images saves time instead), or {off}"
             )
+        if hasattr(dataset, "__len__") and len(dataset) != len(self.factors):
+            raise UserError(
+                f"{type(dataset).__name__} has {len(dataset)} images, but factors of {len(self.factors)} rows"
+                f" ({self.factors.describe()}): expected a row for each image, in order",
+                "data.params.validation",
+            )
         try:
             check_settings(self.metrics, self.settings, self.factors)
         except ValueError as error:
             raise UserError(str(error), PARAMS) from error
+        reason = cannot_hold(self.factors)
+        if reason and HOLDING & set(self.metrics):
+            raise UserError(f"{', '.join(sorted(HOLDING & set(self.metrics)))}: {reason}", f"{PARAMS}.metrics")
 
     def _scoring(self, trainer: pl.Trainer) -> bool:
         due = self._validations % self.every_n_validations == 0
@@ -215,7 +224,7 @@ class DisentanglementCallback(Callback):
             prefix = "val/" if kind == "scalars" else f"val/{kind}_"
             for metric, entries in found.items():
                 for entry, value in entries.items():
-                    headline = HEADLINES.get(metric) == entry
+                    headline = main_entry(metric, entries) == entry
                     name = f"{prefix}{metric}" if headline else f"{prefix}{metric}_{entry}"
                     pl_module.log(name, float(value))
         if problem:
@@ -303,8 +312,22 @@ def suited(dataset: Any) -> tuple[str, ...]:
         metrics = ("tad", "mig") if "tad" in defined_metrics(factors) else SUITE
         try:
             check_settings(metrics, None, factors)
-            return metrics
         except ValueError as error:
             reason = str(error)
+        else:
+            without = HOLDING & set(metrics) if (why := cannot_hold(factors)) else set()
+            if without:
+                log.info("no %s: %s", ", ".join(sorted(without)), why)
+            return tuple(metric for metric in metrics if metric not in without)
     log.info("no scores: %s", reason)
     return ()
+
+
+def cannot_hold(factors: Factors) -> str:
+    """Why a factor's value cannot be held fixed, which the metrics of `HOLDING` do; empty where it can."""
+    if isinstance(factors, FactorTable):
+        try:
+            check_held(factors)
+        except ValueError as error:
+            return str(error)
+    return ""

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from ldm.bars import short
 from ldm.callbacks.clock import images_per_step
 from ldm.evaluation.matching import concepts_of_record
-from ldm.metrics.evaluate import HEADLINES
+from ldm.metrics.evaluate import main_entry
 
 log = logging.getLogger(__name__)
 WIDTH = 160
@@ -120,7 +120,8 @@ def factors_in_words(record: Mapping[str, Any], room: int) -> str:
 
 def headline(record: Mapping[str, Any], metric: str) -> float | None:
     """The entry of a metric that papers report; None where it is not there."""
-    return record.get("scores", {}).get(metric, {}).get(HEADLINES[metric]) if metric in HEADLINES else None
+    entries = record.get("scores", {}).get(metric, {})
+    return entries.get(main_entry(metric, entries))
 
 
 def hundredths(value: float) -> str:

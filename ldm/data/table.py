@@ -34,7 +34,7 @@ def read_table(
 
     Raises:
         UserError: names file, line and column: a picture without a line or a line without a picture, a missing value or
-            column, one that looks continuous.
+            column, words among numbers, a column that looks continuous.
     """
     lines = _lines(path, title)
     header = [name.strip() for name in lines[0][1]]
@@ -58,13 +58,15 @@ def read_table(
             raise UserError(f"{title}: {path}, line {number}: '{row[KEY]}' is in line {rows[key][0]} too")
         rows[key] = number, row
     _check_files(path, files, rows, title)
-    order = [rows[plain(name)][1] for name in files]
-    numbered = np.stack([_numbered([row[name] for row in order]) for name in wanted], axis=1)
+    order = [rows[plain(name)] for name in files]
+    numbers = [number for number, _ in order]
     try:
-        FactorTable(numbered, wanted)
+        columns = [numbered([row[name] for _, row in order], numbers, f"'{name}'") for name in wanted]
+        table = np.stack(columns, axis=1)
+        FactorTable(table, wanted)
     except ValueError as error:
         raise UserError(f"{title}: {path}: {error}; attributes=[...] names the columns to take") from error
-    return tuple(wanted), numbered
+    return tuple(wanted), table
 
 
 def plain(name: str) -> str:
@@ -103,11 +105,40 @@ def _check_files(
         raise UserError(f"{title}: {path} has no line for the picture '{absent[0]}'{more}")
 
 
-def _numbered(values: Sequence[str]) -> np.ndarray:
-    """Values (m,) as their numbers in sorted order, int64."""
-    column: np.ndarray = np.array(values)
+def numbered(entries: Sequence[str], lines: Sequence[int], where: str) -> np.ndarray:
+    """Numbers (m,) int64 from 0 of the distinct entries, in numerical order if they are numbers, else alphabetical.
+
+    Args:
+        entries: of a column, as text.
+        lines: (m,) of the file they are in.
+        where: file and column, for messages.
+
+    Raises:
+        ValueError: some are numbers and others are not, which one slip of the pen makes of numbers; or NaN or infinity.
+    """
+    words = [k for k, entry in enumerate(entries) if not is_number(entry)]
+    if 0 < len(words) < len(entries):
+        first = f"the first '{entries[words[0]]}' in line {lines[words[0]]}"
+        raise ValueError(
+            f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, {first}: write all as numbers or"
+            " all as words, or leave out the rows without a label"
+        )
+    if words:
+        return np.unique(np.array(entries), return_inverse=True)[1].reshape(-1).astype(np.int64)
+    values = np.array([float(entry) for entry in entries])
+    unusable = np.flatnonzero(~np.isfinite(values))
+    if len(unusable):
+        raise ValueError(
+            f"{where} has '{entries[unusable[0]]}' in line {lines[unusable[0]]}: factor values must be finite, leave"
+            " out the rows without a label"
+        )
+    return np.unique(values, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def is_number(entry: str) -> bool:
+    """Whether an entry is a number; `1_11`, which Python takes for 111, is a word."""
     try:
-        column = column.astype(np.float64)
+        float(entry)
     except ValueError:
-        pass
-    return np.unique(column, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        return False
+    return "_" not in entry

@@ -117,24 +117,29 @@ def encode(
     return codes.tensors()[0].numpy()
 
 
-def why_not_encoded(model: Any) -> str:
-    """Why a model has no codes; empty if it has."""
-    found = hasattr(getattr(model, "cond_stage_model", None), "encoding")
-    return "" if found else "it is a first stage, without scalars to score"
+def why_not_encoded(model: Any, weights: str = "live") -> str:
+    """Why a model has no codes; empty if it has.
+
+    Args:
+        model: any.
+        weights: `live` or `ema`: those that the model was loaded with.
+    """
+    if not hasattr(getattr(model, "cond_stage_model", None), "encoding"):
+        return "it is a first stage, without scalars to score"
+    if weights == "ema" and model.ema_parameters != "all":
+        return f"its EMA weights are of the U-Net alone (ema_parameters: {model.ema_parameters}), not of the encoder"
+    return ""
 
 
 def why_not_scored(model: Any, dataset: Any, weights: str = "live") -> str:
     """Why a model cannot be scored for disentanglement on a data set; empty if it can.
 
     Args:
-        model: any.
+        model, weights: see `why_not_encoded`.
         dataset: of `ldm.data`.
-        weights: `live` or `ema`: those that the model was loaded with.
     """
-    if reason := why_not_encoded(model):
+    if reason := why_not_encoded(model, weights):
         return reason
-    if weights == "ema" and model.ema_parameters != "all":
-        return f"its EMA weights are of the U-Net alone (ema_parameters: {model.ema_parameters}), not of the encoder"
     if factors_of(dataset) is None:
         return "its data have neither a factor grid nor attributes to score against"
     return ""

@@ -12,6 +12,7 @@ import numpy as np
 
 from ldm.data.checksums import add_checksums, check_content
 from ldm.data.files import atomic_output
+from ldm.data.table import is_number, numbered
 from ldm.factors import FactorTable
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
@@ -89,44 +90,16 @@ def _read_csv(path: Path) -> FactorTable:
             f"{path} has no rows; expected the names of the factors in the first line, then a line per row"
         )
     names, rows = [name.strip() for name in lines[0]], lines[1:]
-    if all(_is_number(name) for name in names):
+    if all(is_number(name) for name in names):
         raise ValueError(f"{path}: the first line holds numbers; expected the names of the factors there")
     for number, row in enumerate(rows, 2):
         if len(row) != len(names):
             raise ValueError(f"{path}: line {number} has {len(row)} entries, the first line names {len(names)} factors")
         if "" in (entry.strip() for entry in row):
             raise ValueError(f"{path}: line {number} has an empty entry; leave out the rows without a label")
-    columns = [_numbered([row[k].strip() for row in rows], f"{path}: '{name}'") for k, name in enumerate(names)]
+    below = range(2, len(rows) + 2)
+    columns = [numbered([row[k].strip() for row in rows], below, f"{path}: '{name}'") for k, name in enumerate(names)]
     return FactorTable(np.stack(columns, axis=1), names)
-
-
-def _numbered(entries: list[str], where: str) -> np.ndarray:
-    """Numbers (m,) from 0 of the distinct entries, in numerical order if they are numbers, else alphabetical.
-
-    Raises:
-        ValueError: some are numbers and others are not, which one slip of the pen makes of numbers; or NaN.
-    """
-    words = [number for number, entry in enumerate(entries, 2) if not _is_number(entry)]
-    if 0 < len(words) < len(entries):
-        first = f"the first '{entries[words[0] - 2]}' in line {words[0]}"
-        raise ValueError(
-            f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, {first}: write all as numbers or"
-            " all as words, or leave out the rows without a label"
-        )
-    if words:
-        return np.unique(entries, return_inverse=True)[1].reshape(-1)
-    values = np.array([float(entry) for entry in entries])
-    if not np.isfinite(values).all():
-        raise ValueError("factor values must be finite: leave out the rows without a label")
-    return np.unique(values, return_inverse=True)[1].reshape(-1)
-
-
-def _is_number(entry: str) -> bool:
-    try:
-        float(entry)
-    except ValueError:
-        return False
-    return True
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

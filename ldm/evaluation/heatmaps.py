@@ -125,10 +125,11 @@ def draw_heatmap(
     dimensions = dimension if len(numbers) == total else f"{dimension} (the first {len(numbers)} of {total})"
     step = max(1, len(columns) // 40)
     places = range(0, len(columns), step)
-    slanted = {} if turned else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    slanted: dict[str, Any] = {} if turned else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    slanted["parse_math"] = False  # a name may hold dollar signs
     axes.set_xticks(places, columns[::step], fontsize=SMALL if turned else SIZE, **slanted)
     step = max(1, len(rows) // 60)
-    axes.set_yticks(range(0, len(rows), step), rows[::step], fontsize=SIZE)
+    axes.set_yticks(range(0, len(rows), step), rows[::step], fontsize=SIZE, parse_math=False)
     axes.tick_params(length=0, pad=2)
     axes.grid(False)
     axes.spines[:].set_visible(False)

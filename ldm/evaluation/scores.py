@@ -129,20 +129,22 @@ def score_codes(
     return found
 
 
-def rank_codes(names: Sequence[str], codes: Sequence[np.ndarray], factors: Factors, seed: int, path: Path) -> str:
+def rank_codes(
+    names: Sequence[str], codes: Sequence[np.ndarray], factors: Factors | None, seed: int, path: Path
+) -> str:
     """Rank several codes of the same images by UDR, which uses no factors: models that agree score high.
 
     Args:
         names: one per codes.
         codes: each (m, n) or (m, n, d).
-        factors: of the m images; says which rows there are to draw from.
+        factors: of the m images, if known; says how rows are drawn.
         seed: of the draw.
         path: JSON file to write.
 
     Returns:
         a table, the best first.
     """
-    points = min(1000, len(factors))
+    points = min(1000, len(codes[0]))
     lines = [f"UDR, {points} points (no factor is used; models that agree score high)"]
     record: dict[str, Any] = {"codes": names}
     for kind in ("lasso", "spearman"):

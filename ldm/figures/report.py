@@ -18,7 +18,7 @@ from ldm.figures.report_config import between
 from ldm.figures.report_data import KINDS, gather
 from ldm.figures.report_events import thinned
 from ldm.figures.report_facts import compared, facts_of, record_rows, stage_of
-from ldm.metrics.evaluate import HEADLINES
+from ldm.metrics.evaluate import main_entry
 from ldm.util import UserError
 
 NAME = "report.html"
@@ -116,12 +116,6 @@ def headline(run: Mapping[str, Any], metric: str, kind: str = "scores") -> str:
     return score_text(entries[entry]) if entry else ""
 
 
-def main_entry(metric: str, entries: Mapping[str, Any]) -> str | None:
-    """The entry that papers report, or the first one of a metric that is not known here."""
-    wanted = HEADLINES.get(metric)
-    return wanted if wanted in entries else next(iter(entries), None) if wanted is None else None
-
-
 def paper_text(run: Mapping[str, Any], metric: str, kind: str = "scores") -> str:
     """The paper's number, if the run has the paper's values."""
     found = run["paper"].get(kind, {}).get(metric)
@@ -190,7 +184,7 @@ def entries_of(run: Mapping[str, Any]) -> dict[str, Any]:
         for entry in names:
             values = [last[kind].get(metric, {}) for kind in kinds]
             texts = [score_text(value[entry]) if entry in value else "" for value in values]
-            main = HEADLINES.get(metric) == entry
+            main = main_entry(metric, names) == entry
             rows.append((TITLES.get(metric, metric), entry, main, texts, paper_text(run, metric) if main else ""))
     return {"kinds": [kind_name(run, kind) for kind in kinds], "rows": rows, "step": last["step"]}
 

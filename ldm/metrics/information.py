@@ -8,8 +8,11 @@ def equal_width_bins(values: np.ndarray, num_bins: int) -> np.ndarray:
     try:
         edges = np.histogram_bin_edges(values, num_bins)
     except ValueError:
-        # NumPy cannot divide a range of a few rounding errors: as good as constant. (The original fails here.)
-        return np.zeros(len(values), dtype=np.int64)
+        # NumPy cannot divide a range of a few rounding errors of its precision. (The original fails here.)
+        try:
+            edges = np.histogram_bin_edges(values.astype(np.float64), num_bins)
+        except ValueError:
+            return np.zeros(len(values), dtype=np.int64)  # as good as constant
     return np.digitize(values, edges[:-1]) - 1
 
 
@@ -19,12 +22,16 @@ def bin_columns(codes: np.ndarray, num_bins: int) -> np.ndarray:
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Mutual information in nats of two columns (m,) of integers from 0, never negative; as `mutual_info_score`."""
+    """Mutual information in nats of two columns (m,) of integers from 0, never negative; as `mutual_info_score`.
+
+    What is less than 1e-12 is rounding, and 0: modularity divides by its square.
+    """
     num_b = int(b.max()) + 1
     joint = np.bincount(a * num_b + b, minlength=(int(a.max()) + 1) * num_b).reshape(-1, num_b) / len(a)
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     seen = joint > 0
-    return max(0.0, float(np.sum(joint[seen] * np.log(joint[seen] / independent[seen]))))
+    found = float(np.sum(joint[seen] * np.log(joint[seen] / independent[seen])))
+    return found if found > 1e-12 else 0.0
 
 
 def information_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:

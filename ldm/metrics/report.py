@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.factors import FactorGrid
-from ldm.metrics.evaluate import HEADLINES
+from ldm.metrics.evaluate import main_entry
 from ldm.metrics.sampling import Factors
 
 
@@ -28,7 +28,7 @@ def score_table(
             if "_factor_" in entry:
                 continue
             number = f"{value}" if isinstance(value, int) else f"{value:.4f}"
-            mark = "*" if HEADLINES.get(metric) == entry else " "
+            mark = "*" if main_entry(metric, entries) == entry else " "
             lines.append(f"{mark} {metric:<{width}}  {entry:<40}{number:>10}")
     counts = [f"{metric} {_counts(values)}" for metric, values in settings.items() if _counts(values)]
     kind = "grid" if isinstance(factors, FactorGrid) else "labelled sample"

@@ -45,13 +45,13 @@ def check_grid(grid: Factors) -> None:
         raise ValueError(f"disentanglement needs at least two factors, but there is only {grid.describe()}")
 
 
-def scalar_codes(codes: np.ndarray, grid: Factors) -> np.ndarray:
+def scalar_codes(codes: np.ndarray, grid: Factors | None) -> np.ndarray:
     """Check codes and reduce them to one real scalar per row and concept.
 
     Args:
         codes: scalars (m, n) or tokens (m, n, d), one row per row of the grid, in grid order, or per row of the table.
             float32 stays float32, since the original then computes in float32; every other real type becomes float64.
-        grid: the m rows' factors.
+        grid: the m rows' factors; None if they are not known.
 
     Returns:
         (m, n); tokens are reduced by `first_components`.
@@ -59,13 +59,14 @@ def scalar_codes(codes: np.ndarray, grid: Factors) -> np.ndarray:
     Raises:
         ValueError: wrong shape, length or type; values that are NaN, infinite or beyond 1e15; unusable factors.
     """
-    check_grid(grid)
+    if grid is not None:
+        check_grid(grid)
     codes = np.asarray(codes)
     if codes.dtype.kind not in "fiub":
         raise ValueError(f"codes must be real numbers, got an array of {codes.dtype}")
     if codes.ndim not in (2, 3):
         raise ValueError(f"codes must be scalars (m, n) or tokens (m, n, d), got the shape {codes.shape}")
-    if len(codes) != len(grid):
+    if grid is not None and len(codes) != len(grid):
         what = "grid" if isinstance(grid, FactorGrid) else "table of factors"
         raise ValueError(
             f"the {what} has {len(grid)} rows ({grid.describe()}), but there are {len(codes)} rows of codes"
@@ -216,19 +217,30 @@ def fixed_factor_batches(
     return fixed_factor_rows(grid.sizes, num_batches, batch_size, num_sets, random_state)
 
 
-def _table_batches(
-    table: FactorTable, num_batches: int, batch_size: int, num_sets: int, random_state: np.random.RandomState
-) -> tuple[np.ndarray, np.ndarray]:
-    """`fixed_factor_batches` from a labelled sample: points are rows, drawn with replacement."""
-    held = random_state.randint(table.num_factors, size=num_batches)
-    rows = random_state.randint(len(table), size=(num_batches, num_sets, batch_size))
-    for k, name in enumerate(table.names):
-        counts = np.bincount(table.values[:, k], minlength=table.sizes[k])
+def check_held(table: FactorTable) -> None:
+    """Check that each value of each factor can be held fixed, for `fixed_factor_batches`.
+
+    Raises:
+        ValueError: only one row of the table has some value.
+    """
+    for name, column, size in zip(table.names, table.values.T, table.sizes, strict=True):
+        counts = np.bincount(column, minlength=size)
         if counts.min() < 2:
             raise ValueError(
                 f"value number {counts.argmin()} of factor '{name}' has a single row in the labelled sample, so it"
                 " cannot be held fixed: leave out that row, or this metric"
             )
+
+
+def _table_batches(
+    table: FactorTable, num_batches: int, batch_size: int, num_sets: int, random_state: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
+    """`fixed_factor_batches` from a labelled sample: points are rows, drawn with replacement."""
+    check_held(table)
+    held = random_state.randint(table.num_factors, size=num_batches)
+    rows = random_state.randint(len(table), size=(num_batches, num_sets, batch_size))
+    for k in range(table.num_factors):
+        counts = np.bincount(table.values[:, k], minlength=table.sizes[k])
         # Sorted by value: the rows of value v start at begin[v].
         order, begin = np.argsort(table.values[:, k], kind="stable"), np.cumsum(counts) - counts
         batches = held == k

@@ -11,7 +11,7 @@ from ldm.metrics.sampling import Factors, sample_points, scalar_codes, varying
 
 def udr(
     codes: Sequence[np.ndarray],
-    grid: Factors,
+    grid: Factors | None = None,
     seed: int = 0,
     correlation: str = "lasso",
     num_points: int = 1000,
@@ -30,8 +30,9 @@ def udr(
     0 at 0.01, whatever its value).
 
     Args:
-        codes: one array (m, n) or (m, n, d) per model, of the same images: the rows of the grid or table.
-        grid: the factors of the rows; they only determine which points are drawn.
+        codes: one array (m, n) or (m, n, d) per model, of the same m images.
+        grid: the factors of the rows, which only determine which points are drawn: from a grid and a table as for the
+            other metrics, without factors all rows, or `num_points` different ones.
         seed: of the draws and of the Lasso.
         correlation: `lasso` or `spearman`.
         num_points: points to correlate on.
@@ -52,11 +53,17 @@ def udr(
         raise ValueError(f"udr: correlation '{correlation}' is neither lasso nor spearman")
     if kl is not None and [len(part) for part in kl] != [np.shape(part)[1] for part in codes]:
         raise ValueError("udr: kl must hold one value per dimension of each model's codes")
+    if len({len(part) for part in codes}) > 1:
+        raise ValueError(f"udr compares codes of the same images, not of {[len(part) for part in codes]} images")
     points, kept = [], []
     for i, part in enumerate(codes):
         # All models get the same points.
         random_state = np.random.RandomState(seed)
-        ((sample, _),) = sample_points(scalar_codes(part, grid), grid, [num_points], batch_size, random_state)
+        scalars = scalar_codes(part, grid)
+        if grid is None:
+            sample = scalars[random_state.permutation(len(scalars))[:num_points]]
+        else:
+            ((sample, _),) = sample_points(scalars, grid, [num_points], batch_size, random_state)
         sample = sample.astype(np.float64)
         active = varying(sample) if kl is None else varying(sample) & (np.asarray(kl[i]) > kl_threshold)
         scaled = (sample - sample.mean(axis=0)) / np.where(sample.std(axis=0) > 0, sample.std(axis=0), 1)

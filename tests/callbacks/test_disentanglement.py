@@ -266,3 +266,39 @@ def test_one_metric_that_fails_costs_no_other_scores(tmp_path, monkeypatch):
     assert record["scores"] == {"mig": {"discrete_mig": pytest.approx(model.logged["val/mig"])}}
     assert record["not_computed"] == {"sap": "too few rows"}
     assert (tmp_path / "metrics" / "000007_mig_mutual_information.png").is_file()
+
+
+class Pictures:
+    """Twelve, with a table of two attributes."""
+
+    attribute_names = ("hair", "glasses")
+
+    def __init__(self, attributes):
+        self.attributes = np.array(attributes)
+
+    def __len__(self):
+        return 12
+
+
+def test_a_rare_value_is_told_before_training(caplog):
+    """It cannot be held fixed: metrics that are named are refused, of the usual ones those are left out."""
+    attributes = [[k % 3, k % 2] for k in range(12)]
+    datasets = {"validation": Pictures(attributes)}
+    usual = DisentanglementCallback(metrics=None)
+    usual.check(Model(), datasets, {})
+    assert usual.metrics == ("beta_vae", "factor_vae", "dci", "mig")
+    attributes[5][0] = 3
+    datasets = {"validation": Pictures(attributes)}
+    with caplog.at_level("INFO"):
+        usual = DisentanglementCallback(metrics=None)
+        usual.check(Model(), datasets, {})
+    assert usual.metrics == ("dci", "mig") and "no beta_vae, factor_vae: value number 3 of factor 'hair'" in caplog.text
+    with pytest.raises(UserError, match=r"metrics: factor_vae: value number 3 of factor 'hair' has a single row"):
+        DisentanglementCallback(metrics=["mig", "factor_vae"]).check(Model(), datasets, {})
+
+
+def test_a_grid_of_another_size_is_told_before_training():
+    pictures = Pictures([[0, 1]] * 12)
+    pictures.grid = FactorGrid((3, 5))
+    with pytest.raises(UserError, match=r"validation: Pictures has 12 images, but factors of 15 rows"):
+        DisentanglementCallback().check(Model(), {"validation": pictures}, {})

@@ -66,6 +66,10 @@ WRONG = {
     "no line": ("file,colour\na.png,red\n", ["t.csv has no line for the picture 'b/ü ñ.png', nor for 1 more"]),
     "no picture": ("file,colour\n" + ROWS + "c.png,x\nd.png,x\n", ["line 5: there is no picture 'c.png'", "1 more"]),
     "another name": ("file,colour\n" + ROWS.replace("a.png", "A.png"), ["line 2", "'A.png'", "'a.png' is a picture"]),
+    "a word": ("file,x\n" + ROWS.replace("red", "1", 1).replace("blue", "?").replace("red", "2"),
+               ["t.csv: 'x' has", "numbers and 1 words, the first '?' in line"]),
+    "not a number": ("file,x\n" + ROWS.replace("red", "1", 1).replace("blue", "nan").replace("red", "2"),
+                     ["t.csv: 'x' has 'nan' in line", "must be finite"]),
     "continuous": ("file,x\n" + ROWS.replace("red", "1.5", 1).replace("blue", "2.5").replace("red", "3"),
                    ["t.csv", "'x' has 3 values in 3 rows", "attributes=[...]"]),
 }  # fmt: skip

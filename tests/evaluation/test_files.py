@@ -41,6 +41,7 @@ def test_codes_in_either_format(tmp_path):
         ("gap.csv", b"a,b\n1,\n", r"gap\.csv: line 2 has an empty entry"),
         ("numbers.csv", b"1,2\n1,2\n", r"numbers\.csv: the first line holds numbers"),
         ("word.csv", b"a,b\n1,x\nn/a,y\n3,z\n", r"word\.csv: 'a' has 2 numbers and 1 words, the first 'n/a' in line 3"),
+        ("nan.csv", b"a,b\n1,x\nnan,y\n", r"nan\.csv: 'a' has 'nan' in line 3: factor values must be finite"),
         ("zeros.csv", b"a,b\n1,\x00\x00\n", r"zeros\.csv has control characters"),
         ("quote.csv", b"a,b\n1,2\n" + b'"' + b"x" * 140000, r"quote\.csv is not a table"),
         ("latin.csv", b"a,b\n\xe9,1\n", r"latin\.csv is not text in UTF-8"),

@@ -8,6 +8,7 @@ import pytest
 
 from ldm.factors import FactorGrid, FactorTable
 from ldm.metrics.evaluate import HEADLINES, METRICS, check_settings, defined_metrics, evaluate
+from ldm.metrics.information import bin_columns
 
 FEW = {
     "beta_vae": {"num_train": 400, "num_eval": 400},
@@ -165,3 +166,23 @@ def test_every_metric_cites_its_paper():
         text = (module.__doc__ or "") + (metric.__doc__ or "")
         assert "et al" in text or " and " in text, f"{name} cites no paper"
         assert any(year in text for year in ("2017", "2018", "2019", "2022", "2023")), f"{name} cites no year"
+
+
+@pytest.mark.parametrize("sizes", [(4, 5, 6), (10, 10, 10, 8, 4, 15)])
+def test_constant_dimensions_have_a_modularity_of_zero(sizes):
+    """Rounding gave them a mutual information of 1e-16 with some factors, and so a modularity of up to 1."""
+    grid = FactorGrid(sizes)
+    mixed = grid.factors(np.arange(len(grid))) @ np.random.RandomState(0).standard_normal((len(sizes), 4))
+    constant = np.full((len(grid), 12), 0.3)
+    for seed in range(4):
+        few, many = (
+            evaluate(codes, grid, ["modularity_explicitness"], {"modularity_explicitness": {"num_test": 50}}, seed)
+            for codes in (mixed, np.hstack([mixed, constant]))
+        )
+        score = "modularity_score"
+        assert many["modularity_explicitness"][score] == pytest.approx(few["modularity_explicitness"][score] * 4 / 16)
+
+
+def test_bins_of_float32_far_from_zero():
+    values = (1e6 + np.tile([0.0, 0.0625, 0.125, 0.1875], 50)).astype(np.float32)
+    assert len(np.unique(bin_columns(values[:, None], 20))) == 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm.factors import FactorGrid, FactorTable
-from ldm.metrics.evaluate import check_settings, defined_metrics, evaluate
+from ldm.metrics.evaluate import check_settings, defined_metrics, evaluate, main_entry
 from ldm.metrics.sampling import fixed_factor_batches, sample_points
 
 SMALL = {
@@ -167,3 +167,13 @@ def test_rows_of_a_grid_can_be_disjoint_too():
     assert disjoint.arrays["accuracy"].mean() == pytest.approx(disjoint["informativeness_test"])
     with pytest.raises(ValueError, match=r"dci: 41 \+ 24 different rows are needed \(disjoint\), but there are 64"):
         check_settings(["dci"], {"dci": {"num_train": 41, "num_test": 24, "disjoint": True}}, grid)
+
+
+def test_the_main_entry_of_a_small_sample():
+    """The downstream metrics are scored at 10,000 points only where there are so many."""
+    name = "downstream_gbt"
+    assert main_entry(name, {"10:mean_test_accuracy": 0, "10000:mean_test_accuracy": 0}) == "10000:mean_test_accuracy"
+    entries = {"10:mean_test_accuracy": 0.1, "1000:mean_test_accuracy": 0.2, "1000:mean_train_accuracy": 0.3}
+    assert main_entry(name, entries) == "1000:mean_test_accuracy"
+    assert main_entry("dci", {"completeness": 1.0}) is None and main_entry("dci", {}) is None
+    assert main_entry("of another project", {"a": 1, "b": 2}) == "a"

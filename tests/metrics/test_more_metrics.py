@@ -462,3 +462,14 @@ def test_areas_do_not_depend_on_the_chunks(monkeypatch):
     monkeypatch.setattr("ldm.metrics.tad.CHUNK", 2)
     np.testing.assert_array_equal(areas(codes, attributes, 11, 0.2), whole)
     assert entropy_reduction(attributes).shape == (4,)
+
+
+def test_udr_without_factors(mixed):
+    """All rows, or as many different ones as asked for; a model and its permutation agree fully."""
+    codes, _ = mixed
+    copy = codes[:, ::-1]
+    noise = np.random.RandomState(0).standard_normal(codes.shape)
+    scores = udr([codes, copy, noise], num_points=len(codes), correlation="spearman")["model_scores"]
+    assert scores[:2].min() > scores[2] + 0.2
+    with pytest.raises(ValueError, match="codes of the same images"):
+        udr([codes, copy[:-1]])
