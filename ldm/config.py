@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.signatures import stand_in
+from ldm.targets import PACKAGES
 from ldm.util import UserError, get_obj_from_str, nearest, parameters_of
 
 log = logging.getLogger(__name__)
@@ -241,7 +242,8 @@ def _refuse_lost_variants(where: str, before: DictConfig, after: DictConfig, old
     """Refuse a node of another class that would silently drop a variant of the paper.
 
     Raises:
-        UserError: both are variants of one class, or the earlier one holds a variant that the later one could hold.
+        UserError: both are variants of one class, or the earlier one holds a variant, or a class of the user's own,
+            that the later one could hold.
     """
     known, params = parameters_of(new)[0], after.get("params") or {}
     common = next((cls for cls in new.__mro__ if cls in old.__mro__ and cls.__module__.startswith("ldm.")), None)
@@ -257,7 +259,7 @@ def _refuse_lost_variants(where: str, before: DictConfig, after: DictConfig, old
         )
     for name in map(str, before.get("params") or {}):
         part = None if OmegaConf.is_missing(before.params, name) else before.params[name]
-        if not isinstance(part, DictConfig) or not str(part.get("target")).startswith(VARIANTS):
+        if not isinstance(part, DictConfig) or not _chosen(str(part.get("target", "ldm."))):
             continue
         if name not in params and name in known:
             raise UserError(
@@ -267,11 +269,32 @@ def _refuse_lost_variants(where: str, before: DictConfig, after: DictConfig, old
             )
 
 
+def _chosen(target: str) -> bool:
+    """Whether a class is a variant of the paper, or from outside this project and its libraries."""
+    return target.startswith(VARIANTS) or not f"{target}.".startswith(tuple(f"{package}." for package in PACKAGES))
+
+
 def _whole(cls: type, params: Any) -> bool:
     """Whether `params` has all that the constructor asks for."""
     parameters = inspect.signature(cls).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     return set(required) <= set(params)
+
+
+def _place(key: str, config: DictConfig) -> str:
+    """A hint where a key that stands alone may belong: an argument of Lightning's Trainer, or a key further down."""
+    trainer = stand_in("pytorch_lightning.trainer.trainer.Trainer")
+    if trainer is not None and key in inspect.signature(trainer).parameters:
+        return f"; did you mean lightning.trainer.{key} (--{key} VALUE)?"
+    plain, found = OmegaConf.to_container(config, resolve=False), []
+    nodes: list[tuple[str, Any]] = [("", plain)]
+    while nodes:
+        where, node = nodes.pop(0)
+        for name, value in node.items() if isinstance(node, dict) else ():
+            full = f"{where}.{name}".lstrip(".")
+            found += [full] if name == key and where else []
+            nodes.append((full, value))
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def drop_empty(config: DictConfig) -> None:
@@ -297,7 +320,8 @@ def check_sections(config: DictConfig) -> None:
             raise UserError(f"expected {need}, found {node!r}: give a YAML file that has them with --base", section)
         for key in node:
             if key not in known:
-                raise UserError(f"unknown key{nearest(str(key), known)}", f"{section}.{key!s}".lstrip("."))
+                hint = "" if section else _place(str(key), config)
+                raise UserError(f"unknown key{hint or nearest(str(key), known)}", f"{section}.{key!s}".lstrip("."))
     lightning, rate = config.lightning, config.model.get("base_learning_rate")
     for name in ("trainer", "callbacks"):
         if not isinstance(lightning[name], DictConfig):

@@ -93,7 +93,8 @@ class LambdaWarmUpCosineScheduler2(_Cycles):
         """Cosine over the rest of the cycle."""
         low, high = self.f_min[cycle], self.f_max[cycle]
         warm = self.warm_up_steps[cycle]
-        progress = min((step - warm) / (self.cycle_lengths[cycle] - warm), 1.0)
+        rest = self.cycle_lengths[cycle] - warm
+        progress = min((step - warm) / rest, 1.0) if rest > 0 else 0.0  # in LDM, 0/0 where the warm-up is all
         return low + 0.5 * (high - low) * (1 + math.cos(progress * math.pi))
 
 

@@ -3,6 +3,7 @@
 `ldm.util.instantiate_from_config` asks here before it imports or calls anything.
 """
 
+import difflib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
@@ -70,11 +71,22 @@ def refusal(target: str, defined_in: str = "") -> str | None:
     if named or (trust.working_directory and _lies_here(top, trust.outside)):
         _join_path(top)
         return None
+    if trust.working_directory and not _anywhere(top):
+        close = difflib.get_close_matches(top, [path.stem for path in Path.cwd().glob("*.py")], n=1)
+        return f"there is no module '{top}'" + (f"; did you mean '{close[0]}'?" if close else "")
     places = [*PACKAGES, *(["the working directory"] if trust.working_directory else [])]
     return (
         f"'{target}' is defined in '{module}', and classes are taken from {', '.join(places)} only: if you trust it,"
         f" give --allow {top}" + ("" if trust.working_directory else f" (in Python: allow=['{top}'])")
     )
+
+
+def _anywhere(top: str) -> bool:
+    """Whether there is a module or package of this name, here or where Python looks."""
+    try:
+        return bool(importlib.util.find_spec(top) or PathFinder.find_spec(top, [str(Path.cwd())]))
+    except (ImportError, ValueError):  # `__main__`
+        return True
 
 
 def _within(module: str, packages: Iterable[str]) -> bool:

@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "signatures": set(),
     "signals": set(),
     "bars": set(),
-    "config": {"util", "signatures"},
+    "config": {"util", "signatures", "targets"},
     "hub": {"util"},
     "compat": {"util"},
     "data": {"util", "factors", "pictures", "bars"},
@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "variants": {"util", "modules", "models"},
     "evaluation": USES,
     "figures": {*USES, "evaluation", "config"},  # the report compares configurations
-    "callbacks": {*USES, "signals", "evaluation", "figures"},
+    "callbacks": {*USES, "signals", "targets", "evaluation", "figures"},
 }
 ROOMS["cli"] = ROOMS["api"] = {*ROOMS, "cli", "api"}
 

@@ -58,3 +58,8 @@ def test_a_cycle_as_long_as_the_run(cls):
 def test_a_cycle_has_a_length():
     with pytest.raises(ValueError, match="at least 1"):
         LambdaLinearScheduler([1], [0.0], [1.0], [0.0], [-1])
+
+
+def test_a_warm_up_as_long_as_the_cycle():
+    schedule = LambdaWarmUpCosineScheduler2([100], [0.0], [1.0], [0.0], [100])
+    assert schedule(50) == 0.5 and schedule(100) == schedule(200) == 1.0

@@ -12,10 +12,11 @@ class Clock(Callback):
 
     Attributes:
         first: step at which it began.
+        trained: whether it began; not where there was nothing left to train.
     """
 
     def __init__(self) -> None:
-        self.first, self._validated = 0, 0.0
+        self.first, self._validated, self.trained = 0, 0.0, False
         self._begun = time.monotonic()
         self._paused: float | None = None  # since a validation began, until the next batch
         self._rate: float | None = None  # of a training that is over
@@ -29,6 +30,7 @@ class Clock(Callback):
         """Begin."""
         self.first, self._validated, self._begun = trainer.global_step, 0.0, time.monotonic()
         self._paused = self._rate = None
+        self.trained = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What follows is not training: scores, figures, checkpoints."""

@@ -13,8 +13,9 @@ from ldm.bars import duration, short
 from ldm.callbacks.clock import Clock, images_per_step
 from ldm.callbacks.learned import WIDTH, factors_in_words, read_records, scores_in_words
 from ldm.callbacks.start import ROOT
-from ldm.evaluation.runs import figures_of
+from ldm.evaluation.runs import figures_of, newest_config, read_json
 from ldm.models.autoencoder import FirstStage
+from ldm.targets import PACKAGES
 
 # Parts of the models, in words.
 PARTS = {"model": "U-Net", "cond_stage_model": "concept encoder", "first_stage_model": "first stage"}
@@ -69,6 +70,9 @@ def closing(trainer: pl.Trainer, logdir: Path, argv: Sequence[str] = (), ended: 
 
 def _trained(trainer: pl.Trainer) -> str:
     clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), Clock())  # type: ignore[attr-defined]
+    if not clock.trained:
+        more = f"--max_steps N resumes with more than {trainer.global_step:,}"
+        return f"nothing: the run had ended at step {trainer.global_step:,}; {more}"
     images, rate, step = images_per_step(trainer), clock.images_per_second(trainer), trainer.global_step
     steps = f"steps {clock.first:,} to {step:,}" if clock.first else f"{step:,} steps"
     told = f"{steps}, {(step - clock.first) * images:,} images" if images else steps
@@ -118,23 +122,51 @@ def _next(trainer: pl.Trainer, logdir: Path, argv: Sequence[str], scored: bool) 
             [item] for item in argv if item.startswith("--gpus=")
         ]
         devices = shlex.join(gpus[0]) + " " if gpus else ""
-        return [f"python main_val.py --base {second_stage(argv)} -t {devices}{FIRST_STAGE}={shlex.quote(str(last))}"]
-    run = shlex.quote(str(logdir))
+        bases = bases_of(argv) or bases_of(first_command(logdir))
+        allowed = "".join(f"--allow {argv[k + 1]} " for k, item in enumerate(argv[:-1]) if item == "--allow")
+        checkpoint = f"{FIRST_STAGE}={shlex.quote(str(last))}"
+        return [f"python main_val.py --base {second_stage(bases)} -t {devices}{allowed}{checkpoint}"]
+    run, own = shlex.quote(str(logdir)), own_modules(logdir)
+    allowed = "".join(f" --allow {module}" for module in own)
     # Without scores at validation there are no factors to score against, or nobody wants scores.
-    commands = {"scripts/evaluate.py": f"python scripts/evaluate.py {run}  # all metrics"} if scored else {}
+    commands = {"scripts/evaluate.py": f"python scripts/evaluate.py {run}{allowed}  # all metrics"} if scored else {}
     commands |= {
-        "scripts/figures.py": f"python scripts/figures.py {run}  # swaps, traversals, attention, …",
+        "scripts/figures.py": f"python scripts/figures.py {run}{allowed}  # swaps, traversals, attention, …",
     }
     there = [command for script, command in commands.items() if (ROOT / script).is_file()]
-    return [*there, f'model = ldm.load("{logdir}")  # in Python']
+    return [*there, f'model = ldm.load("{logdir}"{f", allow={own}" if own else ""})  # in Python']
 
 
-def second_stage(argv: Sequence[str]) -> str:
-    """The EncDiff that belongs to a first stage's configuration, by name: `latent-diffusion/x-vq-4-16.yaml` for
-    `autoencoder/x_vq_4_16.yaml`, and `encdiff.yaml` for `first_stage.yaml` beside it."""
-    for base in map(Path, (item for item in argv if item.endswith(".yaml"))):
-        name = base.stem.replace("_", "-")
-        for path in (base.parent.parent / "latent-diffusion" / f"{name}.yaml", base.with_name("encdiff.yaml")):
-            if path.is_file() and path != base:
-                return shlex.quote(str(path))
-    return "ENCDIFF.yaml"
+def own_modules(logdir: Path) -> list[str]:
+    """Top-level names of the modules outside this project and its libraries from which a run takes classes."""
+    config = newest_config(logdir, "project")
+    targets = re.findall(r"^\s*target:\s*['\"]?([\w.]+)", config.read_text(), re.M) if config else []
+    known = {package.partition(".")[0] for package in PACKAGES}
+    return list(dict.fromkeys(top for target in targets if (top := target.partition(".")[0]) not in known))
+
+
+def bases_of(argv: Sequence[str]) -> list[str]:
+    """The YAML files of a command line."""
+    return [item.removeprefix("--base=") for item in argv if item.endswith(".yaml") and "=" not in item[7:]]
+
+
+def first_command(logdir: Path) -> list[str]:
+    """The command line of a run's first start."""
+    starts = [read_json(path) for path in (logdir / "configs").glob("*-run.json")]
+    starts = sorted((start for start in starts if start.get("command")), key=lambda start: str(start.get("started")))
+    return shlex.split(starts[0]["command"]) if starts else []
+
+
+def second_stage(bases: Sequence[str]) -> str:
+    """The files of EncDiff that belong to a first stage's: those that have a counterpart by name,
+    `latent-diffusion/x-vq-4-16.yaml` for `autoencoder/x_vq_4_16.yaml` and `encdiff.yaml` for `first_stage.yaml` beside
+    it, are replaced; all others, such as one with the data, stay. Without a counterpart the first is `ENCDIFF.yaml`."""
+    found, replaced = [], False
+    for base in map(Path, bases):
+        other = base.parent.parent / "latent-diffusion" / f"{base.stem.replace('_', '-')}.yaml"
+        if base.stem.replace("-", "_") == "first_stage":
+            other = base.with_name("encdiff.yaml")
+        there = other.is_file() and other != base
+        replaced |= there
+        found.append(shlex.quote(str(other if there else base)))
+    return " ".join(found if replaced else ["ENCDIFF.yaml", *found[1:]])

@@ -44,7 +44,8 @@ def _truth(text: str) -> bool:
         return True
     if text.lower() in ("no", "false", "f", "n", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+    hint = "; key.sub=value is written without spaces" if "." in text else ""
+    raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'{hint}")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -106,6 +107,8 @@ def _trainer_flags(items: Sequence[str], parser: argparse.ArgumentParser) -> Ite
         item = items.pop(0)
         if not re.match(r"--[A-Za-z_]\w*(=|$)", item):
             hint = nearest(item, known) if item.startswith("-") else ""
+            hint = hint or (" without spaces around =" if item == "=" else "")
+            hint = hint or ("; several devices or values of a flag are written 0,1" if item.isdecimal() else "")
             raise UserError(f"unknown argument '{item}': expected a flag or key.sub=value{hint}")
         name, given, text = item[2:].partition("=")
         if f"--{name}" not in known:

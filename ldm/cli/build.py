@@ -1,6 +1,7 @@
 """Phase 3, build: from a configuration to model, data and trainer, checked as far as it can be without training."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def build(run: Run, score: bool) -> Job:
     data.setup("fit")
 
     datasets = getattr(data, "datasets", {})
+    if datasets:
+        log.info("%s", data_in_words(datasets))
     check(run, model, datasets, [*callbacks, *last, best], options, lightning["logger"])
     for name, callback in zip(lightning["callbacks"], callbacks, strict=True) if run.train else ():
         if hasattr(callback, "prepare"):
@@ -100,6 +103,17 @@ def build(run: Run, score: bool) -> Job:
             OmegaConf.update(run.config, f"lightning.callbacks.{name}.params.chosen", callback.chosen, force_add=True)
     trainer = build_trainer(run, config, options, [*first, *callbacks, *last[:1], best, *last[1:]], model, datasets)
     return Job(run, model, data, trainer, datasets)
+
+
+def data_in_words(datasets: Mapping[str, Any]) -> str:
+    """`train: 4,096 images of 32x32, RenderedTrain; validation: the same`."""
+    told: dict[str, str] = {}
+    for split, dataset in datasets.items():
+        size = getattr(dataset, "image_size", None)
+        count = f"{len(dataset):,} images" if hasattr(dataset, "__len__") else "images"
+        words = f"{count}{f' of {size}x{size}' if size else ''}, {type(dataset).__name__}"
+        told[split] = words if words not in told.values() else "the same"
+    return "; ".join(f"{split}: {words}" for split, words in told.items())
 
 
 def keep_chosen(run: Run, name: str, node: dict[str, Any]) -> None:

@@ -15,8 +15,9 @@ from ldm.cli.configure import Run
 from ldm.compat.resuming import check_resumable
 from ldm.data.images import to_unit_range_all
 from ldm.metrics.evaluate import METRICS
-from ldm.models.autoencoder import FirstStage
+from ldm.models.autoencoder import AutoencoderKL, FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.latents import KEY
 from ldm.modules.mode import evaluating
 from ldm.util import UserError, nearest, parameters_of
 
@@ -54,6 +55,7 @@ def check(
     for callback in callbacks:
         if hasattr(callback, "check"):
             callback.check(model, datasets, options)
+    check_tokens(model)
     losses = dry_run(model, datasets)
     check_resolution(run, model, datasets)
     for callback in callbacks:
@@ -102,6 +104,27 @@ def dry_run(model: pl.LightningModule, datasets: Mapping[str, Any]) -> set[str]:
             raise UserError(f"{problem}; compare them with {FITTING[kind]}", f"data.params.{split}") from error
         names |= set(found if isinstance(model, FirstStage) else found[1])
     return names
+
+
+def check_tokens(model: pl.LightningModule) -> None:
+    """Refuse an encoder and a U-Net of different numbers or widths of tokens, and latents that cannot be kept.
+
+    Raises:
+        UserError: names both keys.
+    """
+    encoder = getattr(model, "cond_stage_model", None)
+    unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+    for name in ("latent_unit", "context_dim"):
+        own, other = getattr(encoder, name, None), getattr(unet, name, None)
+        if isinstance(own, int) and isinstance(other, int) and own != other:
+            hint = f", for instance by --token_num {own}" if name == "latent_unit" else ""
+            raise UserError(
+                f"is {own}, but model.params.unet_config.params.{name} is {other}: make them equal{hint}",
+                f"model.params.cond_stage_config.params.{name}",
+            )
+    if isinstance(model, LatentDiffusion) and model.cache_latents:
+        if isinstance(model.first_stage_model, AutoencoderKL):
+            raise UserError("this first stage draws a new latent every time: set it to false", KEY)
 
 
 def check_resolution(run: Run, model: pl.LightningModule, datasets: Mapping[str, Any]) -> None:

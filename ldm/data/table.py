@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from ldm.data.files import reading
 from ldm.factors import FactorTable
 from ldm.util import UserError, nearest
 
+log = logging.getLogger(__name__)
 KEY = "file"
 DELIMITERS = (",", ";", "\t")
 
@@ -26,7 +28,7 @@ def read_table(
             paths below the folder of the pictures, and the attributes.
         files: of the pictures, in order.
         title: the data set's name, for messages.
-        names: of the columns to take; all but `file` if None.
+        names: of the columns to take; if None all but `file`, and but those with one value, which a warning names.
 
     Returns:
         Names, and the number of each picture's value (files, names) int64: values are numbered from 0 in sorted order,
@@ -63,6 +65,11 @@ def read_table(
     try:
         columns = [numbered([row[name] for _, row in order], numbers, f"'{name}'") for name in wanted]
         table = np.stack(columns, axis=1)
+        constant = [name for name, column in zip(wanted, columns, strict=True) if not column.any()]
+        if names is None and 0 < len(constant) < len(wanted):
+            log.warning("%s: %s: one value in all lines, left out: %s", title, path, ", ".join(constant))
+            kept = [name not in constant for name in wanted]
+            wanted, table = [name for name in wanted if name not in constant], table[:, kept]
         FactorTable(table, wanted)
     except ValueError as error:
         raise UserError(f"{title}: {path}: {error}; attributes=[...] names the columns to take") from error

@@ -105,7 +105,11 @@ class FirstStage(pl.LightningModule):
         """Last step of construction, once all networks exist: EMA weights, and the checkpoint's weights."""
         if self.use_ema:
             self.model_ema = LitEma(self)
-        self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
+        # DDP would broadcast these before every forward pass: LPIPS's weights never change, and each process counts its
+        # own codes.
+        frozen = [name for name, _ in self.named_buffers() if name.startswith("loss.perceptual_loss.")]
+        counted = [name for name, _ in self.named_buffers() if name == "codes_used"]
+        self._ddp_params_and_buffers_to_ignore = [*ema_buffers(self), *frozen, *counted]
         if ckpt_path is not None and "model_ema." in load_weights(self, ckpt_path, ignore_keys):
             self.model_ema.reset(self)
 

@@ -14,7 +14,16 @@ from torch import nn
 
 from ldm.callbacks.clock import Clock
 from ldm.callbacks.learned import WIDTH, factors_in_words, hundredths, learned_line, losses_in_words, read_records
-from ldm.callbacks.summary import _files, _next, model_in_words, second_stage
+from ldm.callbacks.summary import (
+    _files,
+    _next,
+    _trained,
+    bases_of,
+    first_command,
+    model_in_words,
+    own_modules,
+    second_stage,
+)
 from ldm.cli.main import QUIET, SILENT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +148,8 @@ def test_the_end_of_a_first_stage(trained, cli):
     (command,) = rows["next"]
     argv = shlex.split(command)
     assert argv[:5] == ["python", "main_val.py", "--base", "ENCDIFF.yaml", "-t"] and argv[5:7] == ["--gpus", "0"]
-    key, path = argv[7].split("=")
+    assert argv[7:9] == ["--allow", "run_callbacks"], "which the run was given, too"
+    key, path = argv[9].split("=")
     assert key == CHECKPOINT and (trained.folder / path).is_file()
     run = cli.run("--base", cli.enc, f"{key}={trained.folder / path}", score=True)
     assert run.status == 0 and "built everything" in run.log
@@ -228,7 +238,38 @@ def test_the_model_in_words():
 )
 def test_the_second_stage_of_a_first_one(monkeypatch, base, next_one):
     monkeypatch.chdir(ROOT)
-    assert second_stage(["--base", base, "configs/fast.yaml", "-t"]) == next_one
+    assert second_stage([base, "mine.yaml", "configs/fast.yaml"]) == f"{next_one} mine.yaml configs/fast.yaml"
+
+
+def test_the_files_of_a_command_line():
+    argv = ["--base", "a.yaml", "b/c.yaml", "-t", "data.params.train.params.table=t.yaml", "--gpus", "0,"]
+    assert bases_of(argv) == ["a.yaml", "b/c.yaml"] and bases_of(["--base=a.yaml"]) == ["a.yaml"]
+
+
+def test_the_first_command_counts(tmp_path):
+    for name, started, command in (
+        ("b", "2026-01-01", "python main.py --base a.yaml -t"),
+        ("a", "2026-01-02", "x -r y"),
+    ):
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        text = json.dumps({"started": started, "command": command})
+        (tmp_path / "configs" / f"{name}-run.json").write_text(text)
+    assert bases_of(first_command(tmp_path)) == ["a.yaml"] and first_command(tmp_path / "none") == []
+
+
+def test_modules_of_ones_own_are_allowed(tmp_path):
+    """The commands to go on with trust what the run did."""
+    (tmp_path / "configs").mkdir()
+    text = "model:\n  target: ldm.models.x.Y\n  params:\n    a: {target: torch.nn.Identity}\n"
+    text += "    tokens:\n      target: wide.tokens.Wide\ndata:\n  target: pictures.Mine\n"
+    (tmp_path / "configs" / "now-project.yaml").write_text(text)
+    assert own_modules(tmp_path) == ["wide", "pictures"] and own_modules(tmp_path / "none") == []
+
+
+def test_nothing_left_to_train():
+    """The clock of a run that had ended never began."""
+    run: Any = SimpleNamespace(global_step=5, callbacks=[Clock()])
+    assert _trained(run) == "nothing: the run had ended at step 5; --max_steps N resumes with more than 5"
 
 
 def test_images_per_second_are_of_training_alone(monkeypatch):

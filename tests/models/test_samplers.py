@@ -254,6 +254,15 @@ def test_mask_keeps_what_it_covers():
     assert samples[..., 2:].min() < -0.4  # the other mode, too
 
 
+def test_a_schedule_that_leaves_nothing_is_refused():
+    """DDIM would give NaN; DPM-Solver++ leaves those timesteps out."""
+    model = TwoModes({"schedule": "linear", "n_timestep": 1000, "linear_start": 0.0015, "linear_end": 0.5})
+    with pytest.raises(ValueError, match=r"ᾱ is 0 in float32.*take the sampler dpm"):
+        draw(DDIMSampler(model), 100)
+    samples, _ = draw(DPMSolverSampler(model), 20)
+    assert samples.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [DDIMSampler, DPMSolverSampler])
 def test_wrong_arguments(kind):
     sampler = kind(TwoModes())

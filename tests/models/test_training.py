@@ -1,6 +1,7 @@
 """Lightning's training steps against plain loops written here."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +287,54 @@ def test_first_stage_stays_frozen_and_in_evaluation_mode():
     assert all(torch.equal(before[key], value) for key, value in model.first_stage_model.state_dict().items())
 
 
+def test_an_encoder_that_is_not_trained_stays_as_it_is():
+    """Its batch norms too, so that its scalars are those that are scored and sampled from."""
+    torch.manual_seed(0)
+    model = encdiff(cond_stage_trainable=False)
+    before = copy.deepcopy(model.cond_stage_model.state_dict())
+    fit(model, loader(2))
+    model.train()
+    assert not any(module.training for module in model.cond_stage_model.modules()) and model.model.training
+    assert all(torch.equal(before[key], value) for key, value in model.cond_stage_model.state_dict().items())
+
+
+def test_the_configuration_s_schedule_counts(tmp_path, caplog):
+    """Not that of the checkpoint from which weights are loaded, or a run is resumed."""
+    other, model = encdiff(), encdiff(beta_schedule="cosine", ema_decay=0.9)
+    wanted = {name: model.get_buffer(name).clone() for name in (*model.schedule_names, "model_ema.decay")}
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "other.ckpt")
+    model.init_from_ckpt(str(tmp_path / "other.ckpt"))
+    assert "noise schedule and ema_decay: the configuration's, not the checkpoint's" in caplog.text
+    assert all(torch.equal(model.get_buffer(name), values) for name, values in wanted.items())
+    resumed = encdiff(beta_schedule="cosine", ema_decay=0.9)
+    checkpoint = {"state_dict": other.state_dict()}
+    resumed.on_load_checkpoint(checkpoint)
+    resumed.load_state_dict(checkpoint["state_dict"])
+    assert all(torch.equal(resumed.get_buffer(name), values) for name, values in wanted.items())
+    for own, read in zip(other.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(own, read)
+    caplog.clear()
+    same = encdiff()
+    same.init_from_ckpt(str(tmp_path / "other.ckpt"))
+    assert "not the checkpoint's" not in caplog.text
+
+
+def test_scale_factor_of_bytes_and_in_parts(monkeypatch):
+    """As many images at a time as in training; bytes as the batches have them."""
+    model, seen = encdiff(scale_factor_images=10), []
+    images = torch.randint(0, 256, (10, 16, 16, 3), dtype=torch.uint8)
+    dataset = [{"image": image} for image in images]
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    model._trainer = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset), strategy=strategy)
+    encode = model.encode_first_stage
+    monkeypatch.setattr(model, "encode_first_stage", lambda x: seen.append(len(x)) or encode(x))
+    batch = images[:4] / 127.5 - 1
+    model.on_train_batch_start({"image": batch}, 0)
+    assert seen == [4, 4, 2]
+    expected = 1 / encode((images / 127.5 - 1).permute(0, 3, 1, 2)).std()
+    torch.testing.assert_close(model.scale_factor, expected)
+
+
 def test_scale_factor_from_images_spread_over_the_set():
     torch.manual_seed(0)
     model = encdiff(scale_factor_images=3)
@@ -464,6 +513,14 @@ def test_pictures():
     assert pictures["swap"].shape == (1, 3, 5 * 16, 3 * 16)  # the images, then a row per token
     torch.testing.assert_close(pictures["swap"][0, :, :16, :16], pictures["inputs"][0])
     assert pictures["denoise_row"].shape == (1, 3, 2 * 16, 3 * 16)
+
+
+def test_no_samples_are_drawn_unasked():
+    """Rows over time are of the samples, as in LDM."""
+    torch.manual_seed(0)
+    model = encdiff(scale_by_std=False).eval()
+    pictures = model.log_images(next(iter(loader(1))), N=2, sample=False, sample_swap=False, plot_ema=False)
+    assert set(pictures) == {"inputs", "reconstruction"}
 
 
 def test_pictures_by_dpm_solver(monkeypatch):

@@ -13,6 +13,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.concept import ConceptEncoder, Encoder4, TokenMLPs
+from ldm.util import UserError
 
 UNET = {
     "image_size": 8,
@@ -304,3 +305,17 @@ def test_resampling_inside_a_residual_block(direction):
     h = F.silu(F.group_norm(h, 32, out.weight, out.bias) * (1 + scale) + shift)
     h = plain_convolution(F.pad(h, (1, 1, 1, 1)), last, 1)
     torch.testing.assert_close(block(x, emb), resample(x) + h)
+
+
+def test_attention_that_no_level_has_is_told(caplog):
+    sizes = {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1}
+    UNetModel(**sizes, attention_resolutions=[1, 2], channel_mult=[1, 2], num_heads=4, context_dim=8)
+    assert not caplog.text
+    UNetModel(**sizes, attention_resolutions=[2, 4, 8], channel_mult=[1, 2], num_heads=4, context_dim=8)
+    assert "no map is smaller by a factor of 4 or 8, with the 2 levels of channel_mult" in caplog.text
+
+
+def test_heads_of_a_width_that_does_not_fit_are_refused():
+    sizes = {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1}
+    with pytest.raises(UserError, match="num_head_channels: 32 channels cannot be divided into heads of 24"):
+        UNetModel(**sizes, attention_resolutions=[1], channel_mult=[1], num_head_channels=24, context_dim=8)

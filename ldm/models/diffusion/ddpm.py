@@ -180,7 +180,9 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         self._known_tokens: tuple[torch.Tensor, Any] | None = None
 
         betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        for name, values in schedule_buffers(betas, v_posterior).items():
+        buffers = schedule_buffers(betas, v_posterior)
+        self.schedule_names = tuple(buffers)
+        for name, values in buffers.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
         weights = torch.tensor(lvlb_weights(betas, v_posterior, parameterization), dtype=torch.float32)
         self.register_buffer("lvlb_weights", weights, persistent=False)
@@ -201,7 +203,7 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         self.cond_stage_model: Any = None
         if self.conditioned:
             self.cond_stage_model = instantiate_from_config(cond_stage_config, "cond_stage_config", "network")
-            self.cond_stage_model.requires_grad_(cond_stage_trainable)
+            self.cond_stage_model.requires_grad_(cond_stage_trainable).train(cond_stage_trainable)
             if use_ema and ema_parameters == "all":
                 self.cond_stage_model_ema = LitEma(self.cond_stage_model, ema_decay, buffers=True)
         self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
@@ -216,8 +218,11 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         Raises:
             UserError: see `load_weights`.
         """
-        given = self.scale_factor.clone()
+        given, settings = self.scale_factor.clone(), {name: own.clone() for name, own in self._settings().items()}
         absent = load_weights(self, path, ignore_keys)
+        self._follow_settings(settings, loaded := self._settings())
+        for name, values in loaded.items():
+            self.get_buffer(name).copy_(values)
         if not self.scale_by_std:
             self.scale_factor.copy_(given)  # the configuration's, as in LDM
         if "model_ema." in absent:
@@ -226,10 +231,41 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
             self.cond_stage_model_ema.reset(self.cond_stage_model)
         self.scale_factor_known = not self.scale_by_std or "scale_factor" not in absent
 
+    def _settings(self) -> dict[str, torch.Tensor]:
+        """The buffers that follow from the configuration alone, which are in checkpoints as well, as in LDM: the noise
+        schedule, and the decay of EMA weights."""
+        wanted = (*self.schedule_names, "model_ema.decay", "cond_stage_model_ema.decay")
+        return {name: buffer for name, buffer in self.named_buffers() if name in wanted}
+
+    def _follow_settings(self, own: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+        """Put the configuration's settings in the place of a checkpoint's, where they differ, and say so.
+
+        Args:
+            own: of the configuration. state: a checkpoint's, changed in place.
+        """
+        differ = [
+            name
+            for name in own
+            if name in state
+            and own[name].shape == state[name].shape  # another number of timesteps is refused elsewhere
+            and not torch.allclose(own[name].cpu(), state[name].cpu().to(own[name].dtype), rtol=1e-4, atol=1e-30)
+        ]
+        schedule = [name for name in differ if name in self.schedule_names]
+        for name in self.schedule_names if schedule else ():
+            if name in state and name in own:
+                state[name] = own[name].clone()
+        for name in (name for name in differ if name not in schedule):
+            state[name] = own[name].clone()
+        told = (["noise schedule"] if schedule else []) + (["ema_decay"] if len(differ) > len(schedule) else [])
+        if told:
+            log.warning("%s: the configuration's, not the checkpoint's, which differs", " and ".join(told))
+
     def train(self, mode: bool = True) -> "LatentDiffusion":
-        """Set training mode; the first stage stays in evaluation mode."""
+        """Set training mode; the first stage, and an encoder that is not trained, stay in evaluation mode."""
         super().train(mode)
         self.first_stage_model.eval()
+        if self.cond_stage_model is not None and not self.cond_stage_trainable:
+            self.cond_stage_model.eval()
         return self
 
     @contextmanager
@@ -432,11 +468,14 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
             self.scale_factor_known = True
             return
         images = batch[self.first_stage_key]
+        chunks = [images]
         if self.scale_factor_images is not None:
-            images = self._images_over_the_set(self.scale_factor_images).to(images)
-        x = self.get_input({"x": images}, "x")
-        encoded = self.encode_first_stage(x)
-        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+            chunks = list(self._images_over_the_set(self.scale_factor_images).split(len(images)))
+        latents = []
+        for chunk in chunks:  # not more images at a time than in training
+            encoded = self.encode_first_stage(self.get_input({"x": chunk.to(images)}, "x"))
+            latents.append(encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded)
+        latent = torch.cat(latents)
         # Rank 0's value, since all processes train the same model.
         scale = self.trainer.strategy.broadcast(1.0 / latent.float().flatten().std())
         self.scale_factor.copy_(scale.to(self.scale_factor.device))
@@ -447,7 +486,8 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         """`count` images (b, h, w, c) float in [-1, 1], evenly spread over the training set."""
         dataset = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
         rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-        return torch.stack([torch.as_tensor(dataset[row][self.first_stage_key]) for row in rows])
+        images = torch.stack([torch.as_tensor(dataset[row][self.first_stage_key]) for row in rows])
+        return images / 127.5 - 1 if images.dtype == torch.uint8 else images
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """One batch: the loss that Lightning differentiates."""
@@ -542,12 +582,14 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
             checkpoint["state_dict"].pop("scale_factor", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's scale factor, unless it is the configuration's; the optimiser's settings always are."""
+        """Take the checkpoint's scale factor, unless it is the configuration's; the settings of noise schedule, EMA and
+        optimiser always are."""
         state = checkpoint["state_dict"]
         self.scale_factor_known = not self.scale_by_std or "scale_factor" in state
         if not self.scale_by_std or "scale_factor" not in state:
             state["scale_factor"] = self.scale_factor.clone()
         fit_to(self.state_dict(), state)
+        self._follow_settings(self._settings(), state)
         follow_configuration(self, checkpoint)
 
     @property

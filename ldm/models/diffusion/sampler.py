@@ -76,8 +76,8 @@ class Sampler:
             The samples (b, c, h, w), and the intermediate results {"x_inter": [...], "pred_x0": [...]}.
 
         Raises:
-            ValueError: S or η out of range, tokens for another number of samples than `batch_size`, or only one of
-                mask and x0.
+            ValueError: S or η out of range, tokens for another number of samples than `batch_size`, only one of mask
+                and x0, or a noise schedule in which nothing is left of x_0.
         """
         if conditioning is not None and conditioning.shape[0] != batch_size:
             raise ValueError(f"batch_size is {batch_size}, but there are tokens for {conditioning.shape[0]} samples")
@@ -126,6 +126,12 @@ class _Steps:
     """A plan's coefficients on the device, for the formulas of a step."""
 
     def __init__(self, plan: SamplingPlan, like: torch.Tensor) -> None:
+        if (plan.alphas == 0).any():
+            t = int(plan.timesteps[plan.alphas == 0].min())
+            raise ValueError(
+                f"from timestep {t} on, ᾱ is 0 in float32, and x_0 cannot be predicted: take the sampler dpm, which"
+                " leaves such steps out, or a noise schedule that ends earlier"
+            )
         alphas, prev, sigmas = (torch.from_numpy(c).to(like) for c in (plan.alphas, plan.alphas_prev, plan.sigmas))
         self.signal, self.spread = alphas.sqrt(), (1 - alphas).sqrt()
         self.signal_prev, self.direction = prev.sqrt(), (1 - prev - sigmas**2).clamp_min(0).sqrt()

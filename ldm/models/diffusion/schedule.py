@@ -28,8 +28,8 @@ def make_beta_schedule(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"beta_schedule '{schedule}' is unknown: choose one of {', '.join(SCHEDULES)}")
-    if n_timestep < 1:
-        raise ValueError(f"timesteps must be at least 1, got {n_timestep}")
+    if n_timestep < 2:
+        raise ValueError(f"timesteps must be at least 2, got {n_timestep}")
     if schedule == "cosine":
         t = np.arange(n_timestep + 1, dtype=np.float64) / n_timestep
         alphas_cumprod = np.cos((t + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2

@@ -74,7 +74,8 @@ def diffusion_images(
             takes one step per timestep. ddim_eta: η, of either sampler.
         sampler: `ddim`, or `dpm` for DPM-Solver++, which takes `dpm_steps`.
         n_row: number of images shown in rows over time.
-        plot_denoise_rows: x_t on its way from noise to the sample. plot_progressive_rows: the predicted x_0 meanwhile.
+        plot_denoise_rows: x_t on its way from noise to the sample, if there is one. plot_progressive_rows: the
+            predicted x_0 meanwhile.
         plot_diffusion_rows: the forward process.
         sample_swap: the swap grid. The first row shows `swap_images` images; in row k + 1 each is sampled from its own
             tokens except token k, which comes from the first image. All cells start from the same noise.
@@ -113,8 +114,9 @@ def diffusion_images(
         pictures["diffusion_row"] = _grid(torch.stack(rows, dim=1))
 
     rows_over_time = {"denoise_row": plot_denoise_rows, "progressive_row": plot_progressive_rows}
+    rows_over_time["denoise_row"] &= sample  # as in LDM
     wanted = {
-        "samples": sample or any(rows_over_time.values()),
+        "samples": sample or plot_progressive_rows,
         "samples_x0_quantized": quantize_denoised,
         "samples_inpainting": inpaint,
     }

@@ -1,5 +1,6 @@
 """LDM's denoising U-Net, steered by concept tokens through cross attention."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention, KeysValues, SpatialTransformer, keys_values
 from ldm.modules.diffusionmodules.util import Conv3x3, GroupNorm32, timestep_embedding, zero_module
 from ldm.util import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Upsample(nn.Module):
@@ -164,6 +167,13 @@ class UNetModel(nn.Module):
                 f"expected a multiple of {2 ** (levels - 1)}, as channel_mult has {levels} levels, got {image_size}",
                 "image_size",
             )
+        factors = [2**level for level in range(len(channel_mult))]
+        if unreached := [factor for factor in attention_resolutions if factor not in factors]:
+            log.warning(
+                "attention_resolutions: no map is smaller by a factor of %s, with the %d levels of channel_mult: there"
+                " is no cross attention for %s",
+                " or ".join(map(str, unreached)), len(channel_mult), "it" if len(unreached) == 1 else "them",
+            )  # fmt: skip
         self.context_dim, self.latent_unit = context_dim, latent_unit
         self.model_channels = model_channels
         emb = model_channels * 4
@@ -173,6 +183,10 @@ class UNetModel(nn.Module):
             return ResBlock(channels, emb, dropout, out, use_scale_shift_norm, resample)
 
         def transformer(channels: int) -> SpatialTransformer:
+            if num_head_channels != -1 and channels % num_head_channels:
+                raise UserError(
+                    f"{channels} channels cannot be divided into heads of {num_head_channels}", "num_head_channels"
+                )
             heads = num_heads if num_head_channels == -1 else channels // num_head_channels
             if heads < 1 or channels % heads:
                 raise UserError(f"{channels} channels cannot be divided into {heads} heads", "num_heads")

@@ -113,6 +113,9 @@ class ConceptEncoder(nn.Module):
         tokens: Any = None
         if tokens_config is not None:
             tokens = instantiate_from_config(tokens_config, "tokens_config", "network")
+            for name in ("latent_unit", "context_dim"):
+                if not hasattr(tokens, name):
+                    raise UserError(f"{type(tokens).__name__} has no attribute '{name}', int", "tokens_config.target")
             if (tokens.latent_unit, tokens.context_dim) != (latent_unit, context_dim):
                 raise UserError(
                     f"latent_unit {tokens.latent_unit} and context_dim {tokens.context_dim} must be the encoder's,"
