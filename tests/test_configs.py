@@ -423,3 +423,14 @@ def test_arguments_of_the_quickstart_are_not_the_set_ups(tmp_path):
     called = [line for line in out.splitlines() if line.startswith("called: ")]
     assert " -c " in called[0], "a PyTorch that is there stays"
     assert called[0].endswith("-e .") and called[1] == "called: scripts/quickstart.py --longer"
+
+
+def test_a_class_of_one_s_own_is_not_dropped_silently():
+    """By a file that is given later and takes another encoder."""
+    encoders, other = "ldm.modules.encoders.concept", {"target": "ldm.variants.paper_encoder.PaperEncoder"}
+    own = {"target": f"{encoders}.Encoder4", "params": {"d": 8, "tokens_config": {"target": "mine.Tokens"}}}
+    with pytest.raises(UserError, match=r"PaperEncoder would replace Encoder4 and its tokens_config \(mine\.Tokens\)"):
+        merge([OmegaConf.create({"e": node}) for node in (own, other)])
+    own["params"]["tokens_config"]["target"] = f"{encoders}.TokenMLPs"
+    found = merge([OmegaConf.create({"e": node}) for node in (own, other)])
+    assert found.e.target.endswith("PaperEncoder")

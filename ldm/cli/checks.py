@@ -133,6 +133,11 @@ def check_resolution(run: Run, model: pl.LightningModule, datasets: Mapping[str,
     for split in ("train", "validation"):
         if isinstance(model, FirstStage) and split in datasets and wanted is not None:
             size = max(datasets[split][0][model.image_key].shape[:2])
+            if size % 16:
+                log.warning(
+                    "data.params.%s: its images have %d pixels: EncDiff, trained after this, takes multiples of 16",
+                    split, size,
+                )  # fmt: skip
             if size != wanted:
                 log.warning(
                     "data.params.%s: its images have %d pixels, but model.params.ddconfig.resolution is %s, by which"

@@ -319,3 +319,13 @@ def test_heads_of_a_width_that_does_not_fit_are_refused():
     sizes = {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1}
     with pytest.raises(UserError, match="num_head_channels: 32 channels cannot be divided into heads of 24"):
         UNetModel(**sizes, attention_resolutions=[1], channel_mult=[1], num_head_channels=24, context_dim=8)
+
+
+class Unsized(torch.nn.Module):
+    """Tokens that do not say how many they are."""
+
+
+def test_own_tokens_say_how_many_they_are(own_classes):
+    node = {"target": f"{__name__}.Unsized"}
+    with pytest.raises(UserError, match=r"tokens_config\.target: Unsized has no attribute 'latent_unit'"):
+        Encoder4(d=8, context_dim=6, latent_unit=5, image_size=16, tokens_config=node)
