@@ -259,7 +259,7 @@ def _refuse_lost_variants(where: str, before: DictConfig, after: DictConfig, old
         )
     for name in map(str, before.get("params") or {}):
         part = None if OmegaConf.is_missing(before.params, name) else before.params[name]
-        if not isinstance(part, DictConfig) or not _chosen(str(part.get("target", "ldm."))):
+        if not isinstance(part, DictConfig) or not _chosen(part.get("target")):
             continue
         if name not in params and name in known:
             raise UserError(
@@ -269,8 +269,10 @@ def _refuse_lost_variants(where: str, before: DictConfig, after: DictConfig, old
             )
 
 
-def _chosen(target: str) -> bool:
+def _chosen(target: Any) -> bool:
     """Whether a class is a variant of the paper, or from outside this project and its libraries."""
+    if not isinstance(target, str):
+        return False
     return target.startswith(VARIANTS) or not f"{target}.".startswith(tuple(f"{package}." for package in PACKAGES))
 
 

@@ -81,6 +81,7 @@ def points_of(logdir: Path) -> list[Point]:
                 continue
             chosen = {metric: main_entry(metric, entries) for metric, entries in scored.items() if metric in HEADLINES}
             scores = {metric: scored[metric][entry] for metric, entry in chosen.items() if entry is not None}
+            scores = {metric: score for metric, score in scores.items() if score is not None}  # of an infinite score
             point = Point(row, str(seed), record["step"] * batch * record.get("processes", 1), weights, scores)
             matrices = record.get(f"matrices{suffix}", {}).get("dci", {})
             if "accuracy" in matrices:
@@ -146,7 +147,7 @@ def draw_scores(points: Sequence[Point], rows: Sequence[str], metrics: Sequence[
                 if weights == "live":
                     axis.fill_between(images, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         axis.set(xlabel="images seen", title=titles.get(metric, metric), ylim=(0, 1.02))
-        highest = max((p.scores[metric] for p in points if metric in p.scores), default=0.0)
+        highest = max((p.scores[metric] for p in points if np.isfinite(p.scores.get(metric, np.nan))), default=0.0)
         if highest > 1:  # TAD is a sum over attributes, total correlation is in nats
             axis.set_ylim(0, 1.05 * highest)
     axes[0][-1].legend()

@@ -123,7 +123,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def parse_factors(opt: argparse.Namespace) -> Factors | None:
     """The factors of `--grid` or `--factors`; None if there are none, and several files of codes to be ranked."""
     if opt.grid is None and opt.factors is None and len(opt.codes) > 1:
-        for name in ("names", "metrics"):
+        for name in ("names", "metrics", "settings"):
             if getattr(opt, name):
                 raise ValueError(f"--{name} needs the factors of the codes: give --grid or --factors")
         return None
@@ -165,8 +165,9 @@ def evaluate_model(path: Path, out: Path, about: dict[str, Any], opt: argparse.N
     dataset, scored = data.datasets[opt.split], None
     check_images(model, dataset, opt.reconstruction, opt.fid, opt.steps, opt.eta, opt.lpips, opt.sampler)
     factors, reason = factors_of(dataset), why_not_scored(model, dataset, opt.weights)
-    # Several models can be ranked without factors.
-    encoded = not reason or (factors is None and len(opt.model) > 1 and not why_not_encoded(model, opt.weights))
+    # Several models can be ranked without factors; not where scores or images were asked for.
+    ranked = len(opt.model) > 1 and not (opt.metrics or opt.settings or opt.reconstruction or opt.fid)
+    encoded = not reason or (factors is None and ranked and not why_not_encoded(model, opt.weights))
     if not encoded and not (opt.reconstruction or opt.fid):
         raise ValueError(f"{reason}: ask for --reconstruction N or --fid N")
     if reason:

@@ -36,7 +36,8 @@ class Row:
 
     Attributes:
         values: by key of `paper_numbers.yaml`. scores, scores_of_tokens: by seed, metric and entry. steps, images: by
-            seed, when it was scored; of a log directory its steps, of a `curves.csv` the images seen.
+            seed, when it was scored; of a log directory its steps, of a `curves.csv` the images seen. source: the
+            `curves.csv`, whose rows have no known values.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Row:
     scores_of_tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
+    source: str = ""
 
     def add(self, seed: str, scores: dict[str, Any], path: Path) -> None:
         """Add a run.
@@ -90,10 +92,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
             row.scores_of_tokens[seed] = scored["scores_of_tokens"]
     for path in (path for path in paths if path.suffix == ".csv"):
         for old in saved(path):
-            same = [row for row in rows.values() if row.title == old.title]
-            row = same[0] if len(same) == 1 else rows.setdefault((old.title,), Row(old.title, old.values))
-            if same and row.values != old.values:
-                remarks.append(f"'{row.title}': settings of seed {', '.join(old.scores)}, from {path}, are not known")
+            row = rows.setdefault((old.title,), Row(old.title, old.values, source=path.name))
             for seed, scores in old.scores.items():
                 row.add(seed, scores, path)
                 row.images[seed] = old.images[seed]
@@ -150,10 +149,14 @@ def tell_apart(rows: Sequence[Row]) -> None:
     titles = [row.title for row in rows]
     for title in {title for title in titles if titles.count(title) > 1}:
         alike = [row for row in rows if row.title == title]
-        differ = [key for key in KEYS if len({str(row.values[key]) for row in alike}) > 1]
+        known = [row for row in alike if not row.source]
+        differ = [key for key in KEYS if len({str(row.values[key]) for row in known}) > 1]
         for row in alike:
-            shown = (str(row.values[key]).rpartition("." if key.endswith("target") else "/")[2] for key in differ)
-            row.title += f" ({', '.join(shown)})"
+            if row.source:
+                row.title += f" ({row.source})"
+                continue
+            shown = [str(row.values[key]).rpartition("." if key.endswith("target") else "/")[2] for key in differ]
+            row.title += f" ({', '.join(shown)})" if len(known) > 1 else ""
 
 
 # ---- writing

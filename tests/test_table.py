@@ -263,10 +263,10 @@ def test_rows_of_several_files_are_joined(tmp_path, capsys):
     assert shown(capsys, first, second)[2:] == ["| EncDiff | 2 | .300 ± .141 |", "| other | 1 | .500 |"]
     with pytest.raises(UserError, match=r"two runs of 'EncDiff' with seed 1, one in '.*c\.csv'"):
         table.main([str(first), str(second), str(write_rows(tmp_path / "c.csv", ("EncDiff", 1, 20, 0.4)))])
-    run(tmp_path, "2026-01-01T00-00-00_EncDiff", 2, {"dci": 0.6})
+    run(tmp_path, "2026-01-01T00-00-00_EncDiff", 0, {"dci": 0.6})
     table.main([str(tmp_path / "2026-01-01T00-00-00_EncDiff"), str(first), str(second)])
     done = capsys.readouterr()
-    assert "| EncDiff | 3 | .400 ± .200 |" in done.out and "settings of seed 0, from" in done.err
+    assert "| EncDiff | 1 | .600 |" in done.out and "| EncDiff (a.csv) | 2 | .300 ± .141 |" in done.out
 
 
 def test_a_test_of_unequal_lengths_is_remarked(tmp_path, capsys):

@@ -140,7 +140,7 @@ class DisentanglementCallback(Callback):
                 f"limit_val_batches is {limit}: scores of a part of the set would mean nothing. Leave it out"
                 f" (model.params.val_loss_images saves time instead), or {off}"
             )
-        if hasattr(dataset, "__len__") and len(dataset) != len(self.factors):
+        if not _covers(dataset, len(self.factors)):
             raise UserError(
                 f"{type(dataset).__name__} has {len(dataset)} images, but factors of {len(self.factors)} rows"
                 f" ({self.factors.describe()}): expected a row for each image, in order",
@@ -321,6 +321,13 @@ def suited(dataset: Any) -> tuple[str, ...]:
             return tuple(metric for metric in metrics if metric not in without)
     log.info("no scores: %s", reason)
     return ()
+
+
+def _covers(dataset: Any, rows: int) -> bool:
+    """Whether a data set has an image for each row of its factors; of more images, rows are repeated."""
+    if not hasattr(dataset, "__len__") or len(dataset) == rows:
+        return True
+    return len(dataset) > rows and int(dataset[len(dataset) - 1].get("idx", rows)) < rows
 
 
 def cannot_hold(factors: Factors) -> str:

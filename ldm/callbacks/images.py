@@ -106,6 +106,11 @@ class ImageLogger(Callback):
                 raise UserError(f"expected at least 1, got {value!r}", f"{OPTIONS}.{name}")
             if name == "sampler" and latent and value not in SAMPLERS:
                 raise UserError(f"expected {' or '.join(SAMPLERS)}, got {value!r}", f"{OPTIONS}.{name}")
+        if latent and hasattr(model, "alphas_cumprod") and float(model.alphas_cumprod.min()) == 0:
+            if self.log_images_kwargs.get("sampler") == "ddim":
+                raise UserError("the noise schedule leaves nothing of x_0 in float32: take dpm", f"{OPTIONS}.sampler")
+            self.log_images_kwargs["sampler"] = "dpm"
+            log.info("pictures are drawn by DPM-Solver++: the noise schedule leaves too little of x_0 for DDIM")
         quantized = latent and self.log_images_kwargs.get("quantize_denoised")
         if quantized and not hasattr(model.first_stage_model, "quantize"):
             kind = type(model.first_stage_model).__name__

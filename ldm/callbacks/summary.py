@@ -4,10 +4,14 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import ModelCheckpoint
+from yaml import YAMLError
 
 from ldm.bars import duration, short
 from ldm.callbacks.clock import Clock, images_per_step
@@ -71,8 +75,10 @@ def closing(trainer: pl.Trainer, logdir: Path, argv: Sequence[str] = (), ended: 
 def _trained(trainer: pl.Trainer) -> str:
     clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), Clock())  # type: ignore[attr-defined]
     if not clock.trained:
-        more = f"--max_steps N resumes with more than {trainer.global_step:,}"
-        return f"nothing: the run had ended at step {trainer.global_step:,}; {more}"
+        limit = f"max_epochs {trainer.max_epochs}"
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            limit = f"max_steps {trainer.max_steps}"
+        return f"nothing: the run had ended at step {trainer.global_step:,}, by {limit}; a larger one trains on"
     images, rate, step = images_per_step(trainer), clock.images_per_second(trainer), trainer.global_step
     steps = f"steps {clock.first:,} to {step:,}" if clock.first else f"{step:,} steps"
     told = f"{steps}, {(step - clock.first) * images:,} images" if images else steps
@@ -122,7 +128,8 @@ def _next(trainer: pl.Trainer, logdir: Path, argv: Sequence[str], scored: bool) 
             [item] for item in argv if item.startswith("--gpus=")
         ]
         devices = shlex.join(gpus[0]) + " " if gpus else ""
-        bases = bases_of(argv) or bases_of(first_command(logdir))
+        resumed = any(item in ("-r", "--resume") or item.startswith("--resume=") for item in argv)
+        bases = [*bases_of(first_command(logdir) if resumed else ()), *bases_of(argv)]
         allowed = "".join(f"--allow {argv[k + 1]} " for k, item in enumerate(argv[:-1]) if item == "--allow")
         checkpoint = f"{FIRST_STAGE}={shlex.quote(str(last))}"
         return [f"python main_val.py --base {second_stage(bases)} -t {devices}{allowed}{checkpoint}"]
@@ -147,7 +154,17 @@ def own_modules(logdir: Path) -> list[str]:
 
 def bases_of(argv: Sequence[str]) -> list[str]:
     """The YAML files of a command line."""
-    return [item.removeprefix("--base=") for item in argv if item.endswith(".yaml") and "=" not in item[7:]]
+    found, inside = [], False
+    for item in argv:
+        flag, sign, value = item.partition("=")
+        if flag in ("-b", "--base"):
+            inside = not sign
+            found += [value] if sign else []
+        elif item.startswith("-") or sign:
+            inside = inside and not item.startswith("-")  # `key=value` may stand between files
+        elif inside:
+            found.append(item)
+    return found
 
 
 def first_command(logdir: Path) -> list[str]:
@@ -160,7 +177,8 @@ def first_command(logdir: Path) -> list[str]:
 def second_stage(bases: Sequence[str]) -> str:
     """The files of EncDiff that belong to a first stage's: those that have a counterpart by name,
     `latent-diffusion/x-vq-4-16.yaml` for `autoencoder/x_vq_4_16.yaml` and `encdiff.yaml` for `first_stage.yaml` beside
-    it, are replaced; all others, such as one with the data, stay. Without a counterpart the first is `ENCDIFF.yaml`."""
+    it, are replaced; others stay, such as one with the data, but not what is for a first stage alone. Without a
+    counterpart the first is `ENCDIFF.yaml`."""
     found, replaced = [], False
     for base in map(Path, bases):
         other = base.parent.parent / "latent-diffusion" / f"{base.stem.replace('_', '-')}.yaml"
@@ -168,5 +186,18 @@ def second_stage(bases: Sequence[str]) -> str:
             other = base.with_name("encdiff.yaml")
         there = other.is_file() and other != base
         replaced |= there
-        found.append(shlex.quote(str(other if there else base)))
-    return " ".join(found if replaced else ["ENCDIFF.yaml", *found[1:]])
+        if there or not of_a_first_stage(base):
+            found.append(shlex.quote(str(other if there else base)))
+    if not replaced:
+        found = ["ENCDIFF.yaml", *found[0 if bases and of_a_first_stage(Path(bases[0])) else 1 :]]
+    return " ".join(found)
+
+
+def of_a_first_stage(path: Path) -> bool:
+    """Whether a YAML file sets, outside its parts for each stage, what only a first stage has."""
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        params = config["model"]["params"]
+        return bool({"ddconfig", "lossconfig", "embed_dim", "n_embed"} & set(params))
+    except (OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError):
+        return False

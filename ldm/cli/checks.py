@@ -18,6 +18,7 @@ from ldm.metrics.evaluate import METRICS
 from ldm.models.autoencoder import AutoencoderKL, FirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latents import KEY
+from ldm.modules.encoders.concept import ConceptEncoder
 from ldm.modules.mode import evaluating
 from ldm.util import UserError, nearest, parameters_of
 
@@ -112,7 +113,8 @@ def check_tokens(model: pl.LightningModule) -> None:
     Raises:
         UserError: names both keys.
     """
-    encoder = getattr(model, "cond_stage_model", None)
+    encoder: Any = getattr(model, "cond_stage_model", None)
+    encoder = encoder if isinstance(encoder, ConceptEncoder) else None  # what attributes of others mean is not known
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     for name in ("latent_unit", "context_dim"):
         own, other = getattr(encoder, name, None), getattr(unet, name, None)
@@ -123,7 +125,7 @@ def check_tokens(model: pl.LightningModule) -> None:
                 f"model.params.cond_stage_config.params.{name}",
             )
     if isinstance(model, LatentDiffusion) and model.cache_latents:
-        if isinstance(model.first_stage_model, AutoencoderKL):
+        if type(model.first_stage_model) is AutoencoderKL:
             raise UserError("this first stage draws a new latent every time: set it to false", KEY)
 
 

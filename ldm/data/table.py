@@ -36,7 +36,7 @@ def read_table(
 
     Raises:
         UserError: names file, line and column: a picture without a line or a line without a picture, a missing value or
-            column, words among numbers, a column that looks continuous.
+            column, NaN, a column that looks continuous.
     """
     lines = _lines(path, title)
     header = [name.strip() for name in lines[0][1]]
@@ -63,7 +63,7 @@ def read_table(
     order = [rows[plain(name)] for name in files]
     numbers = [number for number, _ in order]
     try:
-        columns = [numbered([row[name] for _, row in order], numbers, f"'{name}'") for name in wanted]
+        columns = [numbered([row[name] for _, row in order], numbers, f"'{name}'", strict=False) for name in wanted]
         table = np.stack(columns, axis=1)
         constant = [name for name, column in zip(wanted, columns, strict=True) if not column.any()]
         if names is None and 0 < len(constant) < len(wanted):
@@ -112,13 +112,14 @@ def _check_files(
         raise UserError(f"{title}: {path} has no line for the picture '{absent[0]}'{more}")
 
 
-def numbered(entries: Sequence[str], lines: Sequence[int], where: str) -> np.ndarray:
+def numbered(entries: Sequence[str], lines: Sequence[int], where: str, strict: bool = True) -> np.ndarray:
     """Numbers (m,) int64 from 0 of the distinct entries, in numerical order if they are numbers, else alphabetical.
 
     Args:
         entries: of a column, as text.
         lines: (m,) of the file they are in.
         where: file and column, for messages.
+        strict: refuse numbers among words, in place of a warning.
 
     Raises:
         ValueError: some are numbers and others are not, which one slip of the pen makes of numbers; or NaN or infinity.
@@ -126,10 +127,10 @@ def numbered(entries: Sequence[str], lines: Sequence[int], where: str) -> np.nda
     words = [k for k, entry in enumerate(entries) if not is_number(entry)]
     if 0 < len(words) < len(entries):
         first = f"the first '{entries[words[0]]}' in line {lines[words[0]]}"
-        raise ValueError(
-            f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, {first}: write all as numbers or"
-            " all as words, or leave out the rows without a label"
-        )
+        found = f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, {first}"
+        if strict:
+            raise ValueError(f"{found}: write all as numbers or all as words, or leave out the rows without a label")
+        log.warning("%s: all are taken for words", found)
     if words:
         return np.unique(np.array(entries), return_inverse=True)[1].reshape(-1).astype(np.int64)
     values = np.array([float(entry) for entry in entries])

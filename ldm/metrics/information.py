@@ -8,11 +8,8 @@ def equal_width_bins(values: np.ndarray, num_bins: int) -> np.ndarray:
     try:
         edges = np.histogram_bin_edges(values, num_bins)
     except ValueError:
-        # NumPy cannot divide a range of a few rounding errors of its precision. (The original fails here.)
-        try:
-            edges = np.histogram_bin_edges(values.astype(np.float64), num_bins)
-        except ValueError:
-            return np.zeros(len(values), dtype=np.int64)  # as good as constant
+        # NumPy cannot divide a range of a few rounding errors: as good as constant. (The original fails here.)
+        return np.zeros(len(values), dtype=np.int64)
     return np.digitize(values, edges[:-1]) - 1
 
 

@@ -272,12 +272,16 @@ class Pictures:
     """Twelve, with a table of two attributes."""
 
     attribute_names = ("hair", "glasses")
+    rows = 12
 
     def __init__(self, attributes):
         self.attributes = np.array(attributes)
 
     def __len__(self):
         return 12
+
+    def __getitem__(self, row):
+        return {"idx": row % self.rows}
 
 
 def test_a_rare_value_is_told_before_training(caplog):
@@ -299,6 +303,10 @@ def test_a_rare_value_is_told_before_training(caplog):
 
 def test_a_grid_of_another_size_is_told_before_training():
     pictures = Pictures([[0, 1]] * 12)
-    pictures.grid = FactorGrid((3, 5))
-    with pytest.raises(UserError, match=r"validation: Pictures has 12 images, but factors of 15 rows"):
-        DisentanglementCallback().check(Model(), {"validation": pictures}, {})
+    for grid, rows in ((FactorGrid((3, 5)), 15), (FactorGrid((2, 4)), 8)):
+        pictures.grid = grid
+        with pytest.raises(UserError, match=rf"validation: Pictures has 12 images, but factors of {rows} rows"):
+            DisentanglementCallback().check(Model(), {"validation": pictures}, {})
+    pictures.rows = 6  # each twice, as the first release's Cars3D has its images ten times
+    pictures.grid = FactorGrid((2, 3))
+    DisentanglementCallback().check(Model(), {"validation": pictures}, {})

@@ -244,6 +244,16 @@ def test_the_second_stage_of_a_first_one(monkeypatch, base, next_one):
 def test_the_files_of_a_command_line():
     argv = ["--base", "a.yaml", "b/c.yaml", "-t", "data.params.train.params.table=t.yaml", "--gpus", "0,"]
     assert bases_of(argv) == ["a.yaml", "b/c.yaml"] and bases_of(["--base=a.yaml"]) == ["a.yaml"]
+    assert bases_of(["-b", "configs/x", "model.params.d=3", "y.yaml", "-r", "logs/z"]) == ["configs/x", "y.yaml"]
+
+
+def test_what_is_for_a_first_stage_alone_is_not_handed_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tweak.yaml").write_text("model:\n  params:\n    ddconfig: {ch: 64}\n")
+    Path("mine.yaml").write_text("first_stage:\n  model:\n    params:\n      ddconfig: {ch: 64}\n")
+    Path("encdiff.yaml").write_text("model: {}\n")
+    assert second_stage(["first_stage", "tweak.yaml", "mine.yaml"]) == "encdiff.yaml mine.yaml"
+    assert second_stage(["tweak.yaml", "mine.yaml"]) == "ENCDIFF.yaml mine.yaml"
 
 
 def test_the_first_command_counts(tmp_path):
@@ -268,8 +278,10 @@ def test_modules_of_ones_own_are_allowed(tmp_path):
 
 def test_nothing_left_to_train():
     """The clock of a run that had ended never began."""
-    run: Any = SimpleNamespace(global_step=5, callbacks=[Clock()])
-    assert _trained(run) == "nothing: the run had ended at step 5; --max_steps N resumes with more than 5"
+    run: Any = SimpleNamespace(global_step=5, callbacks=[Clock()], max_steps=5, max_epochs=-1)
+    assert _trained(run) == "nothing: the run had ended at step 5, by max_steps 5; a larger one trains on"
+    run.max_steps, run.max_epochs = 9, 2
+    assert _trained(run).endswith("by max_epochs 2; a larger one trains on")
 
 
 def test_images_per_second_are_of_training_alone(monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 
 from ldm.factors import FactorGrid, FactorTable
 from ldm.metrics.evaluate import HEADLINES, METRICS, check_settings, defined_metrics, evaluate
-from ldm.metrics.information import bin_columns
 
 FEW = {
     "beta_vae": {"num_train": 400, "num_eval": 400},
@@ -181,8 +180,3 @@ def test_constant_dimensions_have_a_modularity_of_zero(sizes):
         )
         score = "modularity_score"
         assert many["modularity_explicitness"][score] == pytest.approx(few["modularity_explicitness"][score] * 4 / 16)
-
-
-def test_bins_of_float32_far_from_zero():
-    values = (1e6 + np.tile([0.0, 0.0625, 0.125, 0.1875], 50)).astype(np.float32)
-    assert len(np.unique(bin_columns(values[:, None], 20))) == 4

@@ -313,7 +313,17 @@ def test_the_configuration_s_schedule_counts(tmp_path, caplog):
     assert all(torch.equal(resumed.get_buffer(name), values) for name, values in wanted.items())
     for own, read in zip(other.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(own, read)
+    slower = encdiff(ema_decay=0.99999)
+    slower.init_from_ckpt(str(tmp_path / "other.ckpt"))
+    assert float(slower.model_ema.decay) == pytest.approx(0.99999, abs=1e-7), "and the checkpoint's is .9999"
     caplog.clear()
+    half = {
+        name: values.half() if values.is_floating_point() else values for name, values in other.state_dict().items()
+    }
+    torch.save({"state_dict": half}, tmp_path / "half.ckpt")
+    of_half = encdiff()
+    of_half.init_from_ckpt(str(tmp_path / "half.ckpt"))
+    assert torch.equal(of_half.betas, other.betas) and float(of_half.model_ema.decay) < 1
     same = encdiff()
     same.init_from_ckpt(str(tmp_path / "other.ckpt"))
     assert "not the checkpoint's" not in caplog.text

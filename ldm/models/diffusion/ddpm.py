@@ -209,6 +209,7 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         self._ddp_params_and_buffers_to_ignore = ema_buffers(self)
         # Whether the scale factor is final: from a checkpoint, or computed on the first batch.
         self.scale_factor_known = not scale_by_std
+        self._told = ""  # settings that a checkpoint has otherwise
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
@@ -243,22 +244,26 @@ class LatentDiffusion(ConceptMethods, pl.LightningModule):
         Args:
             own: of the configuration. state: a checkpoint's, changed in place.
         """
-        differ = [
-            name
-            for name in own
-            if name in state
-            and own[name].shape == state[name].shape  # another number of timesteps is refused elsewhere
-            and not torch.allclose(own[name].cpu(), state[name].cpu().to(own[name].dtype), rtol=1e-4, atol=1e-30)
-        ]
-        schedule = [name for name in differ if name in self.schedule_names]
-        for name in self.schedule_names if schedule else ():
-            if name in state and name in own:
-                state[name] = own[name].clone()
-        for name in (name for name in differ if name not in schedule):
-            state[name] = own[name].clone()
-        told = (["noise schedule"] if schedule else []) + (["ema_decay"] if len(differ) > len(schedule) else [])
-        if told:
-            log.warning("%s: the configuration's, not the checkpoint's, which differs", " and ".join(told))
+        differ = set()
+        for name, values in own.items():
+            found = state.get(name)
+            if found is None or found.shape != values.shape:  # another number of timesteps is refused elsewhere
+                continue
+            decay = name.endswith(".decay")
+            exact, found = values.detach().float().cpu(), found.detach().float().cpu()
+            same = torch.equal(exact, found) if decay else torch.allclose(exact, found, rtol=1e-4, atol=1e-30)
+            if same:
+                continue
+            state[name] = values.clone()
+            rounded = exact.half().float()  # of weights that were saved in half precision
+            if not torch.allclose(rounded, found, rtol=0.0 if decay else 2e-3, atol=0.0 if decay else 1e-6):
+                differ.add("ema_decay" if decay else "noise schedule")
+        if "noise schedule" in differ:
+            state.update({name: own[name].clone() for name in self.schedule_names if name in state and name in own})
+        told = " and ".join(sorted(differ, reverse=True))
+        if told and told != self._told:  # once: checks before a resume load the same file
+            log.warning("%s: the configuration's, not the checkpoint's, which differs", told)
+        self._told = told
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
         """Set training mode; the first stage, and an encoder that is not trained, stay in evaluation mode."""
