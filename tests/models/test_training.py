@@ -615,3 +615,15 @@ def test_scaled_gradients_are_clipped_after_unscaling(clip):
         assert 1e-3 < max(seen) < 100, "unscaled, and larger than the limit of the other case"
     else:
         assert max(seen) == pytest.approx(clip)
+
+
+def test_what_ddp_need_not_send():
+    """Each process counts its own codes; LPIPS's weights, which are buffers, never change."""
+    model = VQModel(DDCONFIG, {"target": "torch.nn.Identity"}, embed_dim=3, n_embed=16)
+    assert "codes_used" in model._ddp_params_and_buffers_to_ignore
+    model.loss = nn.Module()
+    model.loss.perceptual_loss = nn.BatchNorm1d(2, affine=False)
+    model.finish(None, ())
+    ignored = model._ddp_params_and_buffers_to_ignore
+    assert {"loss.perceptual_loss.running_mean", "loss.perceptual_loss.running_var"} < set(ignored)
+    assert set(ignored) <= {name for name, _ in model.named_buffers()}
