@@ -17,7 +17,7 @@ from ldm.bars import duration, short
 from ldm.callbacks.clock import Clock, images_per_step
 from ldm.callbacks.learned import WIDTH, factors_in_words, read_records, scores_in_words
 from ldm.callbacks.start import ROOT
-from ldm.evaluation.runs import figures_of, newest_config, read_json
+from ldm.evaluation.runs import figures_of, newest_config, read_json, start_number
 from ldm.models.autoencoder import FirstStage
 from ldm.targets import PACKAGES
 
@@ -75,10 +75,8 @@ def closing(trainer: pl.Trainer, logdir: Path, argv: Sequence[str] = (), ended: 
 def _trained(trainer: pl.Trainer) -> str:
     clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), Clock())  # type: ignore[attr-defined]
     if not clock.trained:
-        limit = f"max_epochs {trainer.max_epochs}"
-        if 0 <= trainer.max_steps <= trainer.global_step:
-            limit = f"max_steps {trainer.max_steps}"
-        return f"nothing: the run had ended at step {trainer.global_step:,}, by {limit}; a larger one trains on"
+        ended = f"the run had ended at step {trainer.global_step:,}"
+        return f"nothing: {ended}; a larger limit, such as --max_steps, trains on"
     images, rate, step = images_per_step(trainer), clock.images_per_second(trainer), trainer.global_step
     steps = f"steps {clock.first:,} to {step:,}" if clock.first else f"{step:,} steps"
     told = f"{steps}, {(step - clock.first) * images:,} images" if images else steps
@@ -170,8 +168,7 @@ def bases_of(argv: Sequence[str]) -> list[str]:
 def first_command(logdir: Path) -> list[str]:
     """The command line of a run's first start."""
     starts = [read_json(path) for path in (logdir / "configs").glob("*-run.json")]
-    starts = sorted((start for start in starts if start.get("command")), key=lambda start: str(start.get("started")))
-    return shlex.split(starts[0]["command"]) if starts else []
+    return shlex.split(min(starts, key=start_number, default={}).get("command", ""))
 
 
 def second_stage(bases: Sequence[str]) -> str:

@@ -106,7 +106,7 @@ def build(run: Run, score: bool) -> Job:
 
 
 def data_in_words(datasets: Mapping[str, Any]) -> str:
-    """`train: 4,096 images of 32x32, RenderedTrain; validation: the same`."""
+    """`train: 4,096 images of 32x32, Rendered; validation: the same`."""
     told: dict[str, str] = {}
     for split, dataset in datasets.items():
         size = getattr(dataset, "image_size", None)

@@ -124,9 +124,8 @@ def check_tokens(model: pl.LightningModule) -> None:
                 f"is {own}, but model.params.unet_config.params.{name} is {other}: make them equal{hint}",
                 f"model.params.cond_stage_config.params.{name}",
             )
-    if isinstance(model, LatentDiffusion) and model.cache_latents:
-        if type(model.first_stage_model) is AutoencoderKL:
-            raise UserError("this first stage draws a new latent every time: set it to false", KEY)
+    if isinstance(model, LatentDiffusion) and model.cache_latents and type(model.first_stage_model) is AutoencoderKL:
+        raise UserError("this first stage draws a new latent every time: set it to false", KEY)
 
 
 def check_resolution(run: Run, model: pl.LightningModule, datasets: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def read_table(
             paths below the folder of the pictures, and the attributes.
         files: of the pictures, in order.
         title: the data set's name, for messages.
-        names: of the columns to take; if None all but `file`, and but those with one value, which a warning names.
+        names: of the columns to take; None: all but `file` and, with a warning, those with a single value.
 
     Returns:
         Names, and the number of each picture's value (files, names) int64: values are numbered from 0 in sorted order,
@@ -67,7 +67,7 @@ def read_table(
         table = np.stack(columns, axis=1)
         constant = [name for name, column in zip(wanted, columns, strict=True) if not column.any()]
         if names is None and 0 < len(constant) < len(wanted):
-            log.warning("%s: %s: one value in all lines, left out: %s", title, path, ", ".join(constant))
+            log.warning("%s: %s: left out, with one value in all lines: %s", title, path, ", ".join(constant))
             kept = [name not in constant for name in wanted]
             wanted, table = [name for name in wanted if name not in constant], table[:, kept]
         FactorTable(table, wanted)
@@ -119,7 +119,7 @@ def numbered(entries: Sequence[str], lines: Sequence[int], where: str, strict: b
         entries: of a column, as text.
         lines: (m,) of the file they are in.
         where: file and column, for messages.
-        strict: refuse numbers among words, in place of a warning.
+        strict: refuse words among numbers; otherwise they are a warning, and all are read as words.
 
     Raises:
         ValueError: some are numbers and others are not, which one slip of the pen makes of numbers; or NaN or infinity.
@@ -130,7 +130,7 @@ def numbered(entries: Sequence[str], lines: Sequence[int], where: str, strict: b
         found = f"{where} has {len(entries) - len(words)} numbers and {len(words)} words, {first}"
         if strict:
             raise ValueError(f"{found}: write all as numbers or all as words, or leave out the rows without a label")
-        log.warning("%s: all are taken for words", found)
+        log.warning("%s: all are read as words", found)
     if words:
         return np.unique(np.array(entries), return_inverse=True)[1].reshape(-1).astype(np.int64)
     values = np.array([float(entry) for entry in entries])

@@ -32,7 +32,7 @@ def udr(
     Args:
         codes: one array (m, n) or (m, n, d) per model, of the same m images.
         grid: the factors of the rows, which only determine which points are drawn: from a grid and a table as for the
-            other metrics, without factors all rows, or `num_points` different ones.
+            other metrics; without factors, `num_points` different rows, or all if there are fewer.
         seed: of the draws and of the Lasso.
         correlation: `lasso` or `spearman`.
         num_points: points to correlate on.

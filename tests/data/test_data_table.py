@@ -62,7 +62,7 @@ def test_columns_of_one_value_are_left_out(folder, caplog):
     found = table(folder, "file,colour,room,n\n" + "".join(f"{name},{k},lab,{k % 2}\n" for k, name in enumerate(
         ["a.png", "b/ü ñ.png", '"we,ird.png"'])).replace(",1,lab", ",0,lab"))  # fmt: skip
     assert found.attribute_names == ("colour", "n") and found.attributes.shape == (3, 2)
-    assert "one value in all lines, left out: room" in caplog.text
+    assert "left out, with one value in all lines: room" in caplog.text
 
 
 ROWS = 'a.png,red\nb/ü ñ.png,blue\n"we,ird.png",red\n'
