@@ -126,12 +126,6 @@ class _Steps:
     """A plan's coefficients on the device, for the formulas of a step."""
 
     def __init__(self, plan: SamplingPlan, like: torch.Tensor) -> None:
-        if (plan.alphas == 0).any():
-            t = int(plan.timesteps[plan.alphas == 0].min())
-            raise ValueError(
-                f"from timestep {t} on, ᾱ is 0 in float32, and x_0 cannot be predicted: take the sampler dpm, which"
-                " leaves such steps out, or a noise schedule that ends earlier"
-            )
         alphas, prev, sigmas = (torch.from_numpy(c).to(like) for c in (plan.alphas, plan.alphas_prev, plan.sigmas))
         self.signal, self.spread = alphas.sqrt(), (1 - alphas).sqrt()
         self.signal_prev, self.direction = prev.sqrt(), (1 - prev - sigmas**2).clamp_min(0).sqrt()

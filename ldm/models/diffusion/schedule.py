@@ -143,8 +143,17 @@ def ddim_timesteps(num_steps: int, num_timesteps: int) -> np.ndarray:
 def ddim_coefficients(
     alphas_cumprod: np.ndarray, timesteps: np.ndarray, eta: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ᾱ at the timesteps, ᾱ at the timesteps before them, and σ (Song et al., DDIM, Eq. 16); each (S,)."""
+    """ᾱ at the timesteps, ᾱ at the timesteps before them, and σ (Song et al., DDIM, Eq. 16); each (S,).
+
+    Raises:
+        ValueError: ᾱ is 0 at one of the timesteps.
+    """
     alphas = alphas_cumprod[timesteps]
+    if (alphas == 0).any():
+        raise ValueError(
+            f"from timestep {timesteps[alphas == 0].min()} on, ᾱ is 0 in float32, and x_0 cannot be predicted: take the"
+            " sampler dpm, which leaves such steps out, or a noise schedule that ends earlier"
+        )
     prev = np.append(alphas_cumprod[0], alphas_cumprod[timesteps[:-1]])
     # At timestep 0 itself ᾱ = ᾱ_prev: there is no noise to add.
     sigmas = eta * np.sqrt((1 - prev) / (1 - alphas) * np.maximum(1 - alphas / prev, 0.0))
