@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first-stage", type=Path, default=CONFIGS / "first_stage.yaml", help="its configuration")
     parser.add_argument("--encdiff", type=Path, default=CONFIGS / "encdiff.yaml", help="its configuration")
     parser.add_argument("--longer", action="store_true",
-                        help="more steps, on 480,000 rooms of Shapes3D's grid; takes 1.5 GB of disk")  # fmt: skip
+                        help="more steps, on 128,000 rooms; takes .4 GB of disk more")  # fmt: skip
     parser.add_argument("--plain", action="store_true", help="without configs/fast.yaml, in float32")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the configuration of EncDiff")
     return parser.parse_args()

@@ -180,7 +180,12 @@ def test_both_stages_of_the_quickstarts_see_the_same_rooms():
     longer = [
         rooms([f"configs/quickstart/{stage}.yaml", f"configs/quickstart/longer/{stage}.yaml"]) for stage in stages
     ]
-    assert longer[0] == longer[1] == {"sizes": list(SIZES), "image_size": 32, "level": False}
+    assert longer[0] == longer[1] == {"sizes": [10, 10, 10, 4, 4, 8], "image_size": 32, "level": True}
+    grid = "configs/studies/objects/shapes3d_grid.yaml"
+    grids = [
+        rooms([f"configs/quickstart/{stage}.yaml", f"configs/quickstart/longer/{stage}.yaml", grid]) for stage in stages
+    ]
+    assert grids[0] == grids[1] == {"sizes": list(SIZES), "image_size": 32, "level": False}
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("rooms_480k", SIZES), ("rooms", [4] * 6), ("quickstart", [4] * 6)])
